@@ -1,0 +1,387 @@
+"""Configuration: YAML read by OmegaConf into frozen dataclasses, one per section, strictly.
+
+The values live in ``config/config.yaml`` alone. The dataclasses have no defaults, so a new key never changes a number
+behind anybody's back. Every key has one of three kinds:
+
+* ``identity``: changes the numbers; part of a stage's parameter and of the fingerprint of its state.
+* ``budget``: how far to go; part of the parameter, not of the fingerprint, so that raising it continues.
+* ``operation``: speed, memory, logging; in neither.
+"""
+
+import dataclasses
+import difflib
+import functools
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SETTINGS = ("uncond", "gmm", "mode")
+"""Names of the settings: unconditional, unconditional with mixture source, mode-conditional with mixture source."""
+
+
+def key(
+    help: str, *, kind: str = "identity", unit: str = "", choices: tuple = (), minimum: float | None = None
+) -> Any:
+    """Declare a configuration key with what the documentation, the schema and the validation need."""
+    return field(metadata={"help": help, "kind": kind, "unit": unit, "choices": choices, "minimum": minimum})
+
+
+operation = functools.partial(key, kind="operation")
+budget = functools.partial(key, kind="budget")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which images, and which of them are held out of training."""
+
+    root: str = key("ImageFolder with one folder per class; `demo` unpacks the embedded images")
+    holdout: int = key("images kept out of training, chosen by a hash of their path", unit="images", minimum=0)
+    seed: int = key("seed of the choice of held-out images", minimum=0)
+
+
+@dataclass(frozen=True)
+class Image:
+    """What an image is to every stage."""
+
+    size: int = key("side of the square that images are cropped to (ADM centre crop)", unit="pixels", minimum=8)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen vision encoder."""
+
+    family: str = key("architecture", choices=("dinov2", "siglip2", "mae"))
+    weights: str = key("folder in the Hugging Face layout, or `hf:` and a model id, which a rule downloads")
+    input_size: int = key("side of the encoder's input; images are resized to it", unit="pixels", minimum=8)
+
+
+@dataclass(frozen=True)
+class Extract:
+    """Global tokens and latent moments of the training images, in one pass."""
+
+    shard_size: int = key("images per shard: the unit of resumption", unit="images", minimum=1)
+    batch_size: int = operation("images per encoder call", unit="images", minimum=1)
+    workers: int = operation("image-reading processes per rank; 0 reads in the rank itself", minimum=0)
+
+
+@dataclass(frozen=True)
+class Gmm:
+    """The mixture of the global tokens."""
+
+    n_components: int = key("number of modes K", minimum=1)
+    covariance_type: str = key("shape of the covariances", choices=("diag", "spherical"))
+    init: str = key("start of EM", choices=("kmeans", "k-means++", "random_from_data"))
+    reg_covar: float = key("added to every variance", minimum=0)
+    tol: float = key("stop when the mean log-likelihood rises by less", unit="nats per image", minimum=0)
+    max_iter: int = budget("at most this many EM iterations", unit="iterations", minimum=1)
+    seed: int = key("seed of the start", minimum=0)
+    precision: str = key("arithmetic of the E-step's products", choices=("float32", "float64"))
+    chunk_size: int = operation("images per E-step product", unit="images", minimum=1)
+
+
+@dataclass(frozen=True)
+class SpatialGmm:
+    """Mean latent and spherical variance of every mode."""
+
+    batch_size: int = operation("images per encoder call", unit="images", minimum=1)
+    workers: int = operation("image-reading processes per rank", minimum=0)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The ViT decoder that turns latents into images."""
+
+    weights: str = key("a decoder file, `{encoder}` standing for the encoder's name, or `train` to train one's own")
+    hidden_size: int = key("width", minimum=1)
+    intermediate_size: int = key("width of the MLPs", minimum=1)
+    num_heads: int = key("attention heads", minimum=1)
+    num_layers: int = key("depth", minimum=1)
+    noise: float = key("tokens get noise of a standard deviation uniform in [0, noise]", minimum=0)
+    global_batch: int = key("images per step over all processes", unit="images", minimum=1)
+    lr: float = key("peak learning rate (AdamW, cosine to 0 at `horizon`)", minimum=0)
+    horizon: int = key("step at which the learning rate reaches 0", unit="steps", minimum=1)
+    steps: int = budget("optimiser steps", unit="steps", minimum=1)
+    seed: int = key("seed of initialisation, data order and noise", minimum=0)
+    checkpoint_every: int = operation("steps between checkpoints", unit="steps", minimum=1)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of a DiTDH: encoder blocks first, head blocks second."""
+
+    hidden_size: tuple[int, int] = key("widths")
+    depth: tuple[int, int] = key("numbers of blocks")
+    num_heads: tuple[int, int] = key("attention heads")
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Sample grids during training, from the EMA weights."""
+
+    every: int = operation("steps between preview grids; 0 for none", unit="steps", minimum=0)
+    n_images: int = operation("images in a grid", unit="images", minimum=1)
+    time_points: int = operation("time points of the solver", minimum=2)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Flow matching."""
+
+    model: str = key("name of an entry of `models`")
+    seed: int = key("seed of initialisation, data order, noise and, when sampling, of the images", minimum=0)
+    assignment: str = key(
+        "mode of an image: drawn from the posterior of its token, or the likeliest", choices=("soft", "hard")
+    )
+    flip: bool = key("flip images horizontally with probability 1/2")
+    global_batch: int = key("images per step over all processes", unit="images", minimum=1)
+    epochs: int = budget("passes over the training images", unit="epochs", minimum=1)
+    lr: float = key("learning rate (AdamW) until `constant_epochs`", minimum=0)
+    final_lr: float = key("learning rate from `decay_end_epoch` on", minimum=0)
+    constant_epochs: int = key("epochs before the learning rate starts to fall", unit="epochs", minimum=0)
+    decay_end_epoch: int = key("epoch at which the linear fall ends", unit="epochs", minimum=1)
+    betas: tuple[float, float] = key("AdamW's decay rates")
+    weight_decay: float = key("AdamW's weight decay", minimum=0)
+    clip_norm: float = key("largest gradient norm; 0 for no clipping", minimum=0)
+    ema_decay: float = key("decay of the weights' exponential moving average", minimum=0)
+    precision: str = key("`auto`: bf16 autocast on a GPU, float32 on a CPU", choices=("auto", "float32", "bf16"))
+    micro_batch: int = operation("images per forward pass and process; 0 for the whole share", unit="images", minimum=0)
+    workers: int = operation("image-reading processes per rank", minimum=0)
+    latent_cache_gb: float = operation("encode once and keep the latents if they fit in this", unit="GB", minimum=0)
+    checkpoint_every: int = operation("steps between checkpoints", unit="steps", minimum=1)
+    keep_checkpoints: int = operation("newest checkpoints that are kept", minimum=1)
+    log_every: int = operation("steps between lines of the history", unit="steps", minimum=1)
+    compile: bool = operation("use torch.compile")
+    preview: Preview = field(metadata={"help": "sample grids during training", "kind": "section"})
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Generation."""
+
+    n_images: int = key("images to generate", unit="images", minimum=1)
+    time_points: int = key("points of the time grid; the solver takes one step less", minimum=2)
+    solver: str = key("integration rule", choices=("euler", "heun"))
+    precision: str = key("`auto`: bf16 autocast on a GPU, float32 on a CPU", choices=("auto", "float32", "bf16"))
+    shard_size: int = key("images per shard: the unit of resumption", unit="images", minimum=1)
+    batch_size: int = operation("images per model call", unit="images", minimum=1)
+
+
+@dataclass(frozen=True)
+class Fid:
+    """Frechet distance between generated and real images."""
+
+    detector: str = key("feature network", choices=("fashion", "inception"))
+    weights: str = key("its weights file")
+    reference: str = key("`train` (the training images) or an .npz with `mu` and `sigma`")
+    batch_size: int = operation("images per detector call", unit="images", minimum=1)
+    workers: int = operation("image-reading processes per rank", minimum=0)
+
+
+SECTIONS: dict[str, type] = {
+    "data": Data,
+    "image": Image,
+    "encoder": Encoder,
+    "extract": Extract,
+    "gmm": Gmm,
+    "spatial_gmm": SpatialGmm,
+    "decoder": Decoder,
+    "model": Model,
+    "train": Train,
+    "sample": Sample,
+    "fid": Fid,
+}
+
+STAGES: dict[str, tuple[str, ...]] = {
+    "list_images": ("data",),
+    "extract": ("image", "encoder", "extract"),
+    "latent_stats": (),
+    "fit_gmm": ("gmm",),
+    "spatial_gmm": ("image", "encoder", "spatial_gmm"),
+    "train_decoder": ("image", "encoder", "decoder"),
+    "train": ("image", "encoder", "model", "train"),
+    "sample": ("image", "encoder", "sample"),
+    "fid_reference": ("image", "fid"),
+    "fid": ("fid",),
+}
+"""The sections that each stage reads, and so what makes it run again."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration."""
+
+    run: str = key("folder below `results/` that keeps this configuration's results apart; empty for none")
+    gpus: str | int = operation("GPUs per job: a number, or `auto` for the limit in the Snakemake profile")
+    processes: int = operation("processes per job on a CPU", minimum=1)
+    encoders: dict[str, Encoder] = field(metadata={"help": "encoders by name", "kind": "section"})
+    models: dict[str, Model] = field(metadata={"help": "model sizes by name", "kind": "section"})
+    data: Data = field(metadata={"help": "", "kind": "section"})
+    image: Image = field(metadata={"help": "", "kind": "section"})
+    extract: Extract = field(metadata={"help": "", "kind": "section"})
+    gmm: Gmm = field(metadata={"help": "", "kind": "section"})
+    spatial_gmm: SpatialGmm = field(metadata={"help": "", "kind": "section"})
+    decoder: Decoder = field(metadata={"help": "", "kind": "section"})
+    train: Train = field(metadata={"help": "", "kind": "section"})
+    sample: Sample = field(metadata={"help": "", "kind": "section"})
+    fid: Fid = field(metadata={"help": "", "kind": "section"})
+
+    def section(self, name: str, encoder: str = "", model: str = "") -> Any:
+        """Return a section; ``encoder`` and ``model`` pick the entry of those that are configured by name."""
+        if name == "encoder":
+            return _named(self.encoders, encoder, "encoders")
+        if name == "model":
+            return _named(self.models, model or self.train.model, "models")
+        return getattr(self, name)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return `` (did you mean ...?)`` for the likeliest of the known words, or an empty string."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def _named(mapping: Mapping[str, Any], name: str, where: str) -> Any:
+    if name not in mapping:
+        raise ValueError(f"no '{name}' in '{where}'{nearest(name, mapping)}; configured: {', '.join(mapping)}")
+    return mapping[name]
+
+
+def build(kind: type, values: Any, where: str = "") -> Any:
+    """Build a frozen dataclass from plain values, strictly.
+
+    Args:
+        kind: a section's dataclass.
+        values: a mapping of every key to its value.
+        where: dotted name of the section for messages.
+
+    Raises:
+        ValueError: an unknown, missing, mistyped or out-of-range key; the message names it and the remedy.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"'{where}' must be a section with keys, got {values!r}")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    prefix = f"{where}." if where else ""
+    for name in values:
+        if name not in fields:
+            raise ValueError(f"unknown configuration key '{prefix}{name}'{nearest(str(name), fields)}")
+    for name in fields:
+        if name not in values:
+            raise ValueError(f"configuration key '{prefix}{name}' is missing; config/config.yaml has its usual value")
+    built = {name: _value(hints[name], values[name], prefix + name, fields[name].metadata) for name in fields}
+    result = kind(**built)
+    _check_together(result, where)
+    return result
+
+
+def _value(hint: Any, value: Any, where: str, metadata: Mapping[str, Any]) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is dict:
+        if not isinstance(value, Mapping) or not value:
+            raise ValueError(f"'{where}' must map at least one name to its keys, got {value!r}")
+        return {str(k): build(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
+            raise ValueError(f"'{where}' must be a list of {len(arguments)} numbers, got {value!r}")
+        return tuple(_value(a, v, where, {}) for a, v in zip(arguments, value, strict=True))
+    value = _scalar(hint, value, where)
+    if metadata.get("choices") and value not in metadata["choices"]:
+        choices = ", ".join(map(str, metadata["choices"]))
+        raise ValueError(f"'{where}' is '{value}'{nearest(str(value), metadata['choices'])}; it must be one of {choices}")
+    if metadata.get("minimum") is not None and value < metadata["minimum"]:
+        raise ValueError(f"'{where}' is {value}; it must be at least {metadata['minimum']}")
+    return value
+
+
+def _scalar(hint: Any, value: Any, where: str) -> Any:
+    kinds = typing.get_args(hint) or (hint,)
+    for kind in kinds:
+        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if type(value) is kind:
+            return value
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    wanted = " or ".join(names[kind] for kind in kinds)
+    hint_text = ""
+    if isinstance(value, str) and any(kind in (int, float) for kind in kinds):
+        hint_text = " (YAML reads 1e-3 as text: write 1.0e-3; on the command line use --configfile, not --config)"
+    raise ValueError(f"'{where}' must be {wanted}, got {value!r}{hint_text}")
+
+
+def _check_together(section: Any, where: str) -> None:
+    if isinstance(section, Train):
+        if section.decay_end_epoch <= section.constant_epochs:
+            raise ValueError(f"'{where}.decay_end_epoch' must be above '{where}.constant_epochs'")
+        if not 0 <= section.ema_decay < 1:
+            raise ValueError(f"'{where}.ema_decay' is {section.ema_decay}; it must be in [0, 1)")
+    if isinstance(section, Model):
+        for width, heads in zip(section.hidden_size, section.num_heads, strict=True):
+            if width % heads or (width // heads) % 4:
+                raise ValueError(f"'{where}': width {width} over {heads} heads must give a multiple of 4 per head")
+    if isinstance(section, Decoder) and section.hidden_size % section.num_heads:
+        raise ValueError(f"'{where}.hidden_size' {section.hidden_size} is no multiple of num_heads {section.num_heads}")
+
+
+def load(files: Iterable[str | Path], overrides: Iterable[str] = ()) -> Config:
+    """Read YAML files, later ones over earlier ones, then ``section.key=value`` overrides.
+
+    Raises:
+        ValueError: see :func:`build`; also for a missing file or unreadable YAML.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        merged = OmegaConf.merge(*(OmegaConf.load(file) for file in files), OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OSError, OmegaConfBaseException) as error:
+        raise ValueError(f"cannot read the configuration: {error}") from error
+    return build(Config, values)
+
+
+def keys_of_kind(section: Any, *kinds: str) -> dict[str, Any]:
+    """Return the keys of a section that are of the given kinds as plain JSON values, nested sections included."""
+    result: dict[str, Any] = {}
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        if dataclasses.is_dataclass(value):
+            if nested := keys_of_kind(value, *kinds):
+                result[f.name] = nested
+        elif f.metadata["kind"] in kinds:
+            result[f.name] = list(value) if isinstance(value, tuple) else value
+    return result
+
+
+def stage_settings(config: Config, stage: str, encoder: str = "", model: str = "") -> dict[str, Any]:
+    """Return what a stage's parameter holds: identity and budget keys of the sections it reads."""
+    return {
+        name: keys_of_kind(config.section(name, encoder, model), "identity", "budget") for name in STAGES[stage]
+    }
+
+
+def stage_operation(config: Config, stage: str) -> list[str]:
+    """Return the operation keys of the sections that a stage reads as ``section.key=value``."""
+    flags = []
+    for name in STAGES[stage]:
+        if name in ("encoder", "model"):
+            continue
+        for path, value in _flatten(keys_of_kind(config.section(name), "operation"), name):
+            flags.append(f"{path}={str(value).lower() if isinstance(value, bool) else value}")
+    return flags
+
+
+def _flatten(values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name}", value
+
+
+def identity(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity keys of built sections: what the fingerprint of a stage's state covers."""
+    return {name: keys_of_kind(section, "identity") for name, section in sections.items()}

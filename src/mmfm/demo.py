@@ -1,0 +1,64 @@
+"""The embedded demo's data: Fashion-MNIST in its original idx files."""
+
+import gzip
+import hashlib
+import math
+import struct
+from pathlib import Path
+
+import numpy as np
+
+_IDX_UINT8 = 0x08
+
+
+def read_idx(path: str | Path) -> np.ndarray:
+    """Read an idx file of bytes, gzip-compressed or plain.
+
+    Returns:
+        uint8 array in the file's shape: (N, H, W) for images, (N,) for labels.
+
+    Raises:
+        ValueError: the file is not an idx file of unsigned bytes, or is shorter or longer than its header says.
+
+    Source: the format's description at http://yann.lecun.com/exdb/mnist/.
+    """
+    content = Path(path).read_bytes()
+    if content[:2] == b"\x1f\x8b":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{path}: damaged gzip file ({error}); fetch it again") from error
+    if len(content) < 4 or content[:2] != b"\x00\x00" or content[2] != _IDX_UINT8:
+        raise ValueError(f"{path}: not an idx file of unsigned bytes (it starts with {content[:4].hex() or 'nothing'})")
+    dimensions = content[3]
+    header = 4 + 4 * dimensions
+    if dimensions == 0 or len(content) < header:
+        raise ValueError(f"{path}: the idx header is cut short or names no dimension")
+    shape = struct.unpack(f">{dimensions}I", content[4:header])
+    if len(content) - header != math.prod(shape):
+        raise ValueError(f"{path}: {len(content) - header} bytes of data, but its header says {shape}; fetch it again")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
+
+
+def pad_to_rgb(images: np.ndarray) -> np.ndarray:
+    """Pad grey images with a black border of two pixels and repeat them to three channels.
+
+    Args:
+        images: uint8 (N, 28, 28).
+
+    Returns:
+        uint8 (N, 3, 32, 32).
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
+    if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1:] != (28, 28):
+        raise ValueError(f"expected uint8 images (N, 28, 28), got {images.dtype} {images.shape}")
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))
+    return np.repeat(padded[:, None], 3, axis=1)
+
+
+def sha256(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

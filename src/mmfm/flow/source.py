@@ -1,0 +1,197 @@
+"""Sources of the flow: what x_source (t = 1) is, and which mode of it an image is coupled to.
+
+Unconditional flow matching starts from N(0, I). Mixture-modelling flow matching starts from the spatial mixture, one
+spherical Gaussian per mode, and couples every image to noise of its own mode (Luo et al. 2026, "Mixture-Modeling Flow
+Matching"). A source turns modes and standard noise into x_source; who draws the noise decides how it is keyed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mmfm.mixture.gaussian import Mixture
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What distinguishes a training setting.
+
+    Attributes:
+        mixture: the source is the spatial mixture, not N(0, I).
+        condition: what the model sees: ``"mode"`` (the index of the source's mode) or None (no label term at all).
+    """
+
+    mixture: bool
+    condition: str | None
+
+
+SETTINGS: dict[str, Setting] = {
+    "uncond": Setting(mixture=False, condition=None),
+    "gmm": Setting(mixture=True, condition=None),
+    "mode": Setting(mixture=True, condition="mode"),
+}
+
+
+class Source(Protocol):
+    """x_source for given modes and noise; ``num_modes`` is 0 for a source without modes."""
+
+    num_modes: int
+
+    def draw_modes(self, uniforms: Tensor) -> Tensor | None:
+        """Modes (B,) int64 for generation from uniforms (B,) in [0, 1); None for a source without modes."""
+
+    def draw(self, modes: Tensor | None, noise: Tensor) -> Tensor:
+        """x_source (B, C, H, W) float32 from modes (B,) and standard normal noise (B, C, H, W)."""
+
+
+class GaussianSource:
+    """N(0, I): the noise itself."""
+
+    num_modes = 0
+
+    def draw_modes(self, uniforms: Tensor) -> None:
+        """No modes."""
+        return None
+
+    def draw(self, modes: Tensor | None, noise: Tensor) -> Tensor:
+        """Return ``noise`` (B, C, H, W); ``modes`` must be None."""
+        if modes is not None:
+            raise ValueError("a Gaussian source has no modes, but some were given; pass modes=None")
+        return noise
+
+
+class MixtureSource:
+    """Mixture of spherical Gaussians in latent space: x_source = mean_k + sigma_k * noise.
+
+    Args:
+        means: (K, C, H, W), any floating dtype. They may lie on another device than the noise (8192 means of
+            [768, 16, 16] are 6.4 GB in float32): the rows of a batch are then gathered there and moved, which costs a
+            wait for the modes.
+        variances: (K,), one scalar per mode.
+        weights: (K,), their probabilities up to a factor.
+        device: where modes are drawn and x_source is made; None: where the means are.
+
+    Raises:
+        ValueError: shapes that do not fit, negative or non-finite variances or weights.
+    """
+
+    def __init__(
+        self, means: Tensor, variances: Tensor, weights: Tensor, device: torch.device | str | None = None
+    ) -> None:
+        k = len(means)
+        if means.ndim != 4 or tuple(variances.shape) != (k,) or tuple(weights.shape) != (k,):
+            raise ValueError(
+                f"means {tuple(means.shape)}, variances {tuple(variances.shape)} and weights {tuple(weights.shape)} "
+                "must be (K, C, H, W), (K,) and (K,); make the spatial mixture again"
+            )
+        for name, values in (("variances", variances), ("weights", weights)):
+            if not values.isfinite().all() or (values < 0).any():
+                raise ValueError(f"the spatial mixture has negative or non-finite {name}; make it again")
+        if weights.sum() <= 0:
+            raise ValueError("the weights of the spatial mixture are all 0; make it again")
+        self.device = means.device if device is None else torch.device(device)
+        self.means = means
+        self.sigma = variances.double().sqrt().float().to(self.device)
+        # The running sum is taken on the CPU: a parallel scan on a GPU may round differently from run to run.
+        cdf = weights.double().cpu().cumsum(0)
+        self.cdf = (cdf / cdf[-1]).to(self.device)
+
+    @property
+    def num_modes(self) -> int:
+        """K."""
+        return len(self.means)
+
+    def draw_modes(self, uniforms: Tensor) -> Tensor:
+        """Draw k ~ weights by inverse CDF: the first mode whose cumulated weight exceeds the uniform.
+
+        Args:
+            uniforms: (B,) in [0, 1).
+
+        Returns:
+            (B,) int64 on the source's device; modes of weight 0 are never drawn.
+        """
+        drawn = torch.searchsorted(self.cdf, uniforms.to(self.cdf), right=True)
+        return drawn.clamp_(max=self.num_modes - 1)
+
+    def draw(self, modes: Tensor | None, noise: Tensor) -> Tensor:
+        """Return mean_k + sigma_k * noise, (B, C, H, W) float32, for modes (B,) int64 and standard normal noise."""
+        if modes is None:
+            raise ValueError("a mixture source needs the modes (B,); draw them with draw_modes or couple_modes")
+        means = self.means.index_select(0, modes.to(self.means.device)).to(noise.device, torch.float32)
+        sigma = self.sigma.index_select(0, modes.to(self.sigma.device)).to(noise.device)
+        return torch.addcmul(means, sigma.view(-1, 1, 1, 1), noise)
+
+
+def couple_modes(mixture: "Mixture", tokens: Tensor, uniforms: Tensor, assignment: str) -> Tensor:
+    """Choose the mode of every training image from the posterior of its global token.
+
+    Args:
+        mixture: the mixture of the global tokens, K modes.
+        tokens: (B, C) float32, of the image as the model sees it (augmented).
+        uniforms: (B,) in (0, 1), keyed by the image's place in the training run.
+        assignment: ``soft`` draws k ~ p(k | token) by inverse CDF, ``hard`` takes the likeliest.
+
+    Returns:
+        (B,) int64.
+
+    Raises:
+        ValueError: another assignment.
+    """
+    from mmfm.mixture.gaussian import draw_modes
+
+    if assignment not in ("soft", "hard"):
+        raise ValueError(f"assignment is '{assignment}'; it must be soft or hard")
+    # Reduced precision would move whole images to other modes: at K = 8192 and 768 dimensions TF32 errs by 0.17 nats.
+    with full_precision(), torch.autocast(tokens.device.type, enabled=False):
+        posterior = mixture.posterior(tokens.float())
+        return posterior.argmax(dim=1) if assignment == "hard" else draw_modes(posterior, uniforms)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Context in which float32 matrix products use no TF32."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def source_for(
+    setting: str,
+    spatial_gmm: str | Path | None,
+    device: torch.device | str,
+    *,
+    means_device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Source:
+    """Build the source of a setting.
+
+    Args:
+        setting: a name in :data:`SETTINGS`.
+        spatial_gmm: the spatial mixture's store; needed by the settings with a mixture, refused by the others' None.
+        device: where x_source is made.
+        means_device: where the means are kept; None: ``device``. ``cpu`` spares GPU memory for a transfer per batch.
+        dtype: of the means in memory; bfloat16 halves them and rounds them to 3 digits.
+
+    Raises:
+        ValueError: an unknown setting, or a mixture setting without a spatial mixture.
+    """
+    if setting not in SETTINGS:
+        raise ValueError(f"unknown setting '{setting}'; it must be one of {', '.join(SETTINGS)}")
+    if not SETTINGS[setting].mixture:
+        return GaussianSource()
+    if spatial_gmm is None:
+        raise ValueError(f"setting '{setting}' draws its source from a mixture: give --spatial-gmm")
+    from mmfm.mixture.spatial import SpatialMixture
+
+    spatial = SpatialMixture.open(spatial_gmm)
+    means = spatial.load_means(torch.device(means_device or device), dtype)
+    return MixtureSource(means, torch.as_tensor(spatial.variances), torch.as_tensor(spatial.weights), device)

@@ -1,0 +1,107 @@
+"""The only reader of RANK and WORLD_SIZE: process group, device, collectives.
+
+Stages see a :class:`Ranks` and a ``torch.device``. With one process nothing is initialised and every collective is the
+identity.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the stage: number, count and device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every process has come here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum ``tensor`` over the processes, in place, and return it."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the picklable ``value`` of every process, in rank order, on every process."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        """Call ``make`` on the main process and return its result, which must be picklable, on every process."""
+        if self.world == 1:
+            return make()
+        box = [make() if self.is_main else None]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def choose_device(local_rank: int = 0) -> torch.device:
+    """Return this process's GPU, or the CPU where none is visible (``CUDA_VISIBLE_DEVICES=`` hides them)."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+@contextmanager
+def process_group() -> Iterator[Ranks]:
+    """Join the process group that torchrun announces in the environment, and leave it at the end.
+
+    Backend: nccl for CUDA tensors and gloo for the others. Threads: torch takes what the launcher put into
+    OMP_NUM_THREADS.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    try:
+        yield Ranks(rank, world, device)
+    finally:
+        if world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class StopRequest:
+    """Remembers that SIGTERM, SIGINT or SIGUSR1 arrived, so that a loop can end at a step boundary.
+
+    Ranks must leave at the same step: ask :meth:`agreed` at points that all of them pass.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: Any) -> None:
+        if self.signal is not None:  # a second request: the person does not want to wait
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def agreed(self, ranks: Ranks) -> bool:
+        """Whether any process was asked to stop. A collective call."""
+        flag = torch.tensor([float(self.signal is not None)], device=ranks.device)
+        return bool(ranks.sum(flag).item() > 0)

@@ -1,0 +1,77 @@
+"""Progress of a stage: a bar on a terminal, a line every few seconds in a log."""
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as ``1:02:03`` or ``02:03``."""
+    return tqdm.format_interval(max(0.0, seconds))
+
+
+class Progress:
+    """Counts units of work and shows done/total, rate and time left.
+
+    Args:
+        stage: the name in front of the line.
+        total: units in all.
+        unit: what is counted, in the plural.
+        done: units that an earlier run finished; they count as done but not in the rate.
+        enabled: False on all but one process.
+        every: seconds between lines where standard error is no terminal.
+    """
+
+    def __init__(
+        self, stage: str, total: int, unit: str, *, done: int = 0, enabled: bool = True, every: float = 5.0
+    ) -> None:
+        self.stage, self.total, self.unit, self.done, self.every = stage, total, unit, done, every
+        self._first = done
+        self._enabled = enabled
+        self._start = self._last = time.monotonic()
+        self._bar = None
+        self._note = ""
+        if enabled and done:
+            self.say(f"resuming at {done:,} of {total:,} {unit}")
+        if enabled and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc=stage, unit=f" {unit}", dynamic_ncols=True)
+
+    def say(self, message: str) -> None:
+        """Print one line that stays."""
+        if self._enabled:
+            tqdm.write(f"{self.stage}: {message}", file=sys.stderr)
+            sys.stderr.flush()
+
+    def advance(self, units: int = 1, note: str = "") -> None:
+        """Count ``units`` as done; ``note`` (a loss, say) is shown behind the rate."""
+        self.done += units
+        self._note = note or self._note
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._note, refresh=False)
+            self._bar.update(units)
+        elif self._enabled and time.monotonic() - self._last >= self.every:
+            self._line()
+
+    def _line(self) -> None:
+        self._last = time.monotonic()
+        seconds = max(self._last - self._start, 1e-9)
+        rate = (self.done - self._first) / seconds
+        left = duration((self.total - self.done) / rate) if rate > 0 else "?"
+        share = 100 * self.done / max(self.total, 1)
+        note = f"  {self._note}" if self._note else ""
+        self.say(f"{self.done:,}/{self.total:,} {self.unit} ({share:.0f} %)  {rate:,.1f}/s  left {left}{note}")
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if kind is None and self._enabled:
+            if self._bar is None:
+                self._line()
+            self.say(f"{self.done:,} {self.unit} done in {duration(time.monotonic() - self._start)}")

@@ -1,0 +1,78 @@
+"""Random numbers that are a function of (seed, purpose, index), not of the order in which they are drawn.
+
+Every random quantity of the project belongs to something with a global number: an image, a training step, a component.
+Its bits are a hash of that number, computed by tensor operations, so the draw is the same for every process count, batch
+size and restart. The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+generators", OOPSLA 2014) applied to a counter offset by a keyed stream constant.
+"""
+
+import hashlib
+import math
+
+import torch
+
+_GAMMA = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+def _signed(value: int) -> int:
+    """Map an unsigned 64-bit integer to the int64 with the same bits; torch has no uint64 arithmetic."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical (not sign-extending) right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    x = (x ^ _shift_right(x, 30)) * _signed(_MIX_1)
+    x = (x ^ _shift_right(x, 27)) * _signed(_MIX_2)
+    return x ^ _shift_right(x, 31)
+
+
+def derive_seed(seed: int, purpose: str) -> int:
+    """Return a 63-bit seed for one purpose, e.g. to initialise weights with a ``torch.Generator``."""
+    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _bits(seed: int, purpose: str, index: torch.Tensor, count: int) -> torch.Tensor:
+    """Return (B, count) int64 of 64 random bits for int64 indices (B,)."""
+    stream = _signed(derive_seed(seed, purpose))
+    row = _mix(index.to(torch.int64) * _signed(_GAMMA) + stream)
+    column = torch.arange(1, count + 1, device=index.device, dtype=torch.int64) * _signed(_GAMMA)
+    return _mix(row[:, None] + column[None, :])
+
+
+def uniform(seed: int, purpose: str, index: torch.Tensor, shape: tuple[int, ...] = ()) -> torch.Tensor:
+    """Draw float64 uniforms in (0, 1) of shape (B, *shape), one independent row per index.
+
+    Args:
+        index: (B,) integers: image numbers, step numbers, ...
+    """
+    bits = _bits(seed, purpose, index, math.prod(shape))
+    return ((_shift_right(bits, 11).double() + 0.5) * 2.0**-53).reshape(len(index), *shape)
+
+
+def normal(seed: int, purpose: str, index: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Draw float32 standard normals of shape (B, *shape), one independent row per index.
+
+    The transform of Box and Muller ("A note on the generation of random normal deviates", 1958) makes two normals from
+    the halves of one 64-bit hash.
+    """
+    count = math.prod(shape)
+    bits = _bits(seed, purpose, index, (count + 1) // 2)
+    # 32-bit halves, the radius from (0, 1] so that its logarithm is finite: |normal| <= 6.7.
+    radius = torch.sqrt(-2.0 * torch.log((_shift_right(bits, 32).double() + 1.0).mul_(2.0**-32))).float()
+    angle = ((bits & 0xFFFFFFFF).double() * (2.0 * math.pi * 2.0**-32)).float()
+    pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
+    return pairs.reshape(len(index), -1)[:, :count].reshape(len(index), *shape)
+
+
+def permutation(seed: int, purpose: str, index: int, n: int) -> torch.Tensor:
+    """Return a permutation of range(n) as int64, keyed by (seed, purpose, index): the data order of an epoch, say."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, f"{purpose}/{index}"))
+    return torch.randperm(n, generator=generator)

@@ -1,0 +1,176 @@
+"""Files that appear only whole, carry their provenance, and are identified by digests.
+
+Every artefact of a stage is written beside its final place and renamed into it, so a killed stage leaves either the old
+file, or none. What a stage needs to go on after a kill lives in a *state directory* beside its outputs, named by the
+fingerprint of everything that determines the numbers (:func:`state_directory`).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_SAFETENSORS_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+def canonical_json(value: Any) -> str:
+    """Serialise ``value`` to JSON with sorted keys and no spaces, so that equal values give equal strings."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def fingerprint(value: Any) -> str:
+    """Return 16 hexadecimal digits that identify a JSON-serialisable value."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+def file_digest(path: str | Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digest(folder: str | Path) -> str:
+    """Return one SHA-256 over the names and contents of a folder's files: the identity of an encoder's weights."""
+    files = sorted(p for p in Path(folder).iterdir() if p.is_file() and not p.name.startswith("."))
+    if not files:
+        raise FileNotFoundError(f"'{folder}' holds no files; it should be a model in the Hugging Face layout")
+    return hashlib.sha256(canonical_json({p.name: file_digest(p) for p in files}).encode()).hexdigest()
+
+
+def array_digest(*arrays: np.ndarray) -> str:
+    """Return the SHA-256 over the shapes, dtypes and bytes of arrays, in order."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        array = np.ascontiguousarray(array)
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data if array.size else b"")
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; rename it into place when the block ends without an error.
+
+    The data reach the disk before the rename, so a power cut can't leave a whole name with half of its bytes.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix is kept last because writers such as np.savez choose the format by it.
+    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    try:
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def publish_directory(partial: str | Path, final: str | Path) -> None:
+    """Move a finished directory into its final place, replacing what is there."""
+    partial, final = Path(partial), Path(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    _sync(final.parent)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, whole."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON; a broken file is a :class:`ValueError` that names it."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); delete it and run the stage that makes it again") from error
+
+
+def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> str:
+    """Write NumPy arrays as one safetensors file, whole, and return the digest of their contents.
+
+    Args:
+        metadata: JSON-serialisable values; kept as JSON strings, with the key ``digest`` added.
+    """
+    from safetensors.numpy import save_file
+
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    digest = array_digest(*(contiguous[name] for name in sorted(contiguous)))
+    with whole_file(path) as partial:
+        save_file(contiguous, partial, {k: canonical_json(v) for k, v in {**metadata, "digest": digest}.items()})
+    return digest
+
+
+def map_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Memory-map the arrays of a safetensors file read-only, with the metadata that :func:`write_arrays` stored.
+
+    The pages are shared by every process of the machine and read on demand. No array is copied.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a safetensors file or is truncated.
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        head = file.read(8)
+        size = path.stat().st_size
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if length > size - 8:
+            raise ValueError(f"{path} is truncated or no safetensors file; delete it and make it again")
+        header = json.loads(file.read(length))
+    metadata = {key: json.loads(value) for key, value in header.pop("__metadata__", {}).items()}
+    arrays = {}
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        if 8 + length + stop > size:
+            raise ValueError(f"{path} is truncated ({size:,} bytes, {8 + length + stop:,} expected); make it again")
+        dtype, shape = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]]), tuple(entry["shape"])
+        if stop == start:
+            arrays[name] = np.empty(shape, dtype)
+            continue
+        raw = np.memmap(path, np.uint8, "r", offset=8 + length + start, shape=(stop - start,))
+        arrays[name] = np.ndarray(shape, dtype, buffer=raw)
+    return arrays, metadata
+
+
+def state_directory(output: str | Path, stage: str, version: int, identity: Any, inputs: Mapping[str, str]) -> Path:
+    """Create and return the directory for a stage's unfinished work.
+
+    It lies beside ``output`` and is named by the fingerprint of the stage, its VERSION, the identity settings and the
+    digests of the inputs, so a changed configuration never meets another one's state. ``about.json`` inside says what
+    it belongs to.
+    """
+    about = {"stage": stage, "version": version, "identity": identity, "inputs": dict(inputs)}
+    directory = Path(output).parent / f"state-{fingerprint(about)}"
+    directory.mkdir(parents=True, exist_ok=True)
+    marker = directory / "about.json"
+    if not marker.exists():
+        write_json(marker, about)
+    return directory

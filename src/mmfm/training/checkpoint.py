@@ -1,0 +1,197 @@
+"""Checkpoints that are whole or not there, and the published EMA weights.
+
+A checkpoint is a directory ``step-00000500/`` with one file per part and a ``manifest.json`` that names the run, the
+step and the SHA-256 of every file. It is written beside and renamed.
+"""
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmfm.infra import store
+from mmfm.models.dit import DiT, DiTConfig
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are as they were written.
+
+    Attributes:
+        path: its directory.
+        step: optimiser steps that it has behind it.
+        milestone: whether it ended a run; such a checkpoint is never pruned.
+        values: the small state that goes with it, JSON values.
+    """
+
+    path: Path
+    step: int
+    milestone: bool
+    values: dict[str, Any]
+
+    def tensors(self, part: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Load the state dict ``part`` (``model``, ``ema``)."""
+        return load_file(self.path / f"{part}.safetensors", device=str(device))
+
+    def optimizer(self) -> dict[str, Any]:
+        """Load the optimiser's state dict, onto the CPU."""
+        return torch.load(self.path / "optimizer.pt", map_location="cpu", weights_only=True)
+
+
+def save(
+    state: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    optimizer: Mapping[str, Any],
+    values: Mapping[str, Any],
+    *,
+    milestone: bool,
+    keep: int,
+) -> Path:
+    """Write the checkpoint of ``step`` below ``state``, then remove old ones.
+
+    Args:
+        tensors: state dicts by part.
+        optimizer: the optimiser's state dict.
+        values: JSON-serialisable state.
+        milestone: see :class:`Checkpoint`.
+        keep: how many of the newest other checkpoints stay.
+
+    Returns:
+        The checkpoint's directory.
+    """
+    final = state / f"step-{step:08d}"
+    partial = state / f".partial-{os.getpid()}-{final.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for part, tensor in tensors.items():
+        with store.whole_file(partial / f"{part}.safetensors") as file:
+            save_file({name: t.detach().contiguous() for name, t in tensor.items()}, file)
+    with store.whole_file(partial / "optimizer.pt") as file:
+        torch.save(optimizer, file)
+    digests = {file.name: store.file_digest(file) for file in sorted(partial.iterdir())}
+    manifest = {"run": state.name, "step": step, "milestone": milestone, "values": dict(values), "files": digests}
+    store.write_json(partial / "manifest.json", manifest)
+    store.publish_directory(partial, final)
+    _prune(state, keep)
+    return final
+
+
+def _prune(state: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints and the milestones, and what killed processes left behind."""
+    ordinary = []
+    for step, path in _candidates(state):
+        try:
+            if not store.read_json(path / "manifest.json")["milestone"]:
+                ordinary.append((step, path))
+        except (OSError, ValueError, KeyError):
+            continue  # no checkpoint of ours: find() warns of it
+    for _, path in ordinary[keep:]:
+        # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under its name.
+        doomed = path.with_name(f".partial-{path.name}")
+        os.replace(path, doomed)
+    for doomed in state.glob(".partial-*"):
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _candidates(state: Path) -> list[tuple[int, Path]]:
+    """Steps and directories that are named like checkpoints, newest first."""
+    named = [(_NAME.fullmatch(path.name), path) for path in state.iterdir() if path.is_dir()]
+    return sorted(((int(match[1]), path) for match, path in named if match), reverse=True)
+
+
+def read(path: Path) -> Checkpoint:
+    """Open a checkpoint and verify every file.
+
+    Raises:
+        ValueError: it is not whole, changed, or belongs to another run.
+    """
+    if not (path / "manifest.json").is_file():
+        raise ValueError("it has no manifest.json")
+    manifest = store.read_json(path / "manifest.json")
+    try:
+        run, step, files = manifest["run"], manifest["step"], manifest["files"]
+        found = Checkpoint(path, step, manifest["milestone"], manifest["values"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"its manifest lacks {error}") from error
+    if run != path.parent.name or path.name != f"step-{step:08d}":
+        raise ValueError(f"it belongs to step {step} of {run}")
+    for name, digest in files.items():
+        if not (path / name).is_file() or store.file_digest(path / name) != digest:
+            raise ValueError(f"{name} is missing, truncated or changed")
+    return found
+
+
+def find(state: Path, target: int, unit: str = "step") -> Checkpoint | None:
+    """Find the checkpoint from which a run to step ``target`` goes on.
+
+    That is the one of exactly that step, or else the newest. Those that are not whole are passed over with a warning.
+
+    Returns:
+        None where there is none.
+
+    Raises:
+        ValueError: training is already beyond ``target`` and no checkpoint of that step was kept.
+    """
+    candidates = _candidates(state)
+    for _, path in sorted(candidates, key=lambda candidate: (candidate[0] != target, -candidate[0])):
+        try:
+            found = read(path)
+        except (ValueError, OSError) as error:
+            log.warning("checkpoint %s is passed over: %s", path, error)
+            continue
+        if found.step > target:
+            kept = ", ".join(str(step) for step, _ in reversed(candidates))
+            raise ValueError(
+                f"training in {state} is already at {unit} {found.step}, and {unit} {target} was not kept (there are: "
+                f"{kept}); ask for one of these or more, or remove the directory to start anew"
+            )
+        return found
+    return None
+
+
+def save_ema(path: str | Path, model: DiT, metadata: Mapping[str, Any]) -> str:
+    """Publish EMA weights: safetensors in the published names, sizes and provenance as JSON metadata.
+
+    Args:
+        model: the averaged model.
+        metadata: provenance; ``model`` (the sizes) and ``digest`` are added.
+
+    Returns:
+        The digest of the weights.
+    """
+    arrays = {name: tensor.detach().cpu().float().numpy() for name, tensor in model.state_dict().items()}
+    return store.write_arrays(path, arrays, {**metadata, "model": asdict(model.config)})
+
+
+def load_ema(path: str | Path, device: torch.device | str = "cpu") -> tuple[DiT, dict[str, Any]]:
+    """Read what :func:`save_ema` wrote: the model in evaluation mode, float32, without gradients, and its metadata.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, no file of ours, or its tensors do not fit its own sizes.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at '{path}'; run train, or import the published ones")
+    arrays, metadata = store.map_arrays(path)
+    try:
+        with torch.device("meta"):
+            model = DiT(DiTConfig(**metadata["model"]))
+        model.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, assign=True)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"'{path}' holds no DiT that fits its own metadata ({error}); make it again") from error
+    return model.to(device).eval().requires_grad_(False), metadata

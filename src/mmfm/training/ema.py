@@ -1,0 +1,33 @@
+"""Exponential moving average of a model's weights."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class Ema:
+    """A second copy of a model whose parameters follow the first: ema <- decay * ema + (1 - decay) * weights.
+
+    It starts at the model and is updated after every optimiser step (Karras et al. 2024, "Analyzing and Improving the
+    Training Dynamics of Diffusion Models", discuss the choice of the decay).
+
+    Args:
+        model: the module that owns the parameters. A compiled or distributed wrapper shares them, so the average moves
+            whatever runs the forward pass.
+        decay: in [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        # Frozen parameters are equal in both from the start.
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        own, others = dict(self.module.named_parameters()), dict(model.named_parameters())
+        self._pairs = [own[name] for name in trained], [others[name] for name in trained]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the model's present weights, all tensors in one call."""
+        averages, weights = self._pairs
+        torch._foreach_lerp_(averages, weights, 1 - self.decay)

@@ -1,0 +1,38 @@
+"""Learning rates as functions of the step alone, so that a restarted run needs no schedule state."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ConstantThenLinear:
+    """Constant, then falling linearly, then constant again.
+
+    Attributes:
+        lr: learning rate until ``constant_steps``.
+        final_lr: learning rate from ``end_step`` on.
+        constant_steps: steps before the fall begins.
+        end_step: step at which the fall ends; above ``constant_steps``.
+    """
+
+    lr: float
+    final_lr: float
+    constant_steps: int
+    end_step: int
+
+    def __call__(self, step: int) -> float:
+        """Learning rate of step ``step``, counted from 0."""
+        share = (step - self.constant_steps) / (self.end_step - self.constant_steps)
+        return self.lr + (self.final_lr - self.lr) * min(1.0, max(0.0, share))
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Half a cosine from ``lr`` to 0 at ``horizon`` steps (Loshchilov and Hutter 2017, "SGDR", without restarts)."""
+
+    lr: float
+    horizon: int
+
+    def __call__(self, step: int) -> float:
+        """Learning rate of step ``step``, counted from 0; 0 from the horizon on."""
+        return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.horizon)))

@@ -1,0 +1,179 @@
+"""Path, times, solvers and guidance: parity with the reference and analytic checks."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from mmfm.flow.guidance import autoguidance, classifier_free_guidance
+from mmfm.flow.path import interpolate, shift_times, target_velocity, time_grid, time_shift, train_times
+from mmfm.flow.solver import euler, heun
+from mmfm.models.dit import DiT, DiTConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def schedule():
+    return json.loads((GOLDEN / "time_schedule.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with safe_open(GOLDEN / "dit_ddt_tiny.safetensors", "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    config = json.loads(metadata["config"])
+    fields = {}
+    for prefix, depth in (("model", config["depth"]), ("guide", json.loads(metadata["guide_depth"]))):
+        network = DiT(DiTConfig(**{**config, "depth": depth}, label_dropout=0.1)).eval().requires_grad_(False)
+        names = [name for name in tensors if name.startswith(f"{prefix}.")]
+        network.load_state_dict({name.removeprefix(f"{prefix}."): tensors.pop(name) for name in names})
+        fields[prefix] = network
+    interval = tuple(json.loads(metadata["interval"]))
+    return tensors, fields["model"], fields["guide"], interval, int(metadata["null_label"])
+
+
+def assert_parity(actual, expected):
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_interpolation_runs_from_data_to_source_at_the_target_velocity():
+    data, source = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    t = torch.tensor([0.0, 1.0, 0.25])
+    x = interpolate(data, source, t)
+    assert torch.equal(x[0], data[0]) and torch.equal(x[1], source[1])
+    torch.testing.assert_close(x[2], 0.75 * data[2] + 0.25 * source[2])
+    step = interpolate(data, source, t + 0.5) - x
+    torch.testing.assert_close(step / 0.5, target_velocity(data, source))
+
+
+def test_shift_and_grid_equal_reference(schedule):
+    shift = time_shift((768, 16, 16))
+    assert shift == pytest.approx(schedule["shift"], rel=1e-12)
+    grid = time_grid(50, shift)
+    assert grid.dtype == torch.float32
+    assert_parity(grid, torch.tensor(schedule["euler_time_grid_50"]))
+
+
+def test_training_times_follow_the_reference_distribution(schedule):
+    uniform = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    times = train_times(uniform, schedule["shift"])
+    assert times.dtype == torch.float32
+    for level, expected in schedule["train_time_quantiles"].items():
+        # 2 million draws determine the 1 % quantile to about 1e-3 and the inner ones better.
+        assert times.double().quantile(float(level)).item() == pytest.approx(expected, abs=1.5e-3)
+
+
+def test_training_times_are_truncated_logit_normal():
+    edge = shift_times(torch.tensor(0.999), 6.928).item()
+    times = train_times(torch.tensor([0.0, 0.5, 1 - 2**-24, 1.0], dtype=torch.float64), 6.928)
+    assert times[0] == 0 and times.isfinite().all() and (times.diff() > 0).all()
+    assert times[1].item() == pytest.approx(6.928 / 7.928, rel=1e-6)
+    assert times[3].item() == pytest.approx(edge, abs=1e-4)
+    probit = math.sqrt(2) * torch.erfinv(torch.tensor(2 * 0.8 - 1, dtype=torch.float64)).item()
+    assert train_times(torch.tensor([0.8]), 1.0).item() == pytest.approx(1 / (1 + math.exp(-probit)), rel=1e-5)
+
+
+def test_euler_trajectory_equals_reference(golden):
+    tensors, model, *_ = golden
+    states = [tensors["x"]]
+    final = euler(
+        partial(model, y=tensors["y"]), tensors["x"], time_grid(8, 3.0), on_step=lambda i, t, x: states.append(x)
+    )
+    assert_parity(torch.stack(states), tensors["euler_trajectory"])
+    assert torch.equal(final, states[-1])
+
+
+def test_heun_equals_reference(golden):
+    tensors, model, *_ = golden
+    assert_parity(heun(partial(model, y=tensors["y"]), tensors["x"], time_grid(5, 3.0)), tensors["heun_final"])
+
+
+@pytest.mark.parametrize("solver, order", [(euler, 1), (heun, 2)])
+def test_convergence_order(solver, order):
+    """dx/dt = x from t = 1 to 0: x(0) = x(1) / e; halving the step divides the error by 2 ** order."""
+    start, exact = torch.ones(2, 1), math.exp(-1)
+    errors = [
+        abs(solver(lambda x, t: x, start, torch.linspace(1, 0, steps + 1))[0].item() - exact) for steps in (8, 16)
+    ]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)
+
+
+def test_solver_keeps_float32_and_passes_batched_times():
+    seen = []
+
+    def velocity(x, t):
+        seen.append((x.dtype, t.dtype, tuple(t.shape)))
+        return x.bfloat16()
+
+    final = euler(velocity, torch.ones(3, 2, dtype=torch.bfloat16), torch.tensor([1.0, 0.999, 0.5]))
+    assert final.dtype == torch.float32
+    assert seen == [(torch.float32, torch.float32, (3,))] * 2
+
+
+@pytest.mark.parametrize("times", [[1.0], [0.0, 1.0], [1.0, 1.0]])
+def test_solver_refuses_a_grid_that_does_not_decrease(times):
+    with pytest.raises(ValueError, match="decreasing"):
+        euler(lambda x, t: x, torch.ones(1, 1), torch.tensor(times))
+
+
+def test_time_grid_refuses_one_point():
+    with pytest.raises(ValueError, match="time_points = 1"):
+        time_grid(1, 1.0)
+
+
+def test_autoguidance_equals_reference(golden):
+    tensors, model, guide, interval, _ = golden
+    y = tensors["y"]
+    field = autoguidance(partial(model, y=y), partial(guide, y=y), scale=1.5, interval=interval)
+    assert_parity(field(tensors["x"], tensors["t"]), tensors["autoguided_velocity"])
+
+
+def test_classifier_free_guidance_equals_reference(golden):
+    tensors, model, _, interval, null_label = golden
+    field = classifier_free_guidance(model, tensors["y"], null_label, scale=2.0, interval=interval)
+    assert_parity(field(tensors["x"], tensors["t"]), tensors["cfg_velocity"])
+
+
+def test_each_network_runs_once_on_the_batch_and_the_guide_only_where_needed():
+    batches = {"model": [], "guide": []}
+
+    def record(name, factor):
+        return lambda x, t: batches[name].append(len(x)) or factor * x
+
+    field = autoguidance(record("model", 3.0), record("guide", 1.0), scale=1.5, interval=(0.2, 0.6))
+    x = torch.ones(4, 2)
+    inside = field(x, torch.full((4,), 0.2))
+    mixed = field(x, torch.tensor([0.1, 0.2, 0.6, 0.7]))
+    outside = field(x, torch.full((4,), 0.7))
+    torch.testing.assert_close(inside, 4 * x)
+    torch.testing.assert_close(mixed[:, 0], torch.tensor([3.0, 4.0, 4.0, 3.0]))
+    torch.testing.assert_close(outside, 3 * x)
+    assert batches == {"model": [4, 4, 4], "guide": [4, 4]}
+
+
+def test_classifier_free_guidance_doubles_the_batch_only_inside_the_interval():
+    batches = []
+
+    def velocity(x, t, y):
+        batches.append(y.tolist())
+        return y.float()[:, None] * x
+
+    field = classifier_free_guidance(velocity, torch.tensor([1, 2]), null_label=9, scale=2.0, interval=(0.0, 0.5))
+    x = torch.ones(2, 1)
+    torch.testing.assert_close(field(x, torch.full((2,), 0.5)), torch.tensor([[-7.0], [-5.0]]))
+    torch.testing.assert_close(field(x, torch.full((2,), 0.6)), torch.tensor([[1.0], [2.0]]))
+    assert batches == [[1, 2, 9, 9], [1, 2]]
+
+
+def test_guidance_scale_one_is_the_model_and_bad_intervals_are_refused():
+    x, t = torch.randn(2, 3), torch.tensor([0.2, 0.9])
+    field = autoguidance(lambda x, t: 2 * x, lambda x, t: -x, scale=1.0)
+    torch.testing.assert_close(field(x, t), 2 * x)
+    with pytest.raises(ValueError, match=r"interval \(0.8, 0.1\)"):
+        autoguidance(lambda x, t: x, lambda x, t: x, scale=1.0, interval=(0.8, 0.1))

@@ -1,0 +1,290 @@
+"""Pretrain the demo's encoder on Fashion-MNIST without labels (see ``--help``)."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+import mmfm.infra.torchvision_ops  # noqa: F401  transformers imports torchvision
+from fashion_mnist import (
+    DEMO,
+    ProgressLine,
+    Split,
+    add_common_arguments,
+    batch_indices,
+    describe_settings,
+    load_checkpoint,
+    load_splits,
+    mixture_purity,
+    nearest_neighbour_accuracy,
+    save_checkpoint,
+    save_weights,
+    write_json,
+)
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+DESCRIPTION = """\
+Pretrain a tiny DINOv2-with-registers encoder on the 60,000 training images of Fashion-MNIST, without labels.
+
+Two random views of each image go through the encoder. The global token learns to tell which two views belong together
+(SimCLR); the patch tokens learn to carry the pixels, so that a decoder can draw the image from them.
+Labels serve the evaluation alone: the accuracy of 20 nearest neighbours among the global tokens of 5,000 training
+images, and the purity of a mixture of ten components on those of the test images, both beside the same on pixels.
+"""
+REGISTERS, SIZE, PATCH = 4, 32, 8
+MEAN, STD = 0.5, 0.5
+
+
+def build_encoder(width: int, depth: int) -> Dinov2WithRegistersModel:
+    """An encoder of 32x32 RGB images into 16 patch tokens, whose final layer norm has no affine.
+
+    The pipeline drops that affine, so nothing may be learned in it: weight 1, bias 0, never trained.
+    """
+    config = Dinov2WithRegistersConfig(
+        image_size=SIZE,
+        patch_size=PATCH,
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=width // 32,
+        mlp_ratio=4,
+        num_register_tokens=REGISTERS,
+        drop_path_rate=0.0,
+        layerscale_value=1.0,
+    )
+    encoder = Dinov2WithRegistersModel(config)
+    encoder.layernorm.requires_grad_(False)
+    return encoder
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Grey values in [0, 1], float32 (B, 1, 32, 32), to the encoder's input (B, 3, 32, 32)."""
+    return ((pixels - MEAN) / STD).expand(-1, 3, -1, -1)
+
+
+def augment(pixels: Tensor, options: argparse.Namespace, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A random view of each image: crop, aspect, rotation and flip in one resampling; tone; an erased rectangle.
+
+    Aspect and rotation stay small, because a garment's outline tells its class.
+
+    Args:
+        pixels: float32 (B, 1, 32, 32) in [0, 1].
+
+    Returns:
+        The views, and the same before erasing, both float32 (B, 1, 32, 32) in [0, 1].
+    """
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(len(pixels), generator=generator)
+
+    side, aspect = uniform(options.min_area, 1.0).sqrt(), uniform(-0.15, 0.15).exp()
+    width, height = side * aspect, side / aspect
+    mirror = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
+    angle = uniform(-0.2, 0.2)
+    shift_x, shift_y = (uniform(-1, 1) * (1.05 - extent).clamp(min=0) for extent in (width, height))
+    row_x = torch.stack([width * angle.cos() * mirror, -height * angle.sin(), shift_x], 1)
+    row_y = torch.stack([width * angle.sin() * mirror, height * angle.cos(), shift_y], 1)
+    grid = functional.affine_grid(torch.stack([row_x, row_y], 1), list(pixels.shape), align_corners=False)
+    view = functional.grid_sample(pixels, grid, align_corners=False)
+
+    tone = options.tone
+    gain, gamma = uniform(1 - tone, 1 + tone), uniform(-tone, tone).exp()
+    view = (view.clamp(min=1e-6) ** gamma.view(-1, 1, 1, 1) * gain.view(-1, 1, 1, 1)).clamp(0, 1)
+
+    erased_width = uniform(6, 16)
+    erased_height = torch.where(uniform(0, 1) < options.erase, uniform(6, 16), 0.0)
+    inside_x = _interval(uniform(0, 1) * (SIZE - erased_width), erased_width)
+    inside_y = _interval(uniform(0, 1) * (SIZE - erased_height), erased_height)
+    inside = (inside_y[:, :, None] & inside_x[:, None, :])[:, None]
+    return torch.where(inside, uniform(0, 1).view(-1, 1, 1, 1), view), view
+
+
+def _interval(start: Tensor, length: Tensor) -> Tensor:
+    """Which pixel positions lie in [start, start + length): bool (B, 32)."""
+    position = torch.arange(SIZE)
+    return (position >= start[:, None]) & (position < (start + length)[:, None])
+
+
+class Objective(nn.Module):
+    """The contrastive loss of the global token and the pixel loss of the patch tokens, with heads that are dropped.
+
+    Source: Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", equation 1.
+    """
+
+    def __init__(self, width: int, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.projection = nn.Sequential(
+            nn.Linear(width, 256), nn.BatchNorm1d(256), nn.GELU(), nn.Linear(256, 64), nn.BatchNorm1d(64, affine=False)
+        )
+        self.pixels = nn.Linear(width, PATCH * PATCH)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Contrastive and pixel loss.
+
+        Args:
+            tokens: float32 (2B, 1 + R + N, C), the first views' tokens above the second views'.
+            targets: float32 (2B, 1, 32, 32) in [0, 1], the views before erasing.
+        """
+        projected = functional.normalize(self.projection(tokens[:, 0]), dim=1)
+        count = len(projected)
+        similarity = (projected @ projected.T / self.temperature).fill_diagonal_(-math.inf)
+        other_view = (torch.arange(count) + count // 2) % count
+        contrast = functional.cross_entropy(similarity, other_view)
+        patches = targets.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).reshape(count, -1, PATCH * PATCH)
+        drawn = self.pixels(tokens[:, 1 + REGISTERS :])
+        return contrast, functional.mse_loss(drawn, (patches - MEAN) / STD)
+
+
+@torch.no_grad()
+def encode(encoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Global tokens (N, C) and patch tokens (N, 16, C), float32, of uint8 images (N, 3, 32, 32)."""
+    tokens = torch.cat([encoder(normalise(x[:, :1] / 255)).last_hidden_state for x in images.split(500)])
+    return tokens[:, 0], tokens[:, 1 + REGISTERS :]
+
+
+def evaluate(encoder: nn.Module, train: Split, test: Split) -> dict[str, float]:
+    """Nearest-neighbour accuracy and mixture purity of global tokens, and the pixels a linear map of patch tokens draws.
+
+    ``decoded`` is the share of the test pixels' variance that a least-squares map of each patch token to its own patch,
+    fitted to 2,000 training images, explains.
+    """
+    reference, labels = train.images[:5000], train.labels[:5000]
+    (reference_global, reference_patches), (test_global, test_patches) = (
+        encode(encoder, images) for images in (reference, test.images)
+    )
+    inputs, outputs = _with_constant(reference_patches[:2000]), _patch_pixels(reference[:2000])
+    fitted = torch.linalg.lstsq(inputs, outputs, driver="gelsd").solution
+    pixels = _patch_pixels(test.images)
+    residual = pixels - _with_constant(test_patches) @ fitted
+    return {
+        "knn": nearest_neighbour_accuracy(reference_global, labels, test_global, test.labels),
+        "purity": mixture_purity(test_global, test.labels),
+        "decoded": 1 - (residual.square().mean() / pixels.var()).item(),
+    }
+
+
+def _with_constant(tokens: Tensor) -> Tensor:
+    return functional.pad(tokens.flatten(0, 1), (0, 1), value=1.0)
+
+
+def _patch_pixels(images: Tensor) -> Tensor:
+    grey = images[:, 0].float() / 255
+    return grey.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).reshape(-1, PATCH * PATCH)
+
+
+def evaluate_pixels(train: Split, test: Split) -> dict[str, float]:
+    """The same measures of the grey pixels themselves, by Euclidean distance, which suits them better than cosine."""
+    reference, queries = (split.images[:, 0].float().flatten(1) / 255 for split in (train, test))
+    knn = nearest_neighbour_accuracy(reference[:5000], train.labels[:5000], queries, test.labels, metric="euclidean")
+    return {"pixel_knn": knn, "pixel_purity": mixture_purity(queries, test.labels)}
+
+
+def publish(encoder: Dinov2WithRegistersModel, folder: Path, metadata: dict[str, object]) -> None:
+    """Write an encoder in the Hugging Face layout; the weights come last, so that a folder with weights is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**encoder.config.to_diff_dict(), "architectures": [type(encoder).__name__], "dtype": "float16"}
+    write_json(folder / "config.json", config)
+    processor = {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": SIZE},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": SIZE, "width": SIZE},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [MEAN] * 3,
+        "image_std": [STD] * 3,
+    }
+    write_json(folder / "preprocessor_config.json", processor)
+    save_weights(folder / "model.safetensors", encoder.state_dict(), metadata)
+
+
+def parse_options() -> argparse.Namespace:
+    """Options of the command line; the defaults are those of the committed weights."""
+    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser, steps=3600)
+    parser.add_argument("--out", type=Path, default=DEMO / "encoder", help="folder of the weights and both configs")
+    parser.add_argument("--width", type=int, default=96, help="of the tokens, in multiples of 32 (one head each)")
+    parser.add_argument("--depth", type=int, default=6, help="transformer layers")
+    parser.add_argument("--batch", type=int, default=128, help="images a step, two views each")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--temperature", type=float, default=0.2, help="of the contrastive loss")
+    parser.add_argument("--pixel-weight", type=float, default=1.0, help="of the pixel loss beside the contrastive one")
+    parser.add_argument("--min-area", type=float, default=0.6, help="smallest share of the image that a crop shows")
+    parser.add_argument("--tone", type=float, default=0.28, help="strength of the changes of gain and gamma")
+    parser.add_argument("--erase", type=float, default=0.25, help="share of the views that lose a rectangle")
+    return parser.parse_args()
+
+
+def build_optimiser(modules: list[nn.Module], lr: float) -> torch.optim.Optimizer:
+    """AdamW that decays matrices alone."""
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+
+
+def learning_rate(step: int, options: argparse.Namespace) -> float:
+    """Linear warmup over a twentieth of the steps, then half a cosine to zero."""
+    warm = max(1, options.steps // 20)
+    if step < warm:
+        return options.lr * (step + 1) / warm
+    return options.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (options.steps - warm)))
+
+
+def main() -> None:
+    options = parse_options()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    train, test = load_splits(options.data)
+    settings = describe_settings(options, train.digest)
+    encoder = build_encoder(options.width, options.depth)
+    objective = Objective(options.width, options.temperature)
+    optimiser = build_optimiser([encoder, objective], options.lr)
+    checkpoint, parts = options.out / "checkpoint.pt", {"encoder": encoder, "objective": objective, "optimiser": optimiser}
+    start, seconds = load_checkpoint(checkpoint, settings, **parts)
+    progress = ProgressLine(options.steps, start, seconds)
+    for step in range(start, options.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, options)
+        generator = torch.Generator().manual_seed((options.seed + 1) * 1_000_000_007 + step)
+        chosen = batch_indices(step, options.batch, len(train.images), options.seed)
+        pixels = train.images[chosen, :1] / 255
+        (first, first_target), (second, second_target) = (augment(pixels, options, generator) for _ in range(2))
+        tokens = encoder(normalise(torch.cat([first, second]))).last_hidden_state
+        contrast, drawn = objective(tokens, torch.cat([first_target, second_target]))
+        optimiser.zero_grad()
+        (contrast + options.pixel_weight * drawn).backward()
+        nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
+        optimiser.step()
+        done = step + 1
+        if done % 50 == 0:
+            progress.print(done, contrast=contrast.item(), pixels=drawn.item())
+        if done % options.evaluate_every == 0 and done < options.steps:
+            print("  " + json.dumps(evaluate(encoder, train, test)), flush=True)
+        if done % options.checkpoint_every == 0:
+            save_checkpoint(checkpoint, settings, done, progress.seconds(), **parts)
+
+    minutes = round(progress.seconds() / 60, 1)
+    # What is measured is what is stored: the weights after their rounding to float16.
+    encoder.half().float()
+    measures = {**evaluate(encoder, train, test), **evaluate_pixels(train, test)}
+    metadata = {"script": "tools/pretrain_encoder.py", **settings, "measures": measures, "minutes": minutes}
+    publish(encoder, options.out, metadata)
+    checkpoint.unlink(missing_ok=True)
+    parameters = sum(p.numel() for p in encoder.parameters())
+    print(f"{parameters:,} parameters, {minutes} minutes\n{json.dumps(measures, indent=1)}")
+
+
+if __name__ == "__main__":
+    main()
