@@ -35,7 +35,8 @@ rule train:
         unpack(mixture_inputs),
         listing=LISTING,
         stats=rules.latent_stats.output.stats,
-        decoder=DECODER,
+        # Only the previews need it, so a newer decoder does not train the model again.
+        decoder=ancient(DECODER),
     output:
         ema=TRAIN + "ema.safetensors",
         history=TRAIN + "history.jsonl",

@@ -20,6 +20,10 @@ from mmfm.demo import pad_to_rgb, read_idx, sha256
 DEMO = Path(__file__).resolve().parent.parent / "resources" / "demo"
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the description's lines and shows every default."""
+
+
 @dataclass(frozen=True)
 class Split:
     """Images of one split as uint8 (N, 3, 32, 32), labels as int64 (N,), and the SHA-256 of the images' file."""
@@ -41,8 +45,10 @@ def add_common_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
     )
     parser.add_argument("--steps", type=int, default=steps, help="optimiser steps; the learning rate ends with them")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights, the batches and augmentations")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; also set OMP_NUM_THREADS on a busy machine")
-    parser.add_argument("--evaluate-every", type=int, default=500, metavar="STEPS")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU; set OMP_NUM_THREADS to the same")
+    parser.add_argument(
+        "--evaluate-every", type=int, default=500, metavar="STEPS", help="measure on the test images every so often"
+    )
     parser.add_argument(
         "--checkpoint-every",
         type=int,
@@ -121,10 +127,10 @@ def write_json(path: Path, content: dict[str, object]) -> None:
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, object]) -> None:
-    """Write float16 safetensors whole or not at all; metadata values that are not strings are written as JSON."""
+    """Write safetensors, floats as float16, whole or not at all; metadata that is not a string is written as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = {k: v if isinstance(v, str) else json.dumps(v, sort_keys=True) for k, v in metadata.items()}
-    halves = {name: tensor.detach().half().contiguous() for name, tensor in tensors.items()}
+    halves = {name: (x.half() if x.is_floating_point() else x).contiguous() for name, x in tensors.items()}
     partial = path.with_name(path.name + ".part")
     save_file(halves, partial, {"format": "pt", **text})
     partial.chmod(0o644)
@@ -160,7 +166,8 @@ def load_checkpoint(path: Path, settings: dict[str, object], **parts: Stateful) 
         return 0, 0.0
     checkpoint = torch.load(path, weights_only=True)
     if checkpoint["settings"] != settings:
-        raise ValueError(f"{path} is of a run with other settings, {checkpoint['settings']}: finish that run or delete it")
+        other = checkpoint["settings"]
+        raise ValueError(f"{path} is of a run with other settings, {other}: finish that run, or delete the file")
     for name, part in parts.items():
         part.load_state_dict(checkpoint["states"][name])
     print(f"resumed from {path} at step {checkpoint['done']}", flush=True)

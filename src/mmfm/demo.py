@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
+"""Names of Fashion-MNIST's labels 0 to 9."""
+
 _IDX_UINT8 = 0x08
 
 

@@ -104,7 +104,7 @@ def _encode_shard(
         index = rows[int(broken[0])]
         raise ValueError(f"the encoder gives NaN or Inf for image {index} '{listing.path(index)}'; check the weights")
     array[rows.start : rows.stop] = block
-    store.write_arrays(marker, moments.arrays(), {"tokens_digest": store.array_digest(block)})
+    store.write_arrays(marker, moments.to_arrays(), {"tokens_digest": store.array_digest(block)})
 
 
 def _publish(
@@ -119,7 +119,7 @@ def _publish(
         part = Moments.from_arrays(arrays)
         merged = part if merged is None else merged.merge(part)
     provenance = {"listing_digest": listing.digest, "encoder_digest": encoder_digest, "settings": identity}
-    store.write_arrays(out_moments, merged.arrays(), provenance)
+    store.write_arrays(out_moments, merged.to_arrays(), provenance)
     tokens.finish(partial, {"digest": store.fingerprint([listing.digest, *digests]), **provenance})
     store.publish_directory(partial, out_tokens)
     shutil.rmtree(state)

@@ -49,11 +49,21 @@ class Ranks:
         return values
 
     def from_main(self, make: Callable[[], Any]) -> Any:
-        """Call ``make`` on the main process and return its result, which must be picklable, on every process."""
+        """Call ``make`` on the main process and return its result, which must be picklable, on every process.
+
+        An exception is raised on every process too: the others must not wait for a main process that is gone.
+        """
         if self.world == 1:
             return make()
-        box = [make() if self.is_main else None]
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box[0] = make()
+            except Exception as error:
+                box[1] = error
         dist.broadcast_object_list(box, src=0)
+        if box[1] is not None:
+            raise box[1]
         return box[0]
 
 
@@ -88,13 +98,21 @@ def process_group() -> Iterator[Ranks]:
 class StopRequest:
     """Remembers that SIGTERM, SIGINT or SIGUSR1 arrived, so that a loop can end at a step boundary.
 
-    Ranks must leave at the same step: ask :meth:`agreed` at points that all of them pass.
+    Ranks must leave at the same step: ask :meth:`agreed` at points that all of them pass. As a context manager it puts
+    the former handlers back at the end.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._remember)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        self._former = {number: signal.signal(number, self._remember) for number in numbers}
+
+    def __enter__(self) -> "StopRequest":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, frame: Any) -> None:
         if self.signal is not None:  # a second request: the person does not want to wait
@@ -102,6 +120,7 @@ class StopRequest:
         self.signal = number
 
     def agreed(self, ranks: Ranks) -> bool:
-        """Whether any process was asked to stop. A collective call."""
-        flag = torch.tensor([float(self.signal is not None)], device=ranks.device)
-        return bool(ranks.sum(flag).item() > 0)
+        """Whether any process was asked to stop. A collective call, between CPUs: it does not wait for a GPU."""
+        if ranks.world == 1:
+            return self.signal is not None
+        return bool(ranks.sum(torch.tensor([float(self.signal is not None)])).item() > 0)

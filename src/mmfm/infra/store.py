@@ -17,6 +17,10 @@ from typing import Any
 
 import numpy as np
 
+# The umask can only be read by setting it, so it is read once, before there are threads.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 _SAFETENSORS_DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -82,6 +86,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     try:
         yield partial
+        partial.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner can read
         _sync(partial)
         os.replace(partial, path)
         _sync(path.parent)

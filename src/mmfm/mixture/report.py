@@ -1,0 +1,116 @@
+"""What there is to say about a fitted mixture: numbers for report.json and two pictures."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmfm.infra import store
+from mmfm.mixture.gaussian import Mixture
+
+
+def n_parameters(mixture: Mixture) -> int:
+    """Return the number of free parameters: means, variances, and weights that sum to 1."""
+    return mixture.means.numel() + mixture.variances.numel() + mixture.n_components - 1
+
+
+def effective_number(shares: np.ndarray) -> float:
+    """Return exp(entropy) of non-negative shares (K,): K where all are equal, 1 where one has everything."""
+    p = shares[shares > 0] / shares.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def agreement_with_classes(labels: np.ndarray, classes: np.ndarray) -> tuple[float, float]:
+    """Compare components (N,) with class labels (N,), both integers from 0.
+
+    Returns:
+        Purity (share of images in the majority class of their component) and normalised mutual information (divided by
+        the mean of the two entropies), both 1 for components that are the classes.
+    """
+    width = int(classes.max()) + 1
+    joint = np.bincount(labels.astype(np.int64) * width + classes, minlength=(int(labels.max()) + 1) * width)
+    joint = joint.reshape(-1, width) / len(labels)
+    p_mode, p_class = joint.sum(1), joint.sum(0)
+    entropies = [-(p[p > 0] * np.log(p[p > 0])).sum() for p in (p_mode, p_class, joint)]
+    mutual = entropies[0] + entropies[1] - entropies[2]
+    mean = (entropies[0] + entropies[1]) / 2
+    return float(joint.max(1).sum()), float(np.clip(mutual / mean, 0, 1)) if mean > 0 else 1.0
+
+
+def summarise(
+    mixture: Mixture, labels: np.ndarray, counts: np.ndarray, log_likelihood: float, classes: np.ndarray
+) -> dict[str, Any]:
+    """Return the numbers of a fit as JSON values.
+
+    Args:
+        labels: (N,) component of every row.
+        counts: (K,) rows of every component.
+        log_likelihood: mean over the rows under the final parameters, nats.
+        classes: (N,) class labels; with one class there is nothing to compare with.
+    """
+    n, p = len(labels), n_parameters(mixture)
+    weights = mixture.weights.cpu().numpy()
+    active = counts[counts > 0]
+    report = {
+        "n_images": n,
+        "n_components": mixture.n_components,
+        "active_components": len(active),
+        "empty_components": int((counts == 0).sum()),
+        "images_per_active_component": {
+            "min": int(active.min()), "median": float(np.median(active)), "max": int(active.max())
+        },
+        "effective_number_by_weights": effective_number(weights),
+        "effective_number_by_counts": effective_number(counts),
+        "log_likelihood": log_likelihood,
+        "parameters": p,
+        "bic": -2 * log_likelihood * n + p * float(np.log(n)),
+        "aic": -2 * log_likelihood * n + 2 * p,
+    }  # fmt: skip
+    if len(np.unique(classes)) > 1:
+        report["class_purity"], report["class_nmi"] = agreement_with_classes(labels, classes)
+    return report
+
+
+def plot_likelihood(path: Path, lower_bounds: tuple[float, ...], converged: bool) -> None:
+    """Draw the mean log-likelihood against the iteration."""
+    axes, save = _figure(path)
+    axes.plot(range(1, len(lower_bounds) + 1), lower_bounds, marker="o", markersize=3, linewidth=1.5)
+    axes.set_xlabel("EM iteration")
+    axes.set_ylabel("mean log-likelihood (nats per image)")
+    axes.set_title("converged" if converged else "stopped at gmm.max_iter", fontsize=10)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    save()
+
+
+def plot_weights(path: Path, weights: np.ndarray, counts: np.ndarray) -> None:
+    """Draw the components' weights and shares of images, each in descending order, (K,) both."""
+    axes, save = _figure(path)
+    rank = np.arange(1, len(weights) + 1)
+    shares = np.sort(counts)[::-1] / counts.sum()
+    axes.plot(rank, np.sort(weights)[::-1], label="mixture weight")
+    axes.plot(rank[shares > 0], shares[shares > 0], label="share of images (largest posterior)", linestyle="--")
+    axes.axhline(1 / len(weights), color="0.6", linewidth=1, label="1 / K")
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=min(shares[shares > 0].min(), 1 / len(weights)) / 10)
+    axes.set_xlabel("component, largest first")
+    axes.set_ylabel("share")
+    axes.set_title(f"{(counts > 0).sum():,} of {len(counts):,} components have images", fontsize=10)
+    axes.legend(frameon=False)
+    save()
+
+
+def _figure(path: Path):  # noqa: ANN202 - matplotlib is imported only here
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+    def save() -> None:
+        with store.whole_file(path) as partial:
+            figure.savefig(partial)
+
+    return axes, save

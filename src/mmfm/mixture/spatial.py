@@ -1,0 +1,314 @@
+"""The stage spatial_gmm: mean latent and one variance of every mode, streamed image by image.
+
+The images are read sorted by mode through one continuous loader, in batches that hang on the modes' counts alone, and
+nothing of a latent is kept but its contribution to the moments of its mode. At [768, 16, 16] these take 3 MB.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+
+from mmfm import config, data
+from mmfm.infra import store
+from mmfm.infra.distributed import Ranks
+from mmfm.infra.progress import Progress
+from mmfm.statistics import Moments
+
+VERSION = 1
+
+GROUP_BATCHES = 4
+"""Whole batches that a group of small modes fills: the larger, the fewer part-filled batches and the coarser the deal."""
+
+Encode = Callable[[Tensor], Tensor]
+"""Images (B, 3, h, w) float32 in [0, 1] -> normalised latents (B, C, H, W) float32."""
+
+
+@dataclass(frozen=True)
+class SpatialMixture:
+    """Mixture of K spherical Gaussians over latents (C, H, W), opened from ``spatial_gmm.zarr``.
+
+    Attributes:
+        means: zarr array (K, C, H, W) float32, one chunk a mode; 6.4 GB at K = 8192 and [768, 16, 16].
+        variances: (K,) float64.
+        weights: (K,) float64, sum 1.
+        counts: (K,) int64, images of each mode (flips not counted).
+        attributes: ``digest`` and the digests of what it was made from.
+    """
+
+    means: Any
+    variances: np.ndarray
+    weights: np.ndarray
+    counts: np.ndarray
+    attributes: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "SpatialMixture":
+        """Open a finished store read-only; the means are not read.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is unfinished or something else.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"no spatial mixture at '{path}'; run the stage spatial_gmm")
+        try:
+            group = zarr.open_group(path, mode="r")
+            small = (group[name][:] for name in ("variances", "weights", "counts"))
+            result = cls(group["means"], *small, dict(group.attrs))
+        except (KeyError, ValueError, OSError, TypeError) as error:
+            raise ValueError(f"'{path}' is no spatial mixture ({error}); delete it, run spatial_gmm again") from error
+        if "digest" not in result.attributes:
+            raise ValueError(f"spatial mixture '{path}' is not whole; delete it and run spatial_gmm again")
+        return result
+
+    @property
+    def n_components(self) -> int:
+        """Number of modes K."""
+        return self.means.shape[0]
+
+    def load_means(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+        """Read the means (K, C, H, W) onto a device, 256 MB at a time."""
+        result = torch.empty(self.means.shape, dtype=dtype, device=device)
+        block = max(1, (256 << 20) // (4 * math.prod(self.means.shape[1:])))
+        for part in data.ranges(0, self.n_components, block):
+            result[part.start : part.stop] = torch.from_numpy(self.means[part.start : part.stop])
+        return result
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which images are encoded together. A function of the labels and the batch size, never of what is left to do.
+
+    The images are sorted by mode, then by index. Consecutive modes form groups; a group is cut into batches without
+    regard to its modes, so that 8192 modes of 156 images fill their batches. Groups are what processes are dealt.
+
+    Attributes:
+        order: (N,) int64, image at every position.
+        offsets: (K + 1,) int64, the positions of mode k are [offsets[k], offsets[k + 1]).
+        groups: ranges of modes, in order; together all modes.
+        batch_size: images of a batch; fewer in the last one of a group.
+    """
+
+    order: np.ndarray
+    offsets: np.ndarray
+    groups: list[range]
+    batch_size: int
+
+    @classmethod
+    def make(cls, labels: np.ndarray, n_components: int, batch_size: int) -> "Plan":
+        """Plan for labels (N,) in [0, n_components)."""
+        offsets = np.zeros(n_components + 1, np.int64)
+        np.cumsum(np.bincount(labels, minlength=n_components), out=offsets[1:])
+        groups, first = [], 0
+        for k in range(n_components):
+            if offsets[k + 1] - offsets[first] >= GROUP_BATCHES * batch_size or k == n_components - 1:
+                groups.append(range(first, k + 1))
+                first = k + 1
+        return cls(np.argsort(labels, kind="stable"), offsets, groups, batch_size)
+
+    def batches(self, group: range, done: set[int]) -> list[range]:
+        """Return the positions of those batches of a group that hold images of modes not in ``done``."""
+        needed = []
+        for batch in data.ranges(int(self.offsets[group.start]), int(self.offsets[group.stop]), self.batch_size):
+            if any(k not in done for k in self.modes(batch)):
+                needed.append(batch)
+        return needed
+
+    def modes(self, batch: range) -> list[int]:
+        """Return the modes that have images at the given positions, ascending."""
+        first = int(np.searchsorted(self.offsets, batch.start, side="right")) - 1
+        last = int(np.searchsorted(self.offsets, batch.stop, side="left"))
+        return [k for k in range(first, last) if self.offsets[k] < self.offsets[k + 1]]
+
+
+def deal(sizes: Sequence[int], world: int) -> list[list[int]]:
+    """Deal jobs to processes by the longest-processing-time rule (Graham 1969).
+
+    Returns:
+        For every process the numbers of its jobs, ascending; the largest load is at most 4/3 of the best possible.
+    """
+    hands: list[list[int]] = [[] for _ in range(world)]
+    loads = [0] * world
+    for job in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        lightest = loads.index(min(loads))
+        hands[lightest].append(job)
+        loads[lightest] += sizes[job]
+    return [sorted(hand) for hand in hands]
+
+
+def union_with_flips(moments: Moments) -> tuple[Tensor, float]:
+    """Return mean (C, H, W) and spherical variance of latents and their horizontal flips, from the latents' moments.
+
+    A flip is linear, so the union's mean is (m + flip m) / 2 and its population variance, averaged over C H W, is that
+    of the latents plus mean((m - flip m)^2) / 4.
+    """
+    mean, flipped = moments.mean, moments.mean.flip(-1)
+    variance = moments.variance().mean() + (mean - flipped).square().mean() / 4
+    return (mean + flipped) / 2, float(variance)
+
+
+@dataclass
+class _Accumulator:
+    """Moments of the modes that are being streamed; hands over each one with its last image."""
+
+    plan: Plan
+    done: set[int]
+    finish: Callable[[int, Moments], None]
+    current: dict[int, Moments] = field(default_factory=dict)
+
+    def add(self, batch: range, latents: Tensor) -> None:
+        """Add latents (B, C, H, W) of the images at consecutive positions."""
+        for k in self.plan.modes(batch):
+            if k in self.done:
+                continue
+            start, stop = int(self.plan.offsets[k]), int(self.plan.offsets[k + 1])
+            own = latents[max(start - batch.start, 0) : stop - batch.start]
+            moments = self.current.setdefault(k, Moments.zeros(tuple(latents.shape[1:]), latents.device))
+            moments.update(own)
+            if stop <= batch.stop:
+                self.finish(k, self.current.pop(k))
+                self.done.add(k)
+
+
+def fit(
+    listing: str | Path,
+    encode: Encode,
+    latent_shape: tuple[int, int, int],
+    labels: np.ndarray,
+    weights: np.ndarray,
+    out: str | Path,
+    sections: dict[str, Any],
+    digests: dict[str, str],
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Make the spatial mixture; contract in docs/stages.md.
+
+    A mode is finished when its marker exists, which is written after its row. A restarted run encodes the batches that
+    hold images of unfinished modes and leaves the finished ones alone, so its result is that of an undisturbed run.
+
+    Args:
+        listing: listing file of the training images.
+        latent_shape: (C, H, W) of ``encode``'s latents.
+        labels: (N,) mode of every image, in [0, K).
+        weights: (K,) weights of the modes.
+        out: the store; ``report.json`` is written beside it.
+        sections: built sections ``image``, ``encoder``, ``spatial_gmm``.
+        digests: ``listing_digest``, ``encoder_digest``, ``stats_digest``, ``gmm_digest``; become attributes.
+
+    Raises:
+        ValueError: labels that don't fit the listing, an unreadable image, latents that are not finite.
+    """
+    listing, out = Path(listing), Path(out)
+    n, k = len(data.Listing.open(listing)), len(weights)
+    if len(labels) != n or labels.min() < 0 or labels.max() >= k:
+        raise ValueError(
+            f"the assignment has {len(labels)} images in modes {labels.min()} to {labels.max()}, the listing {n} images "
+            f"and the mixture {k} modes; run fit_gmm again on this listing"
+        )
+    settings: config.SpatialGmm = sections["spatial_gmm"]
+    identity = config.identity(sections)
+    plan = Plan.make(labels, k, settings.batch_size)
+    state, done = ranks.from_main(lambda: _open_state(out, identity, digests, (k, *latent_shape)))
+    means = zarr.open_group(state / "spatial.zarr", mode="r+")["means"]
+
+    def finish(mode: int, moments: Moments) -> None:
+        mean, variance = union_with_flips(moments)
+        if not math.isfinite(variance):
+            raise ValueError(f"latents of images in mode {mode} are not finite; check the encoder and the statistics")
+        row = mean.float().cpu().numpy()
+        means[mode] = row
+        arrays = {"variance": np.array([variance]), "count": np.array([moments.count], np.int64)}
+        store.write_arrays(_marker(state, mode), arrays, {"row_digest": store.array_digest(row)})
+
+    left = [plan.batches(group, done) for group in plan.groups]
+    mine = deal([sum(map(len, batches)) for batches in left], ranks.world)[ranks.rank]
+    batches = [batch for group in mine for batch in left[group]]
+    indices = [plan.order[batch.start : batch.stop].tolist() for batch in batches]
+    images = data.image_batches(
+        listing, sections["image"].size, indices, settings.workers, pin=ranks.device.type == "cuda"
+    )
+    accumulator = _Accumulator(plan, set(done), finish)
+    with Progress("spatial_gmm", sum(map(len, batches)), "images", enabled=ranks.is_main) as progress:
+        if done:
+            progress.say(f"resuming with {len(done):,} modes finished")
+        for batch, (_, pixels) in zip(batches, images, strict=True):
+            accumulator.add(batch, encode(data.to_float(pixels, ranks.device)))
+            progress.advance(len(batch), note=f"{len(accumulator.done):,} modes")
+    ranks.barrier()
+    report = _publish(state, out, np.diff(plan.offsets), weights, digests) if ranks.is_main else {}
+    ranks.barrier()
+    return report
+
+
+def _marker(state: Path, mode: int) -> Path:
+    return state / f"component-{mode:05d}.safetensors"
+
+
+def _open_state(
+    out: Path, identity: dict[str, Any], digests: dict[str, str], shape: tuple[int, ...]
+) -> tuple[Path, set[int]]:
+    """Return the state directory with its partial store, and the modes that are finished."""
+    state = store.state_directory(out, "spatial_gmm", VERSION, identity, digests)
+    partial = state / "spatial.zarr"
+    if not (partial / "zarr.json").exists():
+        # Markers without a store: the kill came after the store was published. They speak of rows that are gone.
+        for stale in state.glob("component-*.safetensors"):
+            stale.unlink()
+        fresh = state / ".spatial.partial"
+        group = zarr.open_group(fresh, mode="w")
+        # One chunk a mode and no shards: processes then never write to the same file.
+        group.create_array("means", shape=shape, dtype="float32", chunks=(1, *shape[1:]), compressors=None)
+        store.publish_directory(fresh, partial)
+    return state, {int(path.stem.split("-")[1]) for path in state.glob("component-*.safetensors")}
+
+
+def _publish(
+    state: Path, out: Path, counts: np.ndarray, weights: np.ndarray, digests: dict[str, str]
+) -> dict[str, Any]:
+    """Check every row against its marker, fill in the modes without images, move the store into place."""
+    group = zarr.open_group(state / "spatial.zarr", mode="r+")
+    means, variances, row_digests = group["means"], np.empty(len(counts)), []
+    filled = np.flatnonzero(counts)
+    total = np.zeros(means.shape[1:])
+    for k in filled:
+        arrays, metadata = store.map_arrays(_marker(state, k))
+        row = means[int(k)]
+        if metadata["row_digest"] != store.array_digest(row) or arrays["count"][0] != counts[k]:
+            _marker(state, k).unlink()
+            raise ValueError(f"the row of mode {k} was damaged on disk; run the same command again to make it anew")
+        variances[k] = arrays["variance"][0]
+        row_digests.append(metadata["row_digest"])
+        total += row
+    empty = np.flatnonzero(counts == 0)
+    for k in empty:
+        means[int(k)] = (total / len(filled)).astype(np.float32)
+    variances[empty] = variances[filled].mean()
+    for name, values in (("variances", variances), ("weights", np.asarray(weights, np.float64)), ("counts", counts)):
+        group.create_array(name, data=values, chunks=values.shape, overwrite=True)
+    rows = np.frombuffer("".join(row_digests).encode(), np.uint8)
+    digest = store.array_digest(rows, variances, np.asarray(weights, np.float64), counts)
+    group.attrs.update({**digests, "digest": digest})
+    store.publish_directory(state / "spatial.zarr", out)
+    report = {
+        "digest": digest,
+        "n_images": int(counts.sum()),
+        "n_components": len(counts),
+        "empty_components": len(empty),
+        "components_of_one_image": int((counts == 1).sum()),
+        "latent_shape": list(means.shape[1:]),
+        "variance": {"min": variances.min(), "median": float(np.median(variances)), "max": variances.max()},
+        "mean_variance_by_images": float(variances @ counts / counts.sum()),
+        **digests,
+    }
+    store.write_json(out.with_name("report.json"), report)
+    shutil.rmtree(state)
+    return report

@@ -1,0 +1,224 @@
+"""Flow matching in the latent space: the stage ``train``."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmfm import config, rae
+from mmfm.data import Listing
+from mmfm.decoder import load_decoder
+from mmfm.encoders import load_encoder
+from mmfm.flow import path as flow
+from mmfm.flow.solver import euler
+from mmfm.flow.source import SETTINGS, Source, couple_modes, source_for
+from mmfm.infra import rng, store
+from mmfm.infra.distributed import Ranks
+from mmfm.mixture.gaussian import Mixture
+from mmfm.models.dit import DiT, DiTConfig
+from mmfm.pictures import image_grid, save_picture
+from mmfm.training import latents
+from mmfm.training.checkpoint import save_ema
+from mmfm.training.history import draw_curve, read_history, write_history
+from mmfm.training.inputs import TrainFiles
+from mmfm.training.schedule import ConstantThenLinear
+from mmfm.training.trainer import Recipe, Routine, Trainer
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The autocast of a ``precision`` key: bf16 for ``bf16``, and for ``auto`` on a GPU; otherwise switched off."""
+    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """The loss of flow matching from a source to the data (Lipman et al. 2023; Luo et al. 2026 for the mixture).
+
+    Attributes:
+        setting: name in :data:`mmfm.flow.source.SETTINGS`.
+        source: where paths start.
+        mixture: of the global tokens; None for a Gaussian source.
+        settings: the section ``train``.
+        shift: of the times.
+    """
+
+    setting: str
+    source: Source
+    mixture: Mixture | None
+    settings: config.Train
+    shift: float
+
+    def losses(self, model: nn.Module, micro: latents.MicroBatch, inputs: latents.Inputs) -> Tensor:
+        """Mean squared error of the velocity per image, (b,) float32."""
+        seed, x_data = self.settings.seed, inputs.latent
+        keys = micro.key_tensor(x_data.device)
+        modes = None
+        if self.mixture is not None:
+            uniforms = rng.uniform(seed, "train/mode", keys)
+            modes = couple_modes(self.mixture, inputs.token, uniforms, self.settings.assignment)
+        x_source = self.source.draw(modes, rng.normal(seed, "train/noise", keys, tuple(x_data.shape[1:])))
+        t = flow.train_times(rng.uniform(seed, "train/time", keys), self.shift)
+        x_t = flow.interpolate(x_data, x_source, t)
+        with autocast(self.settings.precision, x_data.device):
+            velocity = model(x_t, t, self.condition(modes))
+        error = velocity.float() - flow.target_velocity(x_data, x_source)
+        return error.square().flatten(1).mean(1)
+
+    def condition(self, modes: Tensor | None) -> Tensor | None:
+        """What the model sees besides x_t and t: the modes (B,), or nothing."""
+        return modes if SETTINGS[self.setting].condition == "mode" else None
+
+    @torch.no_grad()
+    def sample(self, model: nn.Module, latent_shape: tuple[int, int, int], n: int, time_points: int) -> Tensor:
+        """Generate latents (n, C, H, W) for a preview: the same noise and modes whenever it is called."""
+        device = next(model.parameters()).device
+        keys = torch.arange(n, device=device)
+        modes = self.source.draw_modes(rng.uniform(self.settings.seed, "preview/mode", keys))
+        x = self.source.draw(modes, rng.normal(self.settings.seed, "preview/noise", keys, latent_shape))
+        labels = self.condition(modes)
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            with autocast(self.settings.precision, device):
+                return model(x, t, labels)
+
+        return euler(velocity, x, flow.time_grid(time_points, self.shift))
+
+
+def train(setting: str, files: TrainFiles, sections: dict[str, Any], version: int, out_dir: Path, ranks: Ranks) -> None:
+    """Train the velocity model of one setting and publish its EMA weights; contract in docs/stages.md.
+
+    Args:
+        setting: ``uncond``, ``gmm`` or ``mode``.
+        sections: built sections ``image``, ``encoder``, ``model``, ``train``.
+        version: of the stage.
+        out_dir: gets ``ema.safetensors``, ``history.jsonl``, ``curve.png`` and, with a decoder, ``preview.png``.
+
+    Raises:
+        ValueError: inputs that do not belong together, an impossible setting, or NaN or Inf in training.
+        KeyboardInterrupt: stopped by a signal, after a checkpoint.
+    """
+    settings: config.Train = sections["train"]
+    digests = ranks.from_main(lambda: files.digests(setting))
+    identity = {"setting": setting, **config.identity(sections)}
+    state = store.state_directory(out_dir / "ema.safetensors", "train", version, identity, digests)
+    n_images = len(Listing.open(files.listing))
+    plan = latents.Plan(
+        settings.seed, n_images, settings.global_batch, ranks.rank, ranks.world, settings.micro_batch, settings.flip
+    )
+    autoencoder = _load_autoencoder(files, sections["encoder"], ranks.device)
+    latent_shape = (autoencoder.encoder.hidden_size, *autoencoder.encoder.grid)
+    task = _build_task(setting, files, settings, latent_shape, ranks.device)
+    model = _build_model(task, sections["model"], latent_shape).to(ranks.device)
+    preview = _previewer(task, autoencoder, latent_shape, settings.preview)
+
+    def draw_preview(step: int) -> None:
+        save_picture(preview(trainer.averaged), state / f"preview-{step:08d}.png")
+        draw_curve(read_history(state / "history.jsonl"), state / "curve.png", f"train {setting}")
+
+    trainer = Trainer(
+        "train", model, task.losses, plan, _recipe(settings, plan.steps_per_epoch), _routine(settings), state, ranks,
+        draw_preview if files.decoder else None,
+    )  # fmt: skip
+    target = settings.epochs * plan.steps_per_epoch
+    if not trainer.resume(target):
+        trainer.run(target, _feed(plan, files, sections, autoencoder.encode, latent_shape, ranks))
+    if ranks.is_main:
+        provenance = _provenance(setting, sections, latent_shape, digests, plan, trainer.step)
+        _publish(out_dir, state, trainer, provenance, preview if files.decoder else None)
+    ranks.barrier()
+
+
+def _load_autoencoder(files: TrainFiles, encoder: config.Encoder, device: torch.device) -> rae.RAE:
+    frozen = load_encoder(encoder.family, files.encoder_weights, encoder.input_size, device)
+    latent_shape = (frozen.hidden_size, *frozen.grid)
+    decoder = load_decoder(files.decoder, device, latent_dim=latent_shape[0]) if files.decoder else None
+    return rae.RAE(frozen, decoder, *rae.load_statistics(files.stats, latent_shape))
+
+
+def _build_task(
+    setting: str, files: TrainFiles, settings: config.Train, latent_shape: tuple[int, int, int], device: torch.device
+) -> FlowMatching:
+    source = source_for(setting, files.spatial_gmm, device)
+    mixture = Mixture.load(files.gmm, device) if SETTINGS[setting].mixture else None
+    return FlowMatching(setting, source, mixture, settings, flow.time_shift(latent_shape))
+
+
+def _build_model(task: FlowMatching, sizes: config.Model, latent_shape: tuple[int, int, int]) -> DiT:
+    """The initial model: the same for every process, as its weights come from the seed."""
+    num_classes = task.source.num_modes if SETTINGS[task.setting].condition == "mode" else 0
+    dit = DiTConfig(
+        input_size=latent_shape[1], patch_size=1, in_channels=latent_shape[0], hidden_size=sizes.hidden_size,
+        depth=sizes.depth, num_heads=sizes.num_heads, num_classes=num_classes, label_dropout=0.0,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(rng.derive_seed(task.settings.seed, "train/init"))
+    return DiT(dit, generator=generator)
+
+
+def _recipe(settings: config.Train, steps_per_epoch: int) -> Recipe:
+    constant, end = settings.constant_epochs * steps_per_epoch, settings.decay_end_epoch * steps_per_epoch
+    lr = ConstantThenLinear(settings.lr, settings.final_lr, constant, end)
+    return Recipe(lr, settings.betas, settings.weight_decay, settings.clip_norm, settings.ema_decay)
+
+
+def _routine(settings: config.Train) -> Routine:
+    return Routine(
+        settings.checkpoint_every, settings.log_every, settings.keep_checkpoints, settings.preview.every,
+        settings.compile,
+    )  # fmt: skip
+
+
+def _feed(
+    plan: latents.Plan, files: TrainFiles, sections: dict[str, Any], encode: latents.Encode,
+    latent_shape: tuple[int, int, int], ranks: Ranks,
+) -> latents.CachedLatents | latents.EncodedImages:  # fmt: skip
+    settings, size = sections["train"], sections["image"].size
+    if latents.cache_bytes(plan.n_images, latent_shape, plan.flip) <= settings.latent_cache_gb * 1e9:
+        return latents.encode_all(plan, files.listing, size, encode, latent_shape, ranks, settings.workers, "train")
+    return latents.EncodedImages(plan, files.listing, size, encode, ranks.device, settings.workers)
+
+
+def _previewer(
+    task: FlowMatching, autoencoder: rae.RAE, latent_shape: tuple[int, int, int], settings: config.Preview
+) -> Callable[[nn.Module], Any]:
+    """Return a function from a model to the picture of its samples."""
+
+    @torch.no_grad()
+    def draw(model: nn.Module) -> Any:
+        x = task.sample(model, latent_shape, settings.n_images, settings.time_points)
+        return image_grid(rae.to_uint8(autoencoder.decode(x)), columns=8)
+
+    return draw
+
+
+def _provenance(
+    setting: str, sections: dict[str, Any], latent_shape: tuple[int, int, int], digests: dict[str, str],
+    plan: latents.Plan, step: int,
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "setting": setting,
+        "encoder": config.keys_of_kind(sections["encoder"], "identity"),
+        "latent_shape": list(latent_shape),
+        "step": step,
+        "epochs": step // plan.steps_per_epoch,
+        "seed": plan.seed,
+        "images_seen": step * plan.global_batch,
+        "settings": config.identity(sections),
+        "digests": digests,
+        **{f"{name}_digest": digest for name, digest in digests.items()},
+    }
+
+
+def _publish(
+    out_dir: Path, state: Path, trainer: Trainer, provenance: dict[str, Any], preview: Callable[..., Any] | None
+) -> None:
+    """Write the outputs of a finished run."""
+    lines = [line for line in read_history(state / "history.jsonl") if line["step"] <= trainer.step]
+    write_history(out_dir / "history.jsonl", lines)
+    draw_curve(lines, out_dir / "curve.png", f"train {provenance['setting']}")
+    if preview is not None:
+        save_picture(preview(trainer.averaged), out_dir / "preview.png")
+    save_ema(out_dir / "ema.safetensors", trainer.averaged, provenance)

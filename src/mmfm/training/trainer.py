@@ -1,0 +1,278 @@
+"""The optimiser's loop: accumulation, clipping, EMA, checkpoints, history, and stopping cleanly.
+
+What is trained is a function from a micro batch to one loss per image; flow matching and the decoder share the rest.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmfm.infra.distributed import Ranks, StopRequest
+from mmfm.infra.progress import Progress
+from mmfm.training import checkpoint
+from mmfm.training.ema import Ema
+from mmfm.training.history import History
+from mmfm.training.latents import MicroBatch, Plan
+
+Losses = Callable[[nn.Module, MicroBatch, Any], Tensor]
+"""(model, micro batch, its inputs) -> (b,) float32, the loss of every image."""
+
+
+class Feed(Protocol):
+    """Gives the micro batches of consecutive steps, each with its inputs."""
+
+    def batches(self, first_step: int, stop_step: int) -> Iterator[tuple[MicroBatch, Any]]:
+        """Yield the micro batches of steps [first_step, stop_step) with their inputs."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the optimiser does: AdamW (Loshchilov and Hutter 2019).
+
+    Attributes:
+        lr: learning rate of a step, counted from 0.
+        betas, weight_decay: of AdamW.
+        clip_norm: largest norm of the whole gradient; 0 for no clipping.
+        ema_decay: of the average; None for none.
+    """
+
+    lr: Callable[[int], float]
+    betas: tuple[float, float]
+    weight_decay: float
+    clip_norm: float
+    ema_decay: float | None
+
+
+@dataclass(frozen=True)
+class Routine:
+    """How often a run does what changes no number; all in steps.
+
+    Attributes:
+        checkpoint_every, log_every: intervals.
+        keep_checkpoints: newest checkpoints that stay.
+        preview_every: interval of previews; 0 for none.
+        compile: use torch.compile.
+    """
+
+    checkpoint_every: int
+    log_every: int
+    keep_checkpoints: int
+    preview_every: int = 0
+    compile: bool = False
+
+
+class Trainer:
+    """Trains a model for a number of steps, from the newest checkpoint on.
+
+    Args:
+        stage: name for messages.
+        model: on its device, initialised equally in all processes.
+        losses: see :data:`Losses`.
+        plan: which images stand where.
+        state: directory of the checkpoints.
+        preview: called with the step on the main process; may draw pictures of the present weights.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        model: nn.Module,
+        losses: Losses,
+        plan: Plan,
+        recipe: Recipe,
+        routine: Routine,
+        state: Path,
+        ranks: Ranks,
+        preview: Callable[[int], None] | None = None,
+    ) -> None:
+        self.stage, self.model, self.losses, self.plan = stage, model, losses, plan
+        self.recipe, self.routine, self.state, self.ranks, self.preview = recipe, routine, state, ranks, preview
+        self.ema = None if recipe.ema_decay is None else Ema(model, recipe.ema_decay)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=recipe.lr(0), betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+        )
+        self.step = self.logged_step = 0
+        self.seconds = 0.0
+        device = ranks.device
+        self.loss_sum = torch.zeros((), device=device)
+        self.norm = torch.zeros((), device=device)
+        # Set on the device by the first step whose loss or gradient is not finite. The optimiser then leaves everything
+        # as it is, in that step and the following, until the host reads the flag.
+        self.broken = torch.zeros((), device=device)
+        self.good_steps = torch.zeros((), device=device, dtype=torch.float64)
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The EMA's module, or the model itself without an EMA."""
+        return self.model if self.ema is None else self.ema.module
+
+    def resume(self, target: int) -> bool:
+        """Take up the checkpoint that a run to step ``target`` goes on from; see :func:`mmfm.training.checkpoint.find`.
+
+        Returns:
+            Whether the run is finished, so that nothing is left but to publish.
+        """
+        found = self.ranks.from_main(lambda: checkpoint.find(self.state, target))
+        if found is None:
+            return False
+        device = self.ranks.device
+        self.model.load_state_dict(found.tensors("model", device))
+        if self.ema is not None:
+            self.ema.module.load_state_dict(found.tensors("ema", device))
+        self.optimizer.load_state_dict(found.optimizer())
+        self.step, self.logged_step = found.step, found.values["logged_step"]
+        self.seconds = found.values["seconds"]
+        self.loss_sum.fill_(found.values["loss_sum"])
+        return self.step == target
+
+    def run(self, target: int, feed: Feed) -> None:
+        """Train until step ``target``.
+
+        Raises:
+            ValueError: a loss or gradient is not finite; the last checkpoint is intact.
+            KeyboardInterrupt: a signal asked to stop; a checkpoint of this very step was written before.
+        """
+        routine, first = self.routine, self.step
+        history = History(self.state / "history.jsonl", first) if self.ranks.is_main else None
+        batches, forward = feed.batches(first, target), self._wrapped()
+        self.good_steps.fill_(first)
+        self._clock = (time.perf_counter(), first, self.seconds)
+        self._last_log = (self._clock[0], first)
+        progress = Progress(self.stage, target, "steps", done=first, enabled=self.ranks.is_main)
+        with StopRequest() as stop, progress:
+            while self.step < target:
+                self._train_step(forward, batches)
+                last, note = self.step == target, ""
+                if last or self.step % routine.log_every == 0:
+                    note = self._log(history, feed)
+                stopping = stop.agreed(self.ranks)
+                if last or stopping or self.step % routine.checkpoint_every == 0:
+                    self._save(feed, milestone=last)
+                progress.advance(1, note)
+                if routine.preview_every and (self.step % routine.preview_every == 0) and not last:
+                    self._preview()
+                if stopping and not last:
+                    progress.say(f"asked to stop: step {self.step:,} is saved")
+                    raise KeyboardInterrupt
+
+    def _wrapped(self) -> nn.Module:
+        """The model as the forward pass calls it: compiled, and distributed; its parameters are the model's own."""
+        if self.routine.compile:
+            self.model.compile()
+        if self.ranks.world == 1:
+            return self.model
+        devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
+        return DistributedDataParallel(
+            self.model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def _train_step(self, forward: nn.Module, batches: Iterator[tuple[MicroBatch, Any]]) -> None:
+        """Take one optimiser step on the mean loss of the global batch; nothing here waits for the device."""
+        world, places = self.ranks.world, self.plan.global_batch
+        parts = self.plan.micro_batches_per_step
+        loss = torch.zeros((), device=self.ranks.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in range(parts):
+            micro, inputs = next(batches)
+            unsynchronised = forward.no_sync() if world > 1 and part < parts - 1 else contextlib.nullcontext()
+            with unsynchronised:
+                share = self.losses(forward, micro, inputs).sum() / places
+                # DDP averages over processes, but each one's sum is a part of the global mean.
+                (share * world).backward()
+            loss += share.detach()
+        self.ranks.sum(loss)
+        self.norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.recipe.clip_norm:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.clip_norm, self.norm)
+        self.broken = torch.maximum(self.broken, 1 - (loss.isfinite() & self.norm.isfinite()).float())
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr(self.step)
+        # The fused kernels skip the step where this is 1: what loss scaling uses for the same purpose.
+        self.optimizer.found_inf = self.broken
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update()
+        self.loss_sum += loss
+        self.good_steps += 1 - self.broken
+        self.step += 1
+
+    def _log(self, history: History | None, feed: Feed) -> str:
+        """Read the loss from the device, write a line of history and return a note for the progress line."""
+        self._check(feed)
+        loss, norm = torch.stack((self.loss_sum, self.norm)).tolist()
+        loss /= self.step - self.logged_step
+        now = time.perf_counter()
+        self.seconds = self._clock[2] + now - self._clock[0]
+        rate = (self.step - self._last_log[1]) * self.plan.global_batch / max(now - self._last_log[0], 1e-9)
+        if history is not None:
+            history.append(
+                {
+                    "step": self.step,
+                    "epoch": round(self.step / self.plan.steps_per_epoch, 4),
+                    "loss": loss,
+                    "grad_norm": norm,
+                    "lr": self.recipe.lr(self.step - 1),
+                    "images_per_second": round(rate, 2),
+                    "seconds": round(self.seconds, 3),
+                }
+            )
+        self.loss_sum.zero_()
+        self.logged_step, self._last_log = self.step, (now, self.step)
+        return f"loss {loss:.4f}"
+
+    def _save(self, feed: Feed, milestone: bool) -> None:
+        """Write a checkpoint, of finite weights only."""
+        self._check(feed)
+        self.seconds = self._clock[2] + time.perf_counter() - self._clock[0]
+        if self.ranks.is_main:
+            tensors = {"model": self.model.state_dict()}
+            if self.ema is not None:
+                tensors["ema"] = self.ema.module.state_dict()
+            values = {"loss_sum": self.loss_sum.item(), "logged_step": self.logged_step, "seconds": self.seconds}
+            checkpoint.save(
+                self.state, self.step, tensors, self.optimizer.state_dict(), values,
+                milestone=milestone, keep=self.routine.keep_checkpoints,
+            )  # fmt: skip
+        self.ranks.barrier()
+
+    def _preview(self) -> None:
+        if self.preview is not None and self.ranks.is_main:
+            self.preview(self.step)
+        self.ranks.barrier()
+
+    def _check(self, feed: Feed) -> None:
+        """Raise ValueError if a step since the last check met a loss or gradient that is not finite."""
+        broken, good_steps = torch.stack((self.broken.double(), self.good_steps)).tolist()
+        if not broken:
+            return
+        step = int(good_steps)
+        culprits = sorted(index for found in self.ranks.gather(self._culprits(step, feed)) for index in found)
+        if culprits:
+            blame = f"the loss of image {', '.join(map(str, culprits[:8]))} of the listing is"
+        else:
+            first = step * self.plan.global_batch
+            images = self.plan.images(range(first, first + self.plan.global_batch)).tolist()
+            blame = f"the gradient is, over the images {', '.join(map(str, images[:8]))}, ... of the listing"
+        if len(culprits) > 8:
+            blame = blame.replace(" of the listing", f" (and {len(culprits) - 8} more) of the listing")
+        raise ValueError(
+            f"NaN or Inf in step {step + 1}: {blame}; the weights are as before it and the last checkpoint is intact. "
+            "Lower the learning rate, use precision float32, or look at these images"
+        )
+
+    @torch.no_grad()
+    def _culprits(self, step: int, feed: Feed) -> list[int]:
+        """This process's images whose loss in ``step`` is not finite; the weights are still those of that step."""
+        found: list[int] = []
+        for micro, inputs in feed.batches(step, step + 1):
+            losses = self.losses(self.model, micro, inputs)
+            found += micro.images[~losses.isfinite().cpu()].tolist()
+        return found

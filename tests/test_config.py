@@ -1,0 +1,62 @@
+"""Configuration: strictness, kinds of keys, documents in step."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmfm import config
+
+ROOT = Path(__file__).parent.parent
+DEFAULTS = ROOT / "config" / "config.yaml"
+
+
+def test_defaults_load():
+    loaded = config.load([DEFAULTS])
+    assert loaded.gmm.n_components == 64
+    assert loaded.section("model").hidden_size == (192, 192)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("gmm.n_componets=3", "gmm.n_componets.*did you mean 'n_components'"),
+        ("smaple.n_images=3", "smaple.*did you mean 'sample'"),
+        ("gmm.tol=small", "'gmm.tol' must be a number"),
+        ("gmm.n_components=1.5", "'gmm.n_components' must be a whole number"),
+        ("gmm.n_components=0", "at least 1"),
+        ("train.assignment=sof", "did you mean 'soft'"),
+        ("train.betas=[0.9]", "list of 2"),
+        ("train.ema_decay=1.0", r"in \[0, 1\)"),
+        ("models.tiny.hidden_size=[190,192]", "models.tiny"),
+        ("data=3", "'data' must be a section"),
+    ],
+)
+def test_a_bad_key_is_named(override, message):
+    with pytest.raises(ValueError, match=message):
+        config.load([DEFAULTS], [override])
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="absent.yaml"):
+        config.load([tmp_path / "absent.yaml"])
+
+
+def test_settings_hold_identity_and_budget_only():
+    loaded = config.load([DEFAULTS])
+    train = config.stage_settings(loaded, "train", "dinov2")["train"]
+    assert "epochs" in train and "lr" in train
+    assert not {"workers", "checkpoint_every", "preview", "micro_batch"} & set(train)
+    built = {"train": loaded.train}
+    assert "epochs" not in config.identity(built)["train"]
+    assert "train.preview.every=300" in config.stage_operation(loaded, "train")
+
+
+def test_every_section_is_read_by_a_stage():
+    assert set(config.SECTIONS) == {name for names in config.STAGES.values() for name in names}
+
+
+def test_documents_are_in_step():
+    check = subprocess.run([sys.executable, ROOT / "tools/config_docs.py", "--check"], capture_output=True, text=True)
+    assert check.returncode == 0, check.stdout + check.stderr

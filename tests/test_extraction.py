@@ -1,0 +1,156 @@
+"""The stage extract: row order, moments, resumption, process count."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmfm import config, data
+from mmfm.extraction import extract
+from mmfm.infra import store
+from mmfm.infra.distributed import Ranks
+from mmfm.statistics import Moments
+from mmfm.tokens import TokenStore
+
+N, SHARD = 53, 8
+SHAPE = (6, 2, 2)
+
+
+class Encode:
+    """Stands for an encoder: latents and tokens that identify the image. Stops after ``limit`` calls."""
+
+    def __init__(self, limit=10**9):
+        self.limit, self.images = limit, 0
+
+    def __call__(self, images):
+        self.limit -= 1
+        if self.limit < 0:
+            raise KeyboardInterrupt
+        self.images += len(images)
+        latent = torch.nn.functional.adaptive_avg_pool2d(images, 2).repeat(1, 2, 1, 1) * 3 - 1
+        return latent, latent.flatten(1)[:, :6]
+
+
+@pytest.fixture(scope="module")
+def listing(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for i in range(N):
+        (root / f"class{i % 3}").mkdir(exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (16, 16, 3), np.uint8)).save(root / f"class{i % 3}" / f"{i}.png")
+    classes, paths, labels, sizes = data.scan(root)
+    path = root / "listing.safetensors"
+    data.write_listing(path, root, "train", classes, paths, labels, sizes)
+    return path
+
+
+def sections(batch=5):
+    return {
+        "image": config.Image(16),
+        "encoder": config.Encoder("dinov2", "none", 16),
+        "extract": config.Extract(shard_size=SHARD, batch_size=batch, workers=0),
+    }
+
+
+class Process(Ranks):
+    """One of several processes that are run one after the other: their barriers need not wait."""
+
+    def barrier(self):
+        pass
+
+
+def run(listing, folder, encode, rank=0, world=1, batch=5):
+    ranks = Process(rank, world, torch.device("cpu"))
+    extract(listing, encode, SHAPE, folder / "t.zarr", folder / "m.safetensors", sections(batch), "enc", ranks)
+
+
+def read(folder):
+    tokens = TokenStore.open(folder / "t.zarr")
+    return tokens.digest, tokens.read(0, N), store.map_arrays(folder / "m.safetensors")[1]["digest"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(listing, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run(listing, folder, Encode())
+    return folder
+
+
+def test_row_i_is_image_i(listing, undisturbed):
+    listed = data.Listing.open(listing)
+    tokens = TokenStore.open(undisturbed / "t.zarr")
+    assert len(tokens) == N and tokens.listing_digest == listed.digest
+    np.testing.assert_array_equal(tokens.labels[:], listed.labels)
+    for i in (0, 17, N - 1):
+        image = np.asarray(Image.open(listed.path(i)), np.float32).transpose(2, 0, 1)[None] / 255
+        np.testing.assert_allclose(tokens.read(i, i + 1), Encode()(torch.from_numpy(image))[1], rtol=1e-6)
+
+
+def test_moments_are_exact(listing, undisturbed):
+    images = next(data.image_batches(listing, 16, [range(N)]))[1]
+    latents = Encode()(data.to_float(images, torch.device("cpu")))[0].double()
+    moments = Moments.from_arrays(store.map_arrays(undisturbed / "m.safetensors")[0])
+    torch.testing.assert_close(torch.as_tensor(moments.mean), latents.mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.as_tensor(moments.variance()), latents.var(0, unbiased=False))
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3, 7])
+def test_an_interrupted_run_goes_on(listing, undisturbed, tmp_path, limit):
+    with pytest.raises(KeyboardInterrupt):
+        run(listing, tmp_path, Encode(limit))
+    assert not (tmp_path / "t.zarr").exists() and not (tmp_path / "m.safetensors").exists()
+    again = Encode()
+    run(listing, tmp_path, again)
+    finished = SHARD * (limit // 2)  # two batches a shard
+    assert again.images == N - finished
+    for got, expected in zip(read(tmp_path), read(undisturbed), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert not list(tmp_path.glob("state-*"))
+
+
+def test_state_left_after_publishing_is_not_trusted(listing, undisturbed, tmp_path):
+    """Killed between the last rename and the removal of the state: its markers speak of rows that have moved."""
+    with pytest.raises(KeyboardInterrupt):
+        run(listing, tmp_path, Encode(4))
+    state = next(tmp_path.glob("state-*"))
+    (state / "tokens.zarr").rename(tmp_path / "gone.zarr")
+    run(listing, tmp_path, Encode())
+    np.testing.assert_array_equal(read(tmp_path)[1], read(undisturbed)[1])
+
+
+def test_processes_share_the_shards(listing, undisturbed, tmp_path):
+    """Rank 1 of 2 leaves its shards; a single process completes exactly the others."""
+    other = Encode()
+    with pytest.raises((FileNotFoundError, KeyError)):  # nobody is rank 0 yet: the store is missing
+        run(listing, tmp_path, other, rank=1, world=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(listing, tmp_path, Encode(0))
+    state = next(tmp_path.glob("state-*"))
+    run(listing, tmp_path, other, rank=1, world=2)
+    done = {int(p.stem[-5:]) for p in state.glob("shard-*")}
+    assert done == {1, 3, 5}
+    last = Encode()
+    run(listing, tmp_path, last)
+    assert last.images == N - 3 * SHARD
+    np.testing.assert_array_equal(read(tmp_path)[1], read(undisturbed)[1])
+
+
+def test_nan_names_the_image(listing, tmp_path):
+    class Broken(Encode):
+        def __call__(self, images):
+            latent, token = super().__call__(images)
+            if self.images == 13:
+                token[2, 3] = torch.nan
+            return latent, token
+
+    with pytest.raises(ValueError, match=r"image 10 .*\.png"):
+        run(listing, tmp_path, Broken())
+
+
+def test_a_truncated_store_is_refused(undisturbed, tmp_path):
+    import shutil
+
+    shutil.copytree(undisturbed / "t.zarr", tmp_path / "t.zarr")
+    next((tmp_path / "t.zarr" / "tokens" / "c").rglob("3/0")).unlink()
+    with pytest.raises(ValueError, match="not whole"):
+        TokenStore.open(tmp_path / "t.zarr")

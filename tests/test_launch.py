@@ -1,0 +1,63 @@
+"""The launcher: threads, processes, GPUs that two jobs never share."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mmfm.infra import launch
+
+
+def test_one_process_is_the_module_itself():
+    line = launch.command(["extract", "--x"], processes=1)
+    assert line[1:] == ["-m", "mmfm.cli", "extract", "--x"]
+    assert "torch.distributed.run" in launch.command(["extract"], processes=2)
+
+
+def test_threads_are_shared_among_processes():
+    variables = launch.environment(threads=8, processes=3)
+    assert {variables[n] for n in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")} == {"2"}
+    assert variables["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(("declared", "expected"), [("0,1", ["0", "1"]), ("", []), ("-1", []), ("GPU-a", ["GPU-a"])])
+def test_visible_gpus(monkeypatch, declared, expected):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", declared)
+    assert launch.visible_gpus() == expected
+
+
+def test_two_jobs_never_hold_the_same_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    monkeypatch.setattr(launch, "_LOCK_FOLDER", tmp_path / "locks")
+    first, locks = launch.hold_gpus(2)
+    second, more = launch.hold_gpus(1)
+    assert sorted(first + second) == ["0", "1", "2"]
+    with pytest.raises(ValueError, match="only 0 of 3 are free"):
+        launch.hold_gpus(1)
+    for lock in locks + more:
+        lock.close()
+    assert launch.hold_gpus(3)[0] == ["0", "1", "2"]
+
+
+def test_more_gpus_than_there_are_is_an_error():
+    result = subprocess.run(
+        [sys.executable, "-m", "mmfm.infra.launch", "--gpus", "2", "--", "extract"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert result.returncode == 2
+    assert result.stderr.strip() == (
+        "launch: error: 2 GPUs asked for, 0 visible; lower `gpus` in the configuration (0 runs on the CPU)"
+    )
+
+
+def test_the_stage_gets_its_threads():
+    """The child's environment, read in the child: `doctor` prints it."""
+    result = subprocess.run(
+        [sys.executable, "-m", "mmfm.infra.launch", "--threads", "3", "--", "doctor", "--threads"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.split() == ["OMP_NUM_THREADS=3", "MKL_NUM_THREADS=3", "OPENBLAS_NUM_THREADS=3"], result.stderr

@@ -1,0 +1,66 @@
+"""Whole files, memory-mapped arrays, state directories."""
+
+import os
+
+import numpy as np
+import pytest
+
+from mmfm.infra import store
+
+
+def test_arrays_round_trip_memory_mapped(tmp_path):
+    arrays = {"a": np.arange(6, dtype=np.float64).reshape(2, 3), "empty": np.empty((0, 4), np.int32)}
+    digest = store.write_arrays(tmp_path / "x.safetensors", arrays, {"listing": "abc", "n": 3})
+    mapped, metadata = store.map_arrays(tmp_path / "x.safetensors")
+    assert metadata == {"listing": "abc", "n": 3, "digest": digest}
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(mapped[name], array)
+        assert mapped[name].dtype == array.dtype
+    assert not mapped["a"].flags.writeable
+
+
+@pytest.mark.parametrize("size", [0, 4, 40, -1])
+def test_a_truncated_file_is_named(tmp_path, size):
+    path = tmp_path / "x.safetensors"
+    store.write_arrays(path, {"a": np.ones(100)}, {})
+    os.truncate(path, path.stat().st_size - 8 if size < 0 else size)
+    with pytest.raises(ValueError, match="x.safetensors"):
+        store.map_arrays(path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.json"
+    store.write_json(path, {"old": 1})
+    with pytest.raises(RuntimeError), store.whole_file(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert store.read_json(path) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_digest_sees_shape_dtype_and_values():
+    base = np.arange(4, dtype=np.float32)
+    others = [base.reshape(2, 2), base.astype(np.float64), base + 1]
+    assert len({store.array_digest(a) for a in [base, *others]}) == 4
+
+
+def test_state_depends_on_identity_version_and_inputs(tmp_path):
+    def directory(version=1, identity=None, inputs=None):
+        return store.state_directory(tmp_path / "out", "fit", version, identity or {"k": 1}, inputs or {"tokens": "a"})
+
+    same = directory()
+    assert directory() == same and (same / "about.json").exists()
+    assert len({same, directory(version=2), directory(identity={"k": 2}), directory(inputs={"tokens": "b"})}) == 4
+
+
+def test_publish_replaces_a_directory(tmp_path):
+    for text in ("one", "two"):
+        (tmp_path / "partial").mkdir()
+        (tmp_path / "partial" / "f").write_text(text)
+        store.publish_directory(tmp_path / "partial", tmp_path / "final")
+        assert (tmp_path / "final" / "f").read_text() == text
+    assert not (tmp_path / "partial").exists()
+
+
+def test_canonical_json_ignores_the_order_of_keys():
+    assert store.canonical_json({"b": 1, "a": [1.0]}) == store.canonical_json({"a": [1.0], "b": 1}) == '{"a":[1.0],"b":1}'

@@ -1,0 +1,156 @@
+"""Write config/README.md and workflow/schemas/config.schema.yaml from the dataclasses in mmfm.config.
+
+python tools/config_docs.py            write both
+python tools/config_docs.py --check    exit with 1 if either is out of step
+"""
+
+import argparse
+import dataclasses
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmfm import config
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "config" / "README.md"
+SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
+
+DEPENDENTS = {
+    "list_images": ("extract", "spatial_gmm", "train_decoder", "train", "fid_reference"),
+    "extract": ("latent_stats", "fit_gmm"),
+    "latent_stats": ("spatial_gmm", "train", "sample"),
+    "fit_gmm": ("spatial_gmm", "train"),
+    "spatial_gmm": ("train", "sample"),
+    "train_decoder": ("sample",),
+    "train": ("sample",),
+    "sample": ("fid",),
+    "fid_reference": ("fid",),
+    "fid": (),
+}
+"""Which stages read a stage's outputs."""
+
+INTRODUCTION = """\
+# Configuration
+
+`config/config.yaml` holds every key with the value of the embedded demo. Put what you want otherwise into a file of your
+own and lay it over: `snakemake results/fid/dinov2_mode.txt --cores all --configfile my.yaml`. A key that does not exist, or
+a value of the wrong type, is an error that names it. (`--config key=value` turns nested numbers into text; use a file.)
+
+The kinds of keys:
+
+* **identity**: changes the numbers. The stages under "reruns" run again.
+* **budget**: how far to go. The stage runs again, but goes on from where it stood when the value is raised.
+* **operation**: speed, memory, logging. Nothing runs again.
+
+A target's name can carry `seed`, model, `k` (modes) and `t` (time points) instead, which is the way to sweep: everything
+that two variants share is made once.
+
+    snakemake --cores all results/fid/dinov2_mode.seed{0,1,2}.txt results/fid/dinov2_gmm.k{16,256}.t4.txt
+
+This page and `workflow/schemas/config.schema.yaml` are written by `python tools/config_docs.py`.
+"""
+
+
+def reruns(section: str) -> list[str]:
+    """Return the stages that run again when an identity key of ``section`` changes, in the order of the workflow."""
+    found: set[str] = set()
+    waiting = [stage for stage, sections in config.STAGES.items() if section in sections]
+    while waiting:
+        stage = waiting.pop()
+        if stage not in found:
+            found.add(stage)
+            waiting += DEPENDENTS[stage]
+    return [stage for stage in config.STAGES if stage in found]
+
+
+def readme(values: dict[str, Any]) -> str:
+    """Return the text of config/README.md; ``values`` is the parsed config.yaml."""
+    lines = [INTRODUCTION]
+    for f in dataclasses.fields(config.Config):
+        hint = typing.get_type_hints(config.Config)[f.name]
+        if f.metadata["kind"] != "section":
+            continue
+        kind = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else hint
+        name = f"{f.name}.*" if kind is not hint else f.name
+        section = {"encoders": "encoder", "models": "model"}.get(f.name, f.name)
+        entry = next(iter(values[f.name].values())) if kind is not hint else values[f.name]
+        again = reruns(section)
+        lines += [f"## {name}", "", (kind.__doc__ or "").strip(), ""]
+        if again:
+            lines += [f"Reruns (identity and budget keys): {', '.join(f'`{s}`' for s in again)}.", ""]
+        lines += ["| key | meaning | unit | default | kind |", "|---|---|---|---|---|", *rows(kind, entry, ""), ""]
+    top = [f for f in dataclasses.fields(config.Config) if f.metadata["kind"] != "section"]
+    lines += ["## Top level", "", "| key | meaning | unit | default | kind |", "|---|---|---|---|---|"]
+    lines += [row(f, values[f.name], "") for f in top]
+    lines += ["", "Changing `run` moves to another folder and back at no cost.", ""]
+    return "\n".join(lines)
+
+
+def rows(kind: type, values: dict[str, Any], prefix: str) -> list[str]:
+    """Return the table rows of a section, nested ones included."""
+    result = []
+    for f in dataclasses.fields(kind):
+        hint = typing.get_type_hints(kind)[f.name]
+        if dataclasses.is_dataclass(hint):
+            result += rows(hint, values[f.name], f"{prefix}{f.name}.")
+        else:
+            result.append(row(f, values[f.name], prefix))
+    return result
+
+
+def row(f: dataclasses.Field, value: Any, prefix: str) -> str:
+    """Return one table row."""
+    choices = f" ({', '.join(f'`{c}`' for c in f.metadata['choices'])})" if f.metadata["choices"] else ""
+    shown = '""' if value == "" else str(value).lower() if isinstance(value, bool) else value
+    return f"| `{prefix}{f.name}` | {f.metadata['help']}{choices} | {f.metadata['unit']} | `{shown}` | {f.metadata['kind']} |"
+
+
+def schema(kind: type) -> dict[str, Any]:
+    """Return the JSON schema of a section."""
+    hints = typing.get_type_hints(kind)
+    properties = {f.name: _property(hints[f.name], f.metadata) for f in dataclasses.fields(kind)}
+    return {"type": "object", "additionalProperties": False, "required": list(properties), "properties": properties}
+
+
+def _property(hint: Any, metadata: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(hint):
+        return schema(hint)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is dict:
+        return {"type": "object", "minProperties": 1, "additionalProperties": schema(arguments[1])}
+    names = {int: "integer", float: "number", bool: "boolean", str: "string"}
+    if origin is tuple:
+        item = {"type": names[arguments[0]]}
+        return {"type": "array", "items": item, "minItems": len(arguments), "maxItems": len(arguments)}
+    kinds = [names[k] for k in (arguments or (hint,))]
+    entry: dict[str, Any] = {"type": kinds[0] if len(kinds) == 1 else kinds, "description": metadata["help"]}
+    if metadata["choices"]:
+        entry["enum"] = list(metadata["choices"])
+    if metadata["minimum"] is not None:
+        entry["minimum"] = metadata["minimum"]
+    return entry
+
+
+def main() -> int:
+    """Write or compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    options = parser.parse_args()
+    values = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "MM-FM configuration"}
+    texts = {README: readme(values), SCHEMA: yaml.safe_dump({**head, **schema(config.Config)}, sort_keys=False, width=120)}
+    stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    for path in stale:
+        if options.check:
+            print(f"{path.relative_to(ROOT)} is out of step with mmfm.config; run python tools/config_docs.py")
+        else:
+            path.write_text(texts[path])
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
