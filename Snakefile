@@ -33,4 +33,4 @@ localrules:
 rule all:
     default_target: True
     input:
-        expand(R + "fid/{encoder}_{setting}.txt", encoder=ENCODERS, setting=SETTINGS),
+        expand("<results>/fid/{encoder}_{setting}.txt", encoder=ENCODERS, setting=SETTINGS),

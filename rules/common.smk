@@ -1,8 +1,6 @@
 """Configuration, names and resources that the rules share."""
 
-import os
 import re
-import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -20,12 +18,20 @@ def checked(function, *arguments):
 
 
 C = checked(mmfm_config.build, mmfm_config.Config, config)
-R = f"results/{C.run}/" if C.run else "results/"
+RESULTS = f"results/{C.run}" if C.run else "results"
+
+
+pathvars:
+    results=RESULTS,
+    logs="<results>/logs",
+    benchmarks="<results>/benchmarks",
+
+
 ENCODERS = list(C.encoders)
 SETTINGS = list(mmfm_config.SETTINGS)
 
 # Stages run `python`: that of the environment Snakemake itself runs in, also when it was not activated.
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+wf.put_own_python_first()
 
 _gpu_limit = workflow.global_resources.get("gpu")
 GPUS = checked(wf.gpus_per_job, C.gpus, _gpu_limit.value if _gpu_limit is not None else None)
@@ -33,10 +39,9 @@ ALL_CORES = max(1, workflow.cores or 1)
 # Stages that can run beside others leave them half of the cores.
 SHARED_CORES = max(1, ALL_CORES // 2)
 
-# Operation keys by stage, as `section.key=value`. They stand in the commands as {OPERATION[stage]} and not in `params`,
-# because they change no number: changing them reruns nothing.
+# Operation keys by stage, as `section.key=value`. They reach the commands as resources, which are not compared between
+# runs as `params` are: they change no number, so changing them reruns nothing.
 OPERATION = {stage: " ".join(mmfm_config.stage_operation(C, stage)) for stage in mmfm_config.STAGES}
-LAUNCH = f"python -m mmfm.infra.launch --processes {C.processes}"
 
 if workflow.is_main_process:
     _lock = wf.clear_stale_locks(Path(".snakemake"))
@@ -47,35 +52,76 @@ wildcard_constraints:
     setting="|".join(SETTINGS),
     k=r"\d+",
     t=r"\d+",
-    variant=wf.variant_pattern(C.models),
+    training=rf"seed\d+\.({'|'.join(map(re.escape, C.models))})(\.k\d+)?",
 
 
-def parameter(stage, **replaced):
-    """Return an input function for `params`: the stage's settings as canonical JSON, the only thing that Snakemake
-    compares. ``replaced`` maps sections to functions of the wildcards."""
+# A result's name: encoder, setting, and the variant as far as it is named (see mmfm.workflow.Variant).
+NAME = rf"({'|'.join(map(re.escape, ENCODERS))})_({'|'.join(SETTINGS)})(({wf.variant_pattern(C.models)}))"
+COMPLETE_NAME = rf"({'|'.join(map(re.escape, ENCODERS))})_{wf.complete_pattern(C.models)}"
+
+
+def parameter(stage, replaced=lambda wildcards: {}):
+    """Return a function for `params`: the stage's settings as canonical JSON, the only thing that Snakemake compares.
+
+    `replaced` gives the keys that the wildcards set, by section.
+    """
 
     def value(wildcards):
-        keys = {section: function(wildcards) for section, function in replaced.items()}
         encoder = getattr(wildcards, "encoder", ENCODERS[0])
-        model = variant(wildcards).model if hasattr(wildcards, "variant") else ""
-        return checked(lambda: wf.stage_parameter(C, stage, encoder, model, **keys))
+        return checked(lambda: wf.stage_parameter(C, stage, encoder, **replaced(wildcards)))
 
     return value
-
-
-def variant(wildcards):
-    """Return the complete variant that a job's wildcards name."""
-    setting = getattr(wildcards, "setting", "mode")
-    return checked(wf.parse_variant, wildcards.variant, setting, C)
 
 
 def encoder_folder(wildcards):
     """Return the folder with the weights of a job's encoder: the configured one, or where it is fetched to."""
     weights = C.encoders[wildcards.encoder].weights
-    return R + f"fetched/{wildcards.encoder}" if weights.startswith("hf:") else weights
+    return f"{RESULTS}/fetched/{wildcards.encoder}" if weights.startswith("hf:") else weights
 
 
 def encoder_files(wildcards):
     """Return the files of the encoder as declared inputs."""
     names = ("config.json", "preprocessor_config.json", "model.safetensors")
     return [f"{encoder_folder(wildcards)}/{name}" for name in names]
+
+
+def training_variant(wildcards):
+    """Return the complete variant behind the `training` wildcard."""
+    return checked(wf.parse_variant, f".{wildcards.training}", wildcards.setting, C)
+
+
+def trained_model(wildcards):
+    """Return the keys of `train` and the section `model` that a job's wildcards set."""
+    complete = training_variant(wildcards)
+    keys = {"seed": complete.seed, "model": complete.model}
+    return {"train": keys, "model": mmfm_config.keys_of_kind(C.models[complete.model], "identity")}
+
+
+def mixture_inputs(wildcards):
+    """Return the mixture's files of a job; empty for a setting without a mixture."""
+    k = training_variant(wildcards).k
+    if k is None:
+        return {"gmm": [], "spatial_gmm": []}
+    names = {"encoder": wildcards.encoder, "k": k}
+    return {
+        "gmm": rules.fit_gmm.output.gmm.format(**names),
+        "spatial_gmm": rules.spatial_gmm.output[0].format(**names),
+    }
+
+
+def complete_name(wildcards):
+    """Return the file with the complete name behind a short one."""
+    encoder, setting, text = re.fullmatch(NAME, wildcards.request).group(1, 2, 3)
+    complete = checked(wf.parse_variant, text, setting, C)
+    return f"{RESULTS}/fid/{encoder}_{setting}.{complete}.{wildcards.kind}"
+
+
+def unknown_target(wildcards):
+    """Refuse a mistyped result with the list of the valid ones; otherwise Snakemake says only that no rule makes it."""
+    names = [f"{RESULTS}/fid/{encoder}_{setting}.txt" for encoder in ENCODERS for setting in SETTINGS]
+    target = f"{RESULTS}/fid/{wildcards.name}"
+    raise WorkflowError(
+        f"no target '{target}'{mmfm_config.nearest(target, names)}. Valid targets:\n  "
+        + "\n  ".join(names)
+        + f"\nwith any of .seedN .MODEL ({', '.join(C.models)}) .kN .tN before .txt, in this order."
+    )

@@ -1,46 +1,48 @@
 """The decoder: trained here, or given."""
 
-DECODER = R + "decoder/{encoder}/decoder.safetensors"
+DECODER = "<results>/decoder/{encoder}/decoder.safetensors"
 
 if C.decoder.weights == "train":
 
     rule train_decoder:
         input:
-            encoder_files,
+            encoder=encoder_files,
             listing=LISTING,
         output:
             decoder=DECODER,
-            history=R + "decoder/{encoder}/history.jsonl",
+            history="<results>/decoder/{encoder}/history.jsonl",
             curve=report(
-                R + "decoder/{encoder}/curve.png",
+                "<results>/decoder/{encoder}/curve.png",
                 caption="../workflow/report/decoder_curve.rst",
                 category="Decoder",
                 labels={"encoder": "{encoder}", "picture": "learning curve"},
             ),
             reconstruction=report(
-                R + "decoder/{encoder}/reconstruction.png",
+                "<results>/decoder/{encoder}/reconstruction.png",
                 caption="../workflow/report/reconstruction.rst",
                 category="Decoder",
                 labels={"encoder": "{encoder}", "picture": "reconstruction"},
             ),
         log:
-            R + "logs/train_decoder.{encoder}.log",
+            "<logs>/train_decoder.{encoder}.log",
         benchmark:
-            R + "benchmarks/train_decoder.{encoder}.tsv"
-        params:
-            settings=parameter("train_decoder"),
-            folder=encoder_folder,
-        threads: ALL_CORES
-        resources:
-            gpu=GPUS,
-            mem_mb=16000,
-            runtime=4320,
+            "<benchmarks>/train_decoder.{encoder}.tsv"
         conda:
             "../envs/mmfm.yaml"
+        threads: ALL_CORES
+        resources:
+            operation=OPERATION["train_decoder"],
+            gpu=GPUS,
+            processes=C.processes,
+            mem_mb=16000,
+            runtime=4320,
+        params:
+            settings=parameter("train_decoder"),
         shell:
-            "{LAUNCH} --gpus {resources.gpu} --threads {threads} -- train_decoder --settings {params.settings:q}"
-            " --listing {input.listing:q} --encoder-weights {params.folder:q} --out-dir $(dirname {output.decoder:q})"
-            " {OPERATION[train_decoder]} 2>&1 | tee {log:q}"
+            "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
+            " -- train_decoder --settings {params.settings:q}"
+            " --listing {input.listing:q} --encoder-weights $(dirname {input.encoder[0]:q}) --out-dir $(dirname {output.decoder:q})"
+            " {resources.operation} 2>&1 | tee {log:q}"
 
 else:
 
@@ -50,14 +52,14 @@ else:
         output:
             decoder=DECODER,
         log:
-            R + "logs/given_decoder.{encoder}.log",
+            "<logs>/given_decoder.{encoder}.log",
         benchmark:
-            R + "benchmarks/given_decoder.{encoder}.tsv"
+            "<benchmarks>/given_decoder.{encoder}.tsv"
+        conda:
+            "../envs/mmfm.yaml"
         threads: 1
         resources:
             mem_mb=500,
             runtime=5,
-        conda:
-            "../envs/mmfm.yaml"
         shell:
             "cp {input:q} {output:q} 2>&1 | tee {log:q}"

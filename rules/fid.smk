@@ -1,7 +1,6 @@
 """Frechet distance: the reference, the distance of each variant, and the short names."""
 
-FID = R + "fid/{encoder}_{setting}"
-REFERENCE = R + "fid_reference/reference.safetensors"
+REFERENCE = "<results>/fid_reference/reference.safetensors"
 
 
 rule fid_reference:
@@ -14,22 +13,25 @@ rule fid_reference:
     output:
         REFERENCE,
     log:
-        R + "logs/fid_reference.log",
+        "<logs>/fid_reference.log",
     benchmark:
-        R + "benchmarks/fid_reference.tsv"
-    params:
-        settings=parameter("fid_reference"),
-    threads: SHARED_CORES
-    resources:
-        gpu=GPUS,
-        mem_mb=4000,
-        runtime=720,
+        "<benchmarks>/fid_reference.tsv"
     conda:
         "../envs/mmfm.yaml"
+    threads: SHARED_CORES
+    resources:
+        operation=OPERATION["fid_reference"],
+        gpu=GPUS,
+        processes=C.processes,
+        mem_mb=4000,
+        runtime=720,
+    params:
+        settings=parameter("fid_reference"),
     shell:
-        "{LAUNCH} --gpus {resources.gpu} --threads {threads} -- fid_reference --settings {params.settings:q}"
+        "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
+        " -- fid_reference --settings {params.settings:q}"
         " --train-listing {input.listing:q} --heldout-listing {input.heldout:q} --detector-weights {input.detector:q}"
-        " --out {output:q} {OPERATION[fid_reference]} 2>&1 | tee {log:q}"
+        " --out {output:q} {resources.operation} 2>&1 | tee {log:q}"
 
 
 rule fid:
@@ -39,43 +41,33 @@ rule fid:
         reference=REFERENCE,
         detector=C.fid.weights,
     output:
-        text=FID + ".{training}.t{t}.txt",
-        json=FID + ".{training}.t{t}.json",
+        text="<results>/fid/{encoder}_{setting}.{training}.t{t}.txt",
+        json="<results>/fid/{encoder}_{setting}.{training}.t{t}.json",
     log:
-        R + "logs/fid.{encoder}_{setting}.{training}.t{t}.log",
+        "<logs>/fid.{encoder}_{setting}.{training}.t{t}.log",
     benchmark:
-        R + "benchmarks/fid.{encoder}_{setting}.{training}.t{t}.tsv"
-    params:
-        settings=parameter("fid"),
-    threads: SHARED_CORES
-    resources:
-        gpu=GPUS,
-        mem_mb=4000,
-        runtime=120,
+        "<benchmarks>/fid.{encoder}_{setting}.{training}.t{t}.tsv"
     conda:
         "../envs/mmfm.yaml"
+    threads: SHARED_CORES
+    resources:
+        operation=OPERATION["fid"],
+        gpu=GPUS,
+        processes=C.processes,
+        mem_mb=4000,
+        runtime=120,
+    params:
+        settings=parameter("fid"),
     shell:
-        "{LAUNCH} --gpus {resources.gpu} --threads {threads} -- fid --settings {params.settings:q}"
+        "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
+        " -- fid --settings {params.settings:q}"
         " --images {input.images:q} --samples {input.about:q} --reference {input.reference:q}"
         " --detector-weights {input.detector:q} --out-txt {output.text:q} --out-json {output.json:q}"
-        " {OPERATION[fid]} 2>&1 | tee {log:q}"
+        " {resources.operation} 2>&1 | tee {log:q}"
 
 
 localrules:
     short_name,
-
-
-_REQUEST = rf"(?P<e>{'|'.join(map(re.escape, ENCODERS))})_(?P<s>{'|'.join(SETTINGS)})(?P<v>{wf.variant_pattern(C.models)})"
-_COMPLETE = rf"({'|'.join(map(re.escape, ENCODERS))})_{wf.complete_pattern(C.models)}"
-# Snakemake writes one regular expression of all wildcards: named groups of our own would collide in it.
-_PLAIN = re.sub(r"\?P<\w>", "", _REQUEST)
-
-
-def complete_name(wildcards):
-    """Return the file with the complete name behind a short one."""
-    match = re.fullmatch(_REQUEST, wildcards.request)
-    full = checked(wf.parse_variant, match["v"], match["s"], C)
-    return R + f"fid/{match['e']}_{match['s']}.{full}.{wildcards.kind}"
 
 
 # results/fid/dinov2_mode.txt and results/fid/dinov2_mode.k512.txt stand for what the configuration says of the rest.
@@ -84,48 +76,37 @@ rule short_name:
         complete_name,
     output:
         report(
-            R + "fid/{request}.{kind}",
+            "<results>/fid/{request}.{kind}",
             caption="../workflow/report/fid.rst",
             category="Frechet distance",
             labels={"result": "{request}", "file": "{kind}"},
         ),
     log:
-        R + "logs/short_name.{request}.{kind}.log",
+        "<logs>/short_name.{request}.{kind}.log",
     benchmark:
-        R + "benchmarks/short_name.{request}.{kind}.tsv"
+        "<benchmarks>/short_name.{request}.{kind}.tsv"
     wildcard_constraints:
         kind="txt|json",
-        request=rf"(?!{_COMPLETE}\.(txt|json)$){_PLAIN}",
+        request=rf"(?!{COMPLETE_NAME}\.(txt|json)$){NAME}",
+    conda:
+        "../envs/mmfm.yaml"
     threads: 1
     resources:
         mem_mb=100,
         runtime=1,
-    conda:
-        "../envs/mmfm.yaml"
     shell:
         "(cp {input:q} {output:q} && cat {output:q}) 2>&1 | tee {log:q}"
-
-
-def unknown_target(wildcards):
-    """Refuse a mistyped result with the list of the valid ones; otherwise Snakemake says only that no rule makes it."""
-    names = [f"{R}fid/{encoder}_{setting}.txt" for encoder in ENCODERS for setting in SETTINGS]
-    target = f"{R}fid/{wildcards.name}"
-    raise WorkflowError(
-        f"no target '{target}'{mmfm_config.nearest(target, names)}. Valid targets:\n  "
-        + "\n  ".join(names)
-        + f"\nwith any of .seedN .MODEL ({', '.join(C.models)}) .kN .tN before .txt, in this order."
-    )
 
 
 rule unknown_target:
     input:
         unknown_target,
     output:
-        R + "fid/{name}",
+        "<results>/fid/{name}",
     log:
-        R + "logs/unknown_target.{name}.log",
+        "<logs>/unknown_target.{name}.log",
     wildcard_constraints:
-        name=rf"(?!{_PLAIN}\.(txt|json)$)[^/]+",
+        name=rf"(?!{NAME}\.(txt|json)$)[^/]+",
     conda:
         "../envs/mmfm.yaml"
     shell:

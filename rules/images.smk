@@ -1,9 +1,8 @@
 """Images: the embedded ones unpacked, and the listing that numbers them."""
 
-DEMO_IMAGES = R + "images/fashion-mnist"
-IMAGE_ROOT = DEMO_IMAGES if C.data.root == "demo" else C.data.root
-LISTING = R + "list_images/listing.train.safetensors"
-HELDOUT = R + "list_images/listing.heldout.safetensors"
+DEMO_IMAGES = "<results>/images/fashion-mnist"
+LISTING = "<results>/list_images/listing.train.safetensors"
+HELDOUT = "<results>/list_images/listing.heldout.safetensors"
 
 
 rule demo_images:
@@ -12,15 +11,15 @@ rule demo_images:
     output:
         directory(DEMO_IMAGES),
     log:
-        R + "logs/demo_images.log",
+        "<logs>/demo_images.log",
     benchmark:
-        R + "benchmarks/demo_images.tsv"
+        "<benchmarks>/demo_images.tsv"
+    conda:
+        "../envs/mmfm.yaml"
     threads: 1
     resources:
         mem_mb=1000,
         runtime=5,
-    conda:
-        "../envs/mmfm.yaml"
     shell:
         "python -m mmfm.cli demo_images --source $(dirname {input.images:q}) --out {output:q} 2>&1 | tee {log:q}"
 
@@ -34,17 +33,18 @@ rule list_images:
         train=LISTING,
         heldout=HELDOUT,
     log:
-        R + "logs/list_images.log",
+        "<logs>/list_images.log",
     benchmark:
-        R + "benchmarks/list_images.tsv"
-    params:
-        settings=parameter("list_images"),
-    threads: 1
-    resources:
-        mem_mb=2000,
-        runtime=30,
+        "<benchmarks>/list_images.tsv"
     conda:
         "../envs/mmfm.yaml"
+    threads: 1
+    resources:
+        operation=OPERATION["list_images"],
+        mem_mb=2000,
+        runtime=30,
+    params:
+        settings=parameter("list_images"),
     shell:
-        "python -m mmfm.cli list_images --settings {params.settings:q} --root {IMAGE_ROOT:q} --train {output.train:q}"
-        " --heldout {output.heldout:q} {OPERATION[list_images]} 2>&1 | tee {log:q}"
+        "python -m mmfm.cli list_images --settings {params.settings:q} --root {input:q} --train {output.train:q}"
+        " --heldout {output.heldout:q} {resources.operation} 2>&1 | tee {log:q}"

@@ -1,70 +1,73 @@
 """The mixture of the global tokens and its spatial counterpart."""
 
-GMM = R + "gmm/{encoder}/k{k}/"
-
 
 rule fit_gmm:
     input:
         tokens=rules.extract.output.tokens,
     output:
-        gmm=GMM + "gmm.safetensors",
-        assignment=GMM + "assignment.safetensors",
-        about=GMM + "report.json",
+        gmm="<results>/gmm/{encoder}/k{k}/gmm.safetensors",
+        assignment="<results>/gmm/{encoder}/k{k}/assignment.safetensors",
+        about="<results>/gmm/{encoder}/k{k}/report.json",
         likelihood=report(
-            GMM + "likelihood.png",
+            "<results>/gmm/{encoder}/k{k}/likelihood.png",
             caption="../workflow/report/likelihood.rst",
             category="Mixture",
             labels={"encoder": "{encoder}", "modes": "{k}", "picture": "likelihood"},
         ),
         weights=report(
-            GMM + "weights.png",
+            "<results>/gmm/{encoder}/k{k}/weights.png",
             caption="../workflow/report/weights.rst",
             category="Mixture",
             labels={"encoder": "{encoder}", "modes": "{k}", "picture": "weights"},
         ),
     log:
-        R + "logs/fit_gmm.{encoder}.k{k}.log",
+        "<logs>/fit_gmm.{encoder}.k{k}.log",
     benchmark:
-        R + "benchmarks/fit_gmm.{encoder}.k{k}.tsv"
-    params:
-        settings=parameter("fit_gmm", gmm=lambda wildcards: {"n_components": int(wildcards.k)}),
-    threads: SHARED_CORES
-    resources:
-        gpu=GPUS,
-        mem_mb=8000,
-        runtime=720,
+        "<benchmarks>/fit_gmm.{encoder}.k{k}.tsv"
     conda:
         "../envs/mmfm.yaml"
+    threads: SHARED_CORES
+    resources:
+        operation=OPERATION["fit_gmm"],
+        gpu=GPUS,
+        processes=C.processes,
+        mem_mb=8000,
+        runtime=720,
+    params:
+        settings=parameter("fit_gmm", lambda wildcards: {"gmm": {"n_components": int(wildcards.k)}}),
     shell:
-        "{LAUNCH} --gpus {resources.gpu} --threads {threads} -- fit_gmm --settings {params.settings:q}"
-        " --tokens {input.tokens:q} --out-dir $(dirname {output.gmm:q}) {OPERATION[fit_gmm]} 2>&1 | tee {log:q}"
+        "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
+        " -- fit_gmm --settings {params.settings:q}"
+        " --tokens {input.tokens:q} --out-dir $(dirname {output.gmm:q}) {resources.operation} 2>&1 | tee {log:q}"
 
 
 rule spatial_gmm:
     input:
-        encoder_files,
+        encoder=encoder_files,
         listing=LISTING,
         stats=rules.latent_stats.output.stats,
         gmm=rules.fit_gmm.output.gmm,
         assignment=rules.fit_gmm.output.assignment,
     output:
-        directory(R + "spatial_gmm/{encoder}/k{k}/spatial_gmm.zarr"),
+        directory("<results>/spatial_gmm/{encoder}/k{k}/spatial_gmm.zarr"),
     log:
-        R + "logs/spatial_gmm.{encoder}.k{k}.log",
+        "<logs>/spatial_gmm.{encoder}.k{k}.log",
     benchmark:
-        R + "benchmarks/spatial_gmm.{encoder}.k{k}.tsv"
-    params:
-        settings=parameter("spatial_gmm"),
-        folder=encoder_folder,
+        "<benchmarks>/spatial_gmm.{encoder}.k{k}.tsv"
+    conda:
+        "../envs/mmfm.yaml"
     threads: ALL_CORES
     resources:
+        operation=OPERATION["spatial_gmm"],
         gpu=GPUS,
+        processes=C.processes,
         mem_mb=4000,
         runtime=720,
         disk_mb=15000,
-    conda:
-        "../envs/mmfm.yaml"
+    params:
+        settings=parameter("spatial_gmm"),
     shell:
-        "{LAUNCH} --gpus {resources.gpu} --threads {threads} -- spatial_gmm --settings {params.settings:q}"
-        " --listing {input.listing:q} --encoder-weights {params.folder:q} --stats {input.stats:q} --gmm {input.gmm:q}"
-        " --assignment {input.assignment:q} --out {output:q} {OPERATION[spatial_gmm]} 2>&1 | tee {log:q}"
+        "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
+        " -- spatial_gmm --settings {params.settings:q}"
+        " --listing {input.listing:q} --encoder-weights $(dirname {input.encoder[0]:q}) --stats {input.stats:q} --gmm {input.gmm:q}"
+        " --assignment {input.assignment:q} --out {output:q} {resources.operation} 2>&1 | tee {log:q}"

@@ -1,50 +1,41 @@
 """Generation."""
 
-SAMPLE = R + "sample/{encoder}_{setting}/{training}.t{t}/"
-
-
-def spatial_flag(wildcards, input):
-    """Return the argument that names the spatial mixture, where the setting has one."""
-    return f"--spatial-gmm {input.spatial_gmm}" if mixture_inputs(wildcards) else ""
-
 
 rule sample:
     input:
-        encoder_files,
         unpack(mixture_inputs),
+        encoder=encoder_files,
         ema=rules.train.output.ema,
         stats=rules.latent_stats.output.stats,
         decoder=DECODER,
     output:
-        images=SAMPLE + "images.npz",
+        images="<results>/sample/{encoder}_{setting}/{training}.t{t}/images.npz",
         grid=report(
-            SAMPLE + "grid.png",
+            "<results>/sample/{encoder}_{setting}/{training}.t{t}/grid.png",
             caption="../workflow/report/grid.rst",
             category="Samples",
             labels={"encoder": "{encoder}", "setting": "{setting}", "variant": "{training}", "time points": "{t}"},
         ),
-        about=SAMPLE + "samples.json",
+        about="<results>/sample/{encoder}_{setting}/{training}.t{t}/samples.json",
     log:
-        R + "logs/sample.{encoder}_{setting}.{training}.t{t}.log",
+        "<logs>/sample.{encoder}_{setting}.{training}.t{t}.log",
     benchmark:
-        R + "benchmarks/sample.{encoder}_{setting}.{training}.t{t}.tsv"
-    params:
-        settings=lambda wildcards: checked(
-            lambda: wf.stage_parameter(C, "sample", wildcards.encoder, sample={"time_points": int(wildcards.t)})
-        ),
-        folder=encoder_folder,
-        seed=lambda wildcards: training_variant(wildcards).seed,
-        mixture=spatial_flag,
+        "<benchmarks>/sample.{encoder}_{setting}.{training}.t{t}.tsv"
+    conda:
+        "../envs/mmfm.yaml"
     threads: ALL_CORES
     resources:
+        operation=OPERATION["sample"],
         gpu=GPUS,
+        processes=C.processes,
         mem_mb=8000,
         runtime=720,
         disk_mb=20000,
-    conda:
-        "../envs/mmfm.yaml"
+    params:
+        settings=parameter("sample", lambda wildcards: {"sample": {"time_points": int(wildcards.t)}}),
     shell:
-        "{LAUNCH} --gpus {resources.gpu} --threads {threads} -- sample --settings {params.settings:q}"
-        " --seed {params.seed} --ema {input.ema:q} --stats {input.stats:q} --decoder {input.decoder:q}"
-        " --encoder-weights {params.folder:q} {params.mixture}"
-        " --out-dir $(dirname {output.images:q}) {OPERATION[sample]} 2>&1 | tee {log:q}"
+        "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
+        " -- sample --settings {params.settings:q}"
+        " --ema {input.ema:q} --stats {input.stats:q} --decoder {input.decoder:q}"
+        " --encoder-weights $(dirname {input.encoder[0]:q}) --spatial-gmm {input.spatial_gmm:q}"
+        " --out-dir $(dirname {output.images:q}) {resources.operation} 2>&1 | tee {log:q}"

@@ -21,7 +21,7 @@ def test_defaults_load():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("gmm.n_componets=3", "gmm.n_componets.*did you mean 'n_components'"),
+        ("gmm.n_componets=3", r"gmm.n_componets.*did you mean 'n_components'"),
         ("smaple.n_images=3", "smaple.*did you mean 'sample'"),
         ("gmm.tol=small", "'gmm.tol' must be a number"),
         ("gmm.n_components=1.5", "'gmm.n_components' must be a whole number"),
@@ -39,7 +39,7 @@ def test_a_bad_key_is_named(override, message):
 
 
 def test_a_missing_file_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="absent.yaml"):
+    with pytest.raises(ValueError, match=r"absent\.yaml"):
         config.load([tmp_path / "absent.yaml"])
 
 

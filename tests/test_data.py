@@ -62,7 +62,7 @@ def test_heldout_images_are_chosen_by_path():
     fewer = data.choose_heldout(paths[:-1], 200, seed=0)
     assert (chosen[:-1] != fewer).sum() <= 1
     assert (chosen != data.choose_heldout(paths, 200, seed=1)).any()
-    with pytest.raises(ValueError, match="data.holdout"):
+    with pytest.raises(ValueError, match=r"data\.holdout"):
         data.choose_heldout(paths, 1000, seed=0)
 
 

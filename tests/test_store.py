@@ -24,7 +24,7 @@ def test_a_truncated_file_is_named(tmp_path, size):
     path = tmp_path / "x.safetensors"
     store.write_arrays(path, {"a": np.ones(100)}, {})
     os.truncate(path, path.stat().st_size - 8 if size < 0 else size)
-    with pytest.raises(ValueError, match="x.safetensors"):
+    with pytest.raises(ValueError, match=r"x\.safetensors"):
         store.map_arrays(path)
 
 
@@ -63,4 +63,6 @@ def test_publish_replaces_a_directory(tmp_path):
 
 
 def test_canonical_json_ignores_the_order_of_keys():
-    assert store.canonical_json({"b": 1, "a": [1.0]}) == store.canonical_json({"a": [1.0], "b": 1}) == '{"a":[1.0],"b":1}'
+    assert (
+        store.canonical_json({"b": 1, "a": [1.0]}) == store.canonical_json({"a": [1.0], "b": 1}) == '{"a":[1.0],"b":1}'
+    )

@@ -36,9 +36,10 @@ DEPENDENTS = {
 INTRODUCTION = """\
 # Configuration
 
-`config/config.yaml` holds every key with the value of the embedded demo. Put what you want otherwise into a file of your
-own and lay it over: `snakemake results/fid/dinov2_mode.txt --cores all --configfile my.yaml`. A key that does not exist, or
-a value of the wrong type, is an error that names it. (`--config key=value` turns nested numbers into text; use a file.)
+`config/config.yaml` holds every key with the value of the embedded demo. Put what you want otherwise into a file of
+your own and lay it over: `snakemake results/fid/dinov2_mode.txt --cores all --configfile my.yaml`. A key that does not
+exist or a value of the wrong type is an error that names it. (`--config key=value` turns nested numbers into text; use
+a file.)
 
 The kinds of keys:
 
@@ -46,8 +47,8 @@ The kinds of keys:
 * **budget**: how far to go. The stage runs again, but goes on from where it stood when the value is raised.
 * **operation**: speed, memory, logging. Nothing runs again.
 
-A target's name can carry `seed`, model, `k` (modes) and `t` (time points) instead, which is the way to sweep: everything
-that two variants share is made once.
+A target's name can carry `seed`, model, `k` (modes) and `t` (time points) instead, which is the way to sweep:
+everything that two variants share is made once.
 
     snakemake --cores all results/fid/dinov2_mode.seed{0,1,2}.txt results/fid/dinov2_gmm.k{16,256}.t4.txt
 
@@ -106,7 +107,8 @@ def row(f: dataclasses.Field, value: Any, prefix: str) -> str:
     """Return one table row."""
     choices = f" ({', '.join(f'`{c}`' for c in f.metadata['choices'])})" if f.metadata["choices"] else ""
     shown = '""' if value == "" else str(value).lower() if isinstance(value, bool) else value
-    return f"| `{prefix}{f.name}` | {f.metadata['help']}{choices} | {f.metadata['unit']} | `{shown}` | {f.metadata['kind']} |"
+    cells = (f"`{prefix}{f.name}`", f.metadata["help"] + choices, f.metadata["unit"], f"`{shown}`", f.metadata["kind"])
+    return f"| {' | '.join(cells)} |"
 
 
 def schema(kind: type) -> dict[str, Any]:
@@ -142,7 +144,10 @@ def main() -> int:
     options = parser.parse_args()
     values = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "MM-FM configuration"}
-    texts = {README: readme(values), SCHEMA: yaml.safe_dump({**head, **schema(config.Config)}, sort_keys=False, width=120)}
+    texts = {
+        README: readme(values),
+        SCHEMA: yaml.safe_dump({**head, **schema(config.Config)}, sort_keys=False, width=120),
+    }
     stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
     for path in stale:
         if options.check:

@@ -21,9 +21,7 @@ SETTINGS = ("uncond", "gmm", "mode")
 """Names of the settings: unconditional, unconditional with mixture source, mode-conditional with mixture source."""
 
 
-def key(
-    help: str, *, kind: str = "identity", unit: str = "", choices: tuple = (), minimum: float | None = None
-) -> Any:
+def key(help: str, *, kind: str = "identity", unit: str = "", choices: tuple = (), minimum: float | None = None) -> Any:
     """Declare a configuration key with what the documentation, the schema and the validation need."""
     return field(metadata={"help": help, "kind": kind, "unit": unit, "choices": choices, "minimum": minimum})
 
@@ -291,7 +289,9 @@ def _value(hint: Any, value: Any, where: str, metadata: Mapping[str, Any]) -> An
     value = _scalar(hint, value, where)
     if metadata.get("choices") and value not in metadata["choices"]:
         choices = ", ".join(map(str, metadata["choices"]))
-        raise ValueError(f"'{where}' is '{value}'{nearest(str(value), metadata['choices'])}; it must be one of {choices}")
+        raise ValueError(
+            f"'{where}' is '{value}'{nearest(str(value), metadata['choices'])}; it must be one of {choices}"
+        )
     if metadata.get("minimum") is not None and value < metadata["minimum"]:
         raise ValueError(f"'{where}' is {value}; it must be at least {metadata['minimum']}")
     return value
@@ -358,9 +358,7 @@ def keys_of_kind(section: Any, *kinds: str) -> dict[str, Any]:
 
 def stage_settings(config: Config, stage: str, encoder: str = "", model: str = "") -> dict[str, Any]:
     """Return what a stage's parameter holds: identity and budget keys of the sections it reads."""
-    return {
-        name: keys_of_kind(config.section(name, encoder, model), "identity", "budget") for name in STAGES[stage]
-    }
+    return {name: keys_of_kind(config.section(name, encoder, model), "identity", "budget") for name in STAGES[stage]}
 
 
 def stage_operation(config: Config, stage: str) -> list[str]:

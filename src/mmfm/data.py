@@ -90,7 +90,9 @@ def scan(root: str | Path) -> tuple[list[str], list[str], np.ndarray, np.ndarray
     for label, name in enumerate(classes or [""]):
         found = sorted(_images_below(root / name, name))
         if not found:
-            raise ValueError(f"no images in '{root / name}' (looked for {', '.join(EXTENSIONS)}); add some or remove it")
+            raise ValueError(
+                f"no images in '{root / name}' (looked for {', '.join(EXTENSIONS)}); add some or remove it"
+            )
         paths += [path for path, _ in found]
         sizes += [size for _, size in found]
         labels += [label] * len(found)
@@ -160,7 +162,9 @@ def read_image(path: str | Path) -> Image.Image:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise ValueError(f"cannot read image '{path}': {error}; replace or remove it, then list the images again") from error
+        raise ValueError(
+            f"cannot read image '{path}': {error}; replace or remove it, then list the images again"
+        ) from error
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

@@ -2,9 +2,11 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from mmfm.models.layers import sincos_position_table
 
 METADATA_KEY = "decoder_config"
+PROVENANCE_KEY = "provenance"
 
 
 @dataclass(frozen=True)
@@ -161,13 +164,20 @@ class Decoder(nn.Module):
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, grid * p, grid * p)
 
 
-def save_decoder(decoder: Decoder, path: str | Path) -> None:
-    """Write weights (safetensors) with the configuration as JSON metadata; the file appears only whole."""
+def save_decoder(decoder: Decoder, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
+    """Write weights (safetensors) with the configuration as JSON metadata; the file appears only whole.
+
+    Args:
+        provenance: JSON-serialisable values on how the weights came about, kept as metadata.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in decoder.state_dict().items()}
-    save_file(state, partial, metadata={METADATA_KEY: json.dumps(asdict(decoder.config), sort_keys=True)})
+    metadata = {METADATA_KEY: json.dumps(asdict(decoder.config), sort_keys=True)}
+    if provenance is not None:
+        metadata[PROVENANCE_KEY] = json.dumps(provenance, sort_keys=True)
+    save_file(state, partial, metadata=metadata)
     os.replace(partial, path)
 
 

@@ -1,8 +1,8 @@
 """Exact moments of data that arrive in batches, in torch float64 on any device.
 
 Batches and partial results are combined by the update of Chan, Golub and LeVeque ("Updating formulae and a pairwise
-algorithm for computing sample variances", 1979): deviations are always taken from a mean of the data at hand, so nothing
-cancels however large the mean is, and a variance can't become negative.
+algorithm for computing sample variances", 1979): deviations are always taken from a mean of the data at hand, so
+nothing cancels however large the mean is, and a variance can't become negative.
 """
 
 from collections.abc import Mapping
@@ -123,7 +123,9 @@ class CovarianceMoments(Moments):
 def _rows(batch: Tensor | np.ndarray, shape: torch.Size, device: torch.device) -> Tensor:
     rows = torch.as_tensor(batch).to(device, torch.float64)
     if rows.shape[1:] != shape:
-        raise ValueError(f"rows are {tuple(rows.shape[1:])}, the moments so far {tuple(shape)}; use one shape throughout")
+        raise ValueError(
+            f"rows are {tuple(rows.shape[1:])}, the moments so far {tuple(shape)}; use one shape throughout"
+        )
     return rows
 
 

@@ -1,7 +1,9 @@
 """What the Snakefile needs from Python: variants of a target, a rule's parameter, GPU limit, stale locks."""
 
 import fcntl
+import os
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,15 +77,13 @@ def parse_variant(text: str, setting: str, settings: config.Config) -> Variant:
     )
 
 
-def stage_parameter(
-    settings: config.Config, stage: str, encoder: str = "", model: str = "", **replaced: dict[str, object]
-) -> str:
+def stage_parameter(settings: config.Config, stage: str, encoder: str = "", **replaced: dict[str, object]) -> str:
     """Return the one parameter of a rule: canonical JSON of the identity and budget keys that its stage reads.
 
     Args:
         replaced: keys that the target's name sets, by section, e.g. ``gmm={"n_components": 512}``.
     """
-    values = config.stage_settings(settings, stage, encoder, model)
+    values = config.stage_settings(settings, stage, encoder)
     for section, keys in replaced.items():
         values[section] = {**values[section], **keys}
     return canonical_json(values)
@@ -109,6 +109,11 @@ def gpus_per_job(wanted: str | int, limit: int | None) -> int:
             "lower it, set it to auto, or raise the limit with --resources gpu=N"
         )
     return wanted
+
+
+def put_own_python_first() -> None:
+    """Make ``python`` in shell commands the interpreter that runs Snakemake, also when its environment is not active."""
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 def clear_stale_locks(folder: Path) -> IO[str]:

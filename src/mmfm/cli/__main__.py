@@ -28,7 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("usage: mmfm COMMAND [ARGUMENTS]\n\nThe stages, in the order of the workflow, and tools:\n")
         for command, summary in COMMANDS.items():
             print(f"  {command:<15}{summary}")
-        print("\n`mmfm COMMAND --help` explains one. Usually Snakemake calls them: snakemake results/fid/... --cores all")
+        print(
+            "\n`mmfm COMMAND --help` explains one. Usually Snakemake calls them: snakemake results/fid/... --cores all"
+        )
         return 0
     if name not in COMMANDS:
         from mmfm.config import nearest

@@ -37,7 +37,9 @@ def main(arguments: list[str]) -> int:
     builds = [name for name in ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12") if _version(name)]
     print(f"{'faiss':<16}{', '.join(f'{b} {_version(b)}' for b in builds) or 'missing'}")
     if len(builds) != 1:
-        problems.append(f"exactly one build of faiss must be installed, found {builds or 'none'}: pip uninstall the others")
+        problems.append(
+            f"exactly one build of faiss must be installed, found {builds or 'none'}: pip uninstall the others"
+        )
     from mmfm.infra import torchvision_ops
 
     if torchvision_ops._declared is not None:

@@ -190,8 +190,8 @@ def _publish(
 def import_npz(path: str | Path, detector: Detector, out: str | Path) -> None:
     """Write the reference from the ``mu`` and ``sigma`` that an ``.npz`` holds.
 
-    ADM's ``VIRTUAL_imagenet256_labeled.npz`` is the one that published FIDs on ImageNet at 256 x 256 use. Python objects
-    in the file are refused, not unpickled.
+    ADM's ``VIRTUAL_imagenet256_labeled.npz`` is the one that published FIDs on ImageNet at 256 x 256 use. Python
+    objects in the file are refused, not unpickled.
 
     Raises:
         FileNotFoundError: no such file.

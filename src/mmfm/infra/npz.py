@@ -23,9 +23,7 @@ MEMBER = "arr_0"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
-def write_parts(
-    path: str | Path, shape: tuple[int, ...], dtype: np.dtype | type, parts: Iterable[np.ndarray]
-) -> str:
+def write_parts(path: str | Path, shape: tuple[int, ...], dtype: np.dtype | type, parts: Iterable[np.ndarray]) -> str:
     """Write the concatenation of ``parts`` as the only array of an uncompressed ``.npz``, whole.
 
     Equal arrays give equal files: the archive carries no time.

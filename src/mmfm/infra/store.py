@@ -115,7 +115,9 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); delete it and run the stage that makes it again") from error
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); delete it and run the stage that makes it again"
+        ) from error
 
 
 def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> str:

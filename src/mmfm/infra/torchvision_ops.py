@@ -27,7 +27,7 @@ def ensure_importable() -> bool:
     """
     global _declared
     try:
-        import torchvision  # noqa: F401
+        import torchvision
 
         return False
     except RuntimeError as error:

@@ -59,8 +59,8 @@ class Rows:
             if not finite.all():
                 row = chunk.start + int(np.argmin(finite))
                 raise ValueError(
-                    f"row {row} of the tokens (image {row} of the listing) is not finite; look at that image and at the "
-                    "encoder's precision, then run extract again"
+                    f"row {row} of the tokens (image {row} of the listing) is not finite; look at that image and "
+                    "at the encoder, then run extract again"
                 )
             rows = torch.tensor(values, device=self.ranks.device)
             if values.nbytes <= self._room:
@@ -197,8 +197,8 @@ def em_iterations(
     """Run EM from a state, yielding the next one after every iteration, until convergence or ``max_iter`` in all.
 
     Converges as scikit-learn's GaussianMixture does: when the lower bound changes by less than ``tol``. With float32
-    products, an iteration whose variances are mostly the regularisation (a start from single points) is done in float64:
-    at variances of 1e-6, float32 log-densities are wrong by hundreds.
+    products, an iteration whose variances are mostly the regularisation (a start from single points) is done in
+    float64: at variances of 1e-6, float32 log-densities are wrong by hundreds.
     """
     while not state.converged and state.n_iter < max_iter:
         barely_spread = bool(state.mixture.variances.median() <= 10 * reg_covar)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmfm import config, data
+from mmfm import config
 from mmfm.config import Gmm
 from mmfm.infra import store
 from mmfm.infra.distributed import Ranks
@@ -25,8 +25,8 @@ def fit(tokens: TokenStore, settings: Gmm, out_dir: str | Path, ranks: Ranks) ->
     """Fit the mixture of the global tokens and give every image to its likeliest component.
 
     Writes ``gmm.safetensors``, ``assignment.safetensors``, ``report.json``, ``likelihood.png`` and ``weights.png``
-    (layouts in docs/stages.md). After a kill, or with a raised ``max_iter``, EM goes on from its newest whole iteration;
-    with a lowered one from the newest that is within it. A collective call; the main process writes.
+    (layouts in docs/stages.md). After a kill, or with a raised ``max_iter``, EM goes on from its newest whole
+    iteration; with a lowered one from the newest that is within it. A collective call; the main process writes.
 
     Returns:
         The report.
@@ -126,7 +126,7 @@ def load_iteration(path: Path, device: torch.device | str = "cpu") -> EMState:
 
 
 def newest_iteration(state_dir: Path, max_iter: int) -> Path | None:
-    """Return the newest whole iteration that ``max_iter`` allows, passing over damaged ones; None where there is none."""
+    """Return the newest iteration that ``max_iter`` allows, passing over damaged ones; None if there is none."""
     for path in sorted(state_dir.glob("iteration-*.safetensors"), reverse=True):
         try:
             if load_iteration(path).n_iter <= max_iter:

@@ -3,9 +3,11 @@
 The log-density of all components is two matrix products. With x and the means taken relative to the mixture's overall
 mean c, and z = x - c, m = mean - c:
 
-    log w_k N(x; mean_k, v_k) = log w_k - (C log 2 pi + sum log v_k + sum m_k^2 / v_k) / 2 + z . (m_k / v_k) - z^2 . (1 / v_k) / 2
+    log w_k N(x; mean_k, v_k) = constant_k + z . (m_k / v_k) - z^2 . (1 / v_k) / 2,
+    constant_k = log w_k - (C log 2 pi + sum log v_k + sum m_k^2 / v_k) / 2
 
-Nothing larger than (B, K) is made. Centring keeps the three terms small, so that float32 holds; TF32 and bfloat16 do not.
+Nothing larger than (B, K) is made. Centring keeps the terms small, so that float32 is enough; TF32 and bfloat16 are
+not.
 """
 
 import math
@@ -87,7 +89,9 @@ class Mixture:
                 "is not finite; raise gmm.reg_covar, or fetch the mixture again"
             )
         if not (self.weights >= 0).all() or abs(float(self.weights.sum()) - 1) > 1e-6:
-            raise ValueError(f"the mixture's weights sum to {float(self.weights.sum()):.8g}, not 1; fit or fetch it again")
+            raise ValueError(
+                f"the mixture's weights sum to {float(self.weights.sum()):.8g}, not 1; fit or fetch it again"
+            )
 
     @property
     def n_components(self) -> int:
@@ -110,14 +114,16 @@ class Mixture:
         return Mixture(*moved, self.covariance_type, self.metadata)
 
     def _prepared(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return centre (C,), constant (K,), m / v (C, K), 1 / v (C, K) or (1, K), computed in float64, kept in dtype."""
+        """Return centre (C,), constant (K,), m / v (C, K), 1 / v (C, K) or (1, K): made in float64, kept in dtype."""
         if dtype not in self._operands:
             # Rounded before use, so that x and the means are relative to exactly the same point.
             centre = (self.weights @ self.means).to(dtype).double()
             m = self.means - centre
             v = self.variances if self.covariance_type == "diag" else self.variances[:, None]
             log_det = v.log().sum(1) * (self.dimension / v.shape[1])
-            constant = self.weights.log() - 0.5 * (self.dimension * math.log(2 * math.pi) + log_det + (m * m / v).sum(1))
+            constant = self.weights.log() - 0.5 * (
+                self.dimension * math.log(2 * math.pi) + log_det + (m * m / v).sum(1)
+            )
             operands = (centre, constant, (m / v).T.contiguous(), v.reciprocal().T.contiguous())
             self._operands[dtype] = tuple(t.to(dtype) for t in operands)
         return self._operands[dtype]

@@ -99,7 +99,7 @@ def plot_weights(path: Path, weights: np.ndarray, counts: np.ndarray) -> None:
     save()
 
 
-def _figure(path: Path):  # noqa: ANN202 - matplotlib is imported only here
+def _figure(path: Path):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -6,7 +6,7 @@ nothing of a latent is kept but its contribution to the moments of its mode. At 
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,10 @@ from mmfm import config, data
 from mmfm.infra import store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
+from mmfm.mixture.plan import Plan, deal
 from mmfm.statistics import Moments
 
 VERSION = 1
-
-GROUP_BATCHES = 4
-"""Whole batches that a group of small modes fills: the larger, the fewer part-filled batches and the coarser the deal."""
 
 Encode = Callable[[Tensor], Tensor]
 """Images (B, 3, h, w) float32 in [0, 1] -> normalised latents (B, C, H, W) float32."""
@@ -84,67 +82,6 @@ class SpatialMixture:
         return result
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Which images are encoded together. A function of the labels and the batch size, never of what is left to do.
-
-    The images are sorted by mode, then by index. Consecutive modes form groups; a group is cut into batches without
-    regard to its modes, so that 8192 modes of 156 images fill their batches. Groups are what processes are dealt.
-
-    Attributes:
-        order: (N,) int64, image at every position.
-        offsets: (K + 1,) int64, the positions of mode k are [offsets[k], offsets[k + 1]).
-        groups: ranges of modes, in order; together all modes.
-        batch_size: images of a batch; fewer in the last one of a group.
-    """
-
-    order: np.ndarray
-    offsets: np.ndarray
-    groups: list[range]
-    batch_size: int
-
-    @classmethod
-    def make(cls, labels: np.ndarray, n_components: int, batch_size: int) -> "Plan":
-        """Plan for labels (N,) in [0, n_components)."""
-        offsets = np.zeros(n_components + 1, np.int64)
-        np.cumsum(np.bincount(labels, minlength=n_components), out=offsets[1:])
-        groups, first = [], 0
-        for k in range(n_components):
-            if offsets[k + 1] - offsets[first] >= GROUP_BATCHES * batch_size or k == n_components - 1:
-                groups.append(range(first, k + 1))
-                first = k + 1
-        return cls(np.argsort(labels, kind="stable"), offsets, groups, batch_size)
-
-    def batches(self, group: range, done: set[int]) -> list[range]:
-        """Return the positions of those batches of a group that hold images of modes not in ``done``."""
-        needed = []
-        for batch in data.ranges(int(self.offsets[group.start]), int(self.offsets[group.stop]), self.batch_size):
-            if any(k not in done for k in self.modes(batch)):
-                needed.append(batch)
-        return needed
-
-    def modes(self, batch: range) -> list[int]:
-        """Return the modes that have images at the given positions, ascending."""
-        first = int(np.searchsorted(self.offsets, batch.start, side="right")) - 1
-        last = int(np.searchsorted(self.offsets, batch.stop, side="left"))
-        return [k for k in range(first, last) if self.offsets[k] < self.offsets[k + 1]]
-
-
-def deal(sizes: Sequence[int], world: int) -> list[list[int]]:
-    """Deal jobs to processes by the longest-processing-time rule (Graham 1969).
-
-    Returns:
-        For every process the numbers of its jobs, ascending; the largest load is at most 4/3 of the best possible.
-    """
-    hands: list[list[int]] = [[] for _ in range(world)]
-    loads = [0] * world
-    for job in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        lightest = loads.index(min(loads))
-        hands[lightest].append(job)
-        loads[lightest] += sizes[job]
-    return [sorted(hand) for hand in hands]
-
-
 def union_with_flips(moments: Moments) -> tuple[Tensor, float]:
     """Return mean (C, H, W) and spherical variance of latents and their horizontal flips, from the latents' moments.
 
@@ -179,6 +116,7 @@ class _Accumulator:
                 self.done.add(k)
 
 
+@torch.no_grad()
 def fit(
     listing: str | Path,
     encode: Encode,
@@ -211,8 +149,8 @@ def fit(
     n, k = len(data.Listing.open(listing)), len(weights)
     if len(labels) != n or labels.min() < 0 or labels.max() >= k:
         raise ValueError(
-            f"the assignment has {len(labels)} images in modes {labels.min()} to {labels.max()}, the listing {n} images "
-            f"and the mixture {k} modes; run fit_gmm again on this listing"
+            f"the assignment has {len(labels)} images in modes {labels.min()} to {labels.max()}, the listing {n} "
+            f"images and the mixture {k} modes; run fit_gmm again on this listing"
         )
     settings: config.SpatialGmm = sections["spatial_gmm"]
     identity = config.identity(sections)
@@ -297,7 +235,6 @@ def _publish(
     rows = np.frombuffer("".join(row_digests).encode(), np.uint8)
     digest = store.array_digest(rows, variances, np.asarray(weights, np.float64), counts)
     group.attrs.update({**digests, "digest": digest})
-    store.publish_directory(state / "spatial.zarr", out)
     report = {
         "digest": digest,
         "n_images": int(counts.sum()),
@@ -310,5 +247,6 @@ def _publish(
         **digests,
     }
     store.write_json(out.with_name("report.json"), report)
+    store.publish_directory(state / "spatial.zarr", out)
     shutil.rmtree(state)
     return report

@@ -77,3 +77,10 @@ def draw_curve(lines: list[dict[str, Any]], path: str | Path, title: str) -> Non
     with store.whole_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png", metadata={"Software": None})
     plt.close(figure)
+
+
+def publish_history(state: Path, step: int, out_dir: Path, title: str) -> None:
+    """Write ``history.jsonl`` and ``curve.png`` of a run that ends at ``step`` from the history in its state."""
+    lines = [line for line in read_history(state / "history.jsonl") if line["step"] <= step]
+    write_history(out_dir / "history.jsonl", lines)
+    draw_curve(lines, out_dir / "curve.png", title)

@@ -42,10 +42,14 @@ class MicroBatch(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """latent (b, C, H, W) and global token (b, C) of a micro batch, of the images as augmented; float32."""
+    """latent (b, C, H, W) and global token (b, C) of a micro batch, of the images as augmented; float32.
+
+    ``images`` (b, 3, S, S) float32 in [0, 1] are there unless a cache was made without them.
+    """
 
     latent: Tensor
     token: Tensor
+    images: Tensor | None = None
 
 
 @functools.lru_cache(maxsize=4)
@@ -88,6 +92,11 @@ class Plan:
             raise ValueError(f"{self.world} processes cannot share a global_batch of {self.global_batch}; use fewer")
 
     @property
+    def views(self) -> int:
+        """How many pictures an image gives: 2 with flips."""
+        return 2 if self.flip else 1
+
+    @property
     def steps_per_epoch(self) -> int:
         """Whole global batches in N images."""
         return self.n_images // self.global_batch
@@ -128,10 +137,12 @@ class CachedLatents:
     Args:
         latents: (F, N, C, H, W), F = 2 with flips and 1 without.
         tokens: (F, N, C).
+        images: (F, N, 3, S, S) uint8; None where they are not needed any more.
     """
 
-    def __init__(self, plan: Plan, latents: Tensor, tokens: Tensor) -> None:
+    def __init__(self, plan: Plan, latents: Tensor, tokens: Tensor, images: Tensor | None = None) -> None:
         self.plan, self.latents, self.tokens = plan, latents.flatten(0, 1), tokens.flatten(0, 1)
+        self.images = None if images is None else images.flatten(0, 1)
 
     def batches(self, first_step: int, stop_step: int) -> Iterator[tuple[MicroBatch, Inputs]]:
         """Yield the micro batches of steps [first_step, stop_step) with their inputs."""
@@ -140,7 +151,9 @@ class CachedLatents:
             for micro in self.plan.micro_batches(step):
                 rows = micro.images.to(device, non_blocking=True)
                 rows = rows + self.plan.n_images * self.plan.flips(micro.key_tensor(device))
-                yield micro, Inputs(self.latents.index_select(0, rows), self.tokens.index_select(0, rows))
+                latents, tokens = self.latents.index_select(0, rows), self.tokens.index_select(0, rows)
+                images = None if self.images is None else data.to_float(self.images.index_select(0, rows), device)
+                yield micro, Inputs(latents, tokens, images)
 
 
 class EncodedImages:
@@ -170,7 +183,7 @@ class EncodedImages:
                 images = data.to_float(images, self.device)
                 flips = self.plan.flips(micro.key_tensor(self.device))
                 images = torch.where(flips[:, None, None, None], images.flip(-1), images)
-                yield micro, Inputs(*self.encode(images))
+                yield micro, Inputs(*self.encode(images), images)
 
 
 class _ImageIndices:
@@ -185,41 +198,50 @@ class _ImageIndices:
                 yield micro.images.tolist()
 
 
-def cache_bytes(n_images: int, latent_shape: tuple[int, int, int], flip: bool) -> int:
-    """Bytes of a cache of float32 latents (C, H, W) and tokens (C,)."""
-    channels, height, width = latent_shape
-    return n_images * (2 if flip else 1) * channels * (height * width + 1) * 4
-
-
-@torch.no_grad()
-def encode_all(
+def feed(
     plan: Plan,
     listing: str | Path,
     size: int,
     encode: Encode,
     latent_shape: tuple[int, int, int],
     ranks: Ranks,
-    workers: int,
+    *,
     stage: str,
-) -> CachedLatents:
-    """Encode every training image, and its flip, into the memory of every process's device.
+    workers: int,
+    cache_gb: float,
+    keep_images: bool = False,
+) -> CachedLatents | EncodedImages:
+    """Encode once and keep everything if that fits into ``cache_gb`` (10^9 bytes per process), or else at every step.
 
-    Batches are fixed ranges of the listing, dealt to the processes in turn, so that the latents do not depend on
-    where a run was restarted.
+    Args:
+        size: side of the crop, pixels.
+        latent_shape: (C, H, W) of ``encode``'s latents.
+        stage: name for the progress line.
+        keep_images: whether a cache holds the images too.
     """
-    ways = 2 if plan.flip else 1
-    latents = torch.zeros(ways, plan.n_images, *latent_shape, device=ranks.device)
-    tokens = torch.zeros(ways, plan.n_images, latent_shape[0], device=ranks.device)
+    channels, height, width = latent_shape
+    per_view = channels * (height * width + 1) * 4 + 3 * size * size * keep_images
+    if plan.n_images * plan.views * per_view > cache_gb * 1e9:
+        return EncodedImages(plan, listing, size, encode, ranks.device, workers)
+    views = (plan.views, plan.n_images)
+    latents = torch.zeros(*views, *latent_shape, device=ranks.device)
+    tokens = torch.zeros(*views, channels, device=ranks.device)
+    kept = torch.zeros(*views, 3, size, size, device=ranks.device, dtype=torch.uint8) if keep_images else None
+    # Fixed ranges of the listing, so that the latents do not depend on where a run was restarted.
     mine = data.ranges(0, plan.n_images, _CACHE_BATCH)[ranks.rank :: ranks.world]
     batches = data.image_batches(listing, size, mine, workers, pin=ranks.device.type == "cuda")
     progress = Progress(f"{stage}: encoding once", sum(map(len, mine)), "images", enabled=ranks.is_main)
-    with progress:
+    with progress, torch.no_grad():
         for rows, (_, images) in zip(mine, batches, strict=True):
-            images = data.to_float(images, ranks.device)
-            for way, view in enumerate((images, images.flip(-1))[:ways]):
-                latents[way, rows.start : rows.stop], tokens[way, rows.start : rows.stop] = encode(view)
+            place = slice(rows.start, rows.stop)
+            images = images.to(ranks.device)
+            for view, seen in enumerate((images, images.flip(-1))[: plan.views]):
+                latents[view, place], tokens[view, place] = encode(data.to_float(seen, ranks.device))
+                if kept is not None:
+                    kept[view, place] = seen
             progress.advance(len(rows))
     # Every row is 0 in all processes but one, so the sum is that one's row, exactly.
-    ranks.sum(latents)
-    ranks.sum(tokens)
-    return CachedLatents(plan, latents, tokens)
+    for tensor in (latents, tokens, kept):
+        if tensor is not None:
+            ranks.sum(tensor)
+    return CachedLatents(plan, latents, tokens, kept)

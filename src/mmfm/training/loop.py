@@ -22,7 +22,7 @@ from mmfm.models.dit import DiT, DiTConfig
 from mmfm.pictures import image_grid, save_picture
 from mmfm.training import latents
 from mmfm.training.checkpoint import save_ema
-from mmfm.training.history import draw_curve, read_history, write_history
+from mmfm.training.history import draw_curve, publish_history, read_history
 from mmfm.training.inputs import TrainFiles
 from mmfm.training.schedule import ConstantThenLinear
 from mmfm.training.trainer import Recipe, Routine, Trainer
@@ -125,7 +125,11 @@ def train(setting: str, files: TrainFiles, sections: dict[str, Any], version: in
     )  # fmt: skip
     target = settings.epochs * plan.steps_per_epoch
     if not trainer.resume(target):
-        trainer.run(target, _feed(plan, files, sections, autoencoder.encode, latent_shape, ranks))
+        feed = latents.feed(
+            plan, files.listing, sections["image"].size, autoencoder.encode, latent_shape, ranks,
+            stage="train", workers=settings.workers, cache_gb=settings.latent_cache_gb,
+        )  # fmt: skip
+        trainer.run(target, feed)
     if ranks.is_main:
         provenance = _provenance(setting, sections, latent_shape, digests, plan, trainer.step)
         _publish(out_dir, state, trainer, provenance, preview if files.decoder else None)
@@ -171,16 +175,6 @@ def _routine(settings: config.Train) -> Routine:
     )  # fmt: skip
 
 
-def _feed(
-    plan: latents.Plan, files: TrainFiles, sections: dict[str, Any], encode: latents.Encode,
-    latent_shape: tuple[int, int, int], ranks: Ranks,
-) -> latents.CachedLatents | latents.EncodedImages:  # fmt: skip
-    settings, size = sections["train"], sections["image"].size
-    if latents.cache_bytes(plan.n_images, latent_shape, plan.flip) <= settings.latent_cache_gb * 1e9:
-        return latents.encode_all(plan, files.listing, size, encode, latent_shape, ranks, settings.workers, "train")
-    return latents.EncodedImages(plan, files.listing, size, encode, ranks.device, settings.workers)
-
-
 def _previewer(
     task: FlowMatching, autoencoder: rae.RAE, latent_shape: tuple[int, int, int], settings: config.Preview
 ) -> Callable[[nn.Module], Any]:
@@ -216,9 +210,7 @@ def _publish(
     out_dir: Path, state: Path, trainer: Trainer, provenance: dict[str, Any], preview: Callable[..., Any] | None
 ) -> None:
     """Write the outputs of a finished run."""
-    lines = [line for line in read_history(state / "history.jsonl") if line["step"] <= trainer.step]
-    write_history(out_dir / "history.jsonl", lines)
-    draw_curve(lines, out_dir / "curve.png", f"train {provenance['setting']}")
+    publish_history(state, trainer.step, out_dir, f"train {provenance['setting']}")
     if preview is not None:
         save_picture(preview(trainer.averaged), out_dir / "preview.png")
     save_ema(out_dir / "ema.safetensors", trainer.averaged, provenance)

@@ -1,0 +1,210 @@
+"""The stage ``fid``: Frechet distance of generated images from the reference, with all that is needed to read it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmfm import data
+from mmfm.evaluation.detector import Detector
+from mmfm.evaluation.frechet import frechet_distance
+from mmfm.evaluation.reference import Reference
+from mmfm.infra import npz, store
+from mmfm.infra.distributed import Ranks
+from mmfm.infra.progress import Progress
+from mmfm.statistics import CovarianceMoments
+
+VERSION = 1
+
+PUBLISHED_IMAGES = 50_000
+"""Images that published FIDs are computed from."""
+
+
+def measure(
+    images_path: str | Path,
+    samples_path: str | Path,
+    reference_path: str | Path,
+    detector: Detector,
+    batch_size: int,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Return the distance and its circumstances as JSON values, the same on every process.
+
+    Args:
+        images_path: ``images.npz`` of sample, (n, S, S, 3) uint8; it is memory-mapped, so its size does not matter.
+        samples_path: ``samples.json`` beside it.
+        reference_path: from fid_reference.
+        batch_size: images per detector call.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: files that do not belong together: a reference of another detector or image size, or a description
+            of other images; also fewer than two images.
+    """
+    images, samples = npz.map_array(images_path), store.read_json(samples_path)
+    reference = Reference.open(reference_path)
+    _check(images, images_path, samples, samples_path, reference, reference_path, detector)
+    digest = ranks.from_main(lambda: store.array_digest(images))
+    if samples.get("images_digest") != digest:
+        raise ValueError(f"'{samples_path}' does not describe the images in '{images_path}'; run sample again")
+    moments = image_moments(images, detector, batch_size, ranks)
+    distance = ranks.from_main(
+        lambda: frechet_distance(moments.mean, moments.covariance(), reference.mu, reference.sigma)
+    )
+    n = len(images)
+    return {
+        "stage": "fid",
+        "version": VERSION,
+        "measure": _measure_name(detector, n),
+        "frechet_distance": distance,
+        "published_protocol": _is_published_protocol(detector, reference, n),
+        "warnings": _warnings(detector, reference, n),
+        "n_images": n,
+        "floor": reference.about["floor"],
+        "floor_n_images": reference.about["floor_n_images"],
+        "detector": {"name": detector.name, "digest": detector.digest, "dimension": detector.dimension},
+        "reference": {name: reference.about[name] for name in ("source", "n_images", "image_size", "digest")},
+        "samples": samples,
+    }
+
+
+def _check(
+    images: np.ndarray, images_path: str | Path, samples: dict[str, Any], samples_path: str | Path,
+    reference: Reference, reference_path: str | Path, detector: Detector,
+) -> None:  # fmt: skip
+    about = reference.about
+    if about["detector_digest"] != detector.digest:
+        raise ValueError(
+            f"the reference '{reference_path}' has features of another detector ({about['detector']}, weights "
+            f"{about['detector_digest'][:12]}) than {detector.name} ({detector.digest[:12]}); run fid_reference with it"
+        )
+    if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3 or images.dtype != np.uint8:
+        raise ValueError(f"'{images_path}' holds {images.shape} {images.dtype}; images are (n, S, S, 3) uint8")
+    if len(images) < 2:
+        raise ValueError(f"'{images_path}' holds {len(images)} image; a covariance takes at least 2: raise n_images")
+    if about["image_size"] not in (None, images.shape[1]):
+        raise ValueError(
+            f"the images in '{images_path}' have {images.shape[1]} pixels a side, those of the reference "
+            f"{about['image_size']}; run fid_reference with image.size={images.shape[1]}"
+        )
+    if not isinstance(samples, dict) or "images_digest" not in samples:
+        raise ValueError(f"'{samples_path}' is no description of samples; give the samples.json that sample wrote")
+
+
+def image_moments(images: np.ndarray, detector: Detector, batch_size: int, ranks: Ranks) -> CovarianceMoments:
+    """Return the moments of the features of images (n, S, S, 3) uint8, on every process.
+
+    Each process takes a consecutive part; the parts are merged in order.
+    """
+    n = len(images)
+    start, stop = n * ranks.rank // ranks.world, n * (ranks.rank + 1) // ranks.world
+    moments = CovarianceMoments.zeros(detector.dimension, ranks.device)
+    with Progress("fid", n, "images", enabled=ranks.is_main) as progress:
+        for rows in data.ranges(start, stop, batch_size):
+            batch = torch.from_numpy(np.array(images[rows.start : rows.stop])).permute(0, 3, 1, 2)
+            moments.update(detector.features(batch))
+            progress.advance(min(len(batch) * ranks.world, n - progress.done))
+    parts = [CovarianceMoments.from_arrays(arrays) for arrays in ranks.gather(moments.to_arrays())]
+    merged = parts[0]
+    for part in parts[1:]:
+        merged.merge(part)
+    return merged
+
+
+def _measure_name(detector: Detector, n: int) -> str:
+    if not detector.standard:
+        return "Frechet distance (not an FID)"
+    return "FID-50K" if n == PUBLISHED_IMAGES else f"FID with {n:,} images"
+
+
+def _is_published_protocol(detector: Detector, reference: Reference, n: int) -> bool:
+    """Whether detector, kind of reference and number of images are those of published FIDs."""
+    return detector.standard and reference.about["n_images"] is None and n == PUBLISHED_IMAGES
+
+
+def _warnings(detector: Detector, reference: Reference, n: int) -> list[str]:
+    lines = []
+    if not detector.standard:
+        lines.append(
+            "This number is NOT an ImageNet FID and can't be compared with any published FID: its features are those "
+            f"of {detector.name}. Compare it only with numbers of the same detector, reference and number of images."
+        )
+    elif reference.about["n_images"] is not None:
+        lines.append(
+            f"The reference is {reference.about['source']}; published FIDs on ImageNet use ADM's "
+            "VIRTUAL_imagenet256_labeled.npz. Set fid.reference to it to compare."
+        )
+    if detector.standard and n != PUBLISHED_IMAGES:
+        lines.append(f"Published FIDs use {PUBLISHED_IMAGES:,} images; with {n:,} the distance is larger or noisier.")
+    if n <= detector.dimension:
+        lines.append(
+            f"{n:,} images are too few for {detector.dimension:,} features: their covariance is singular and the "
+            "distance far too large. Raise sample.n_images."
+        )
+    return lines
+
+
+def write_result(result: dict[str, Any], out_txt: str | Path, out_json: str | Path) -> None:
+    """Write the result for people and for machines."""
+    with store.whole_file(out_txt) as partial:
+        partial.write_text(render(result), encoding="utf-8")
+    store.write_json(out_json, result)
+
+
+def render(result: dict[str, Any]) -> str:
+    """Return a result of :func:`measure` as text."""
+    samples, detector = result["samples"], result["detector"]
+    lines = [f"{result['measure']}: {result['frechet_distance']:.4f}", f"detector: {detector['name']}"]
+    lines += [f"WARNING: {warning}" for warning in result["warnings"]]
+    rows = {
+        "floor": _floor(result),
+        "reference": result["reference"]["source"],
+        "images": f"{result['n_images']:,} of {samples['image_size']} x {samples['image_size']} pixels",
+        "seed": samples["seed"],
+        "setting": samples["setting"]
+        + (f", {samples['n_modes']} modes, {samples['mode_draw']}" if samples["mode_draw"] else ""),
+        "sampler": _sampler(samples),
+        "guidance": _guidance(samples["guidance"]),
+        "weights": _weights(samples["weights"]),
+        "encoder": _encoder(samples["encoder"]),
+        "detector weights": f"sha256 {detector['digest']}",
+        "images digest": f"sha256 {samples['images_digest']}",
+        "reference digest": f"sha256 {result['reference']['digest']}",
+    }
+    width = max(map(len, rows)) + 2
+    return "\n".join([*lines, "", *(f"{name:<{width}}{value}" for name, value in rows.items())]) + "\n"
+
+
+def _floor(result: dict[str, Any]) -> str:
+    if result["floor"] is None:
+        return "unknown (no held-out images)"
+    return f"{result['floor']:.4f} (distance of {result['floor_n_images']:,} held-out real images from the reference)"
+
+
+def _sampler(samples: dict[str, Any]) -> str:
+    if samples["source_only"]:
+        return "none: the decoded source itself, without the model (0 function evaluations)"
+    return (
+        f"{samples['solver']}, {samples['time_points']} time points from t = {samples['first_time']:g} to "
+        f"{samples['last_time']:.4f}, {samples['function_evaluations']} function evaluations, network in "
+        f"{samples['precision']} on {samples['device']}"
+    )
+
+
+def _guidance(guidance: dict[str, Any] | None) -> str:
+    if guidance is None:
+        return "none"
+    return f"{guidance['kind']}, scale {guidance['scale']:g}, guide: {_weights(guidance['guide'])}"
+
+
+def _weights(weights: dict[str, Any]) -> str:
+    epochs = "unknown" if weights["epochs"] is None else f"{weights['epochs']:g}"
+    step = "unknown" if weights["step"] is None else f"{weights['step']:,}"
+    return f"EMA at step {step}, {epochs} epochs, training seed {weights['seed']}, sha256 {weights['digest']}"
+
+
+def _encoder(encoder: Any) -> str:
+    return (
+        ", ".join(f"{name} {value}" for name, value in encoder.items()) if isinstance(encoder, dict) else str(encoder)
+    )

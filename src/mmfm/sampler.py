@@ -1,0 +1,211 @@
+"""From image numbers to images: source, flow, decoder. Image i depends on (seed, i) and on nothing else."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmfm import config, rae
+from mmfm.decoder import load_decoder
+from mmfm.flow.guidance import autoguidance
+from mmfm.flow.path import time_grid, time_shift
+from mmfm.flow.solver import euler, heun
+from mmfm.flow.source import SETTINGS, Source, source_for
+from mmfm.infra import rng, store
+from mmfm.models.dit import DiT
+from mmfm.training.checkpoint import load_ema
+
+SOLVERS: dict[str, tuple[Callable[..., Tensor], int]] = {"euler": (euler, 1), "heun": (heun, 2)}
+"""Solvers and their network evaluations a step."""
+
+
+@dataclass(frozen=True)
+class SampleFiles:
+    """Files that ``sample`` reads; ``spatial_gmm`` in the settings with a mixture, ``guide`` for autoguidance."""
+
+    ema: Path
+    decoder: Path
+    stats: Path
+    encoder_weights: Path
+    spatial_gmm: Path | None = None
+    guide: Path | None = None
+
+    def digests(self, weights: dict[str, Any]) -> dict[str, str]:
+        """Return the digests of all inputs, after checking that the weights were trained with these files.
+
+        Args:
+            weights: metadata of the EMA weights; what they do not say (imported files) passes.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the weights belong to another encoder, other statistics or another mixture.
+        """
+        found = {"ema": weights["digest"], "decoder": store.file_digest(self.decoder)}
+        _compare(found, "stats", store.file_digest(self.stats), f"the statistics {self.stats}", weights)
+        encoder = store.folder_digest(self.encoder_weights)
+        _compare(found, "encoder", encoder, f"the encoder {self.encoder_weights}", weights)
+        if _setting(weights).mixture and self.spatial_gmm is not None:
+            from mmfm.mixture.spatial import SpatialMixture
+
+            spatial = SpatialMixture.open(self.spatial_gmm).attributes["digest"]
+            _compare(found, "spatial_gmm", spatial, f"the spatial mixture {self.spatial_gmm}", weights)
+        return found
+
+
+def _compare(found: dict[str, str], part: str, digest: str, thing: str, weights: dict[str, Any]) -> None:
+    recorded = weights.get(f"{part}_digest")
+    if recorded is not None and recorded != digest:
+        raise ValueError(
+            f"the weights were not trained with {thing} (digest {digest[:12]}, not {recorded[:12]}); "
+            "give the one they were trained with, or train again"
+        )
+    found[part] = digest
+
+
+def _setting(weights: dict[str, Any]) -> Any:
+    if weights.get("setting") not in SETTINGS:
+        raise ValueError(
+            f"the weights are of setting {weights.get('setting')!r}; sample knows {', '.join(SETTINGS)}: "
+            "train or import them again"
+        )
+    return SETTINGS[weights["setting"]]
+
+
+class _Processor(nn.Module):
+    """What decoding needs of an encoder: shape of its latents and pixel normalisation, without its weights."""
+
+    def __init__(self, family: str, folder: Path, latent_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.family, self.hidden_size, self.grid = family, latent_shape[0], latent_shape[1:]
+        values = store.read_json(folder / "preprocessor_config.json")
+        for name in ("image_mean", "image_std"):
+            if name not in values:
+                raise ValueError(f"'{folder}/preprocessor_config.json' has no {name}; fetch the encoder again")
+            self.register_buffer(name, torch.tensor(values[name], dtype=torch.float32))
+
+
+class Sampler:
+    """Generates images by their numbers.
+
+    Attributes:
+        weights: metadata of the EMA weights.
+        guide_weights: metadata of the guide's weights, or None.
+        digests: digests of all inputs.
+        latent_shape: (C, H, W).
+        image_size: S, pixels.
+        precision: of the network: ``float32`` or ``bf16`` (state, time and decoder are float32 always).
+    """
+
+    def __init__(
+        self, files: SampleFiles, sections: dict[str, Any], seed: int | None, guidance_scale: float,
+        device: torch.device | str,
+    ) -> None:  # fmt: skip
+        """Load everything and check that it belongs together.
+
+        Args:
+            sections: built sections ``image``, ``encoder``, ``sample``.
+            seed: of noise and modes; None: that of the training.
+            guidance_scale: of autoguidance; 1 means none.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: files that do not belong together; the message names the file and the remedy.
+        """
+        self.device = torch.device(device)
+        self.settings: config.Sample = sections["sample"]
+        self.model, self.weights = load_ema(files.ema, self.device)
+        self.setting = _setting(self.weights)
+        sizes = self.model.config
+        self.latent_shape = (sizes.in_channels, sizes.input_size, sizes.input_size)
+        self.digests = files.digests(self.weights)
+        self.seed = seed if seed is not None else int(self.weights.get("seed") or 0)
+        self.guidance_scale = guidance_scale
+        self.guide, self.guide_weights = self._load_guide(files)
+        self.source: Source = source_for(self.weights["setting"], files.spatial_gmm, self.device)
+        if self.setting.condition == "mode" and self.source.num_modes != sizes.num_classes:
+            raise ValueError(
+                f"the weights know {sizes.num_classes} modes, the spatial mixture {files.spatial_gmm} has "
+                f"{self.source.num_modes}; give the mixture they were trained with"
+            )
+        self.times = time_grid(self.settings.time_points, time_shift(self.latent_shape))
+        bf16 = self.settings.precision == "bf16" or (self.settings.precision == "auto" and self.device.type == "cuda")
+        self.precision = "bf16" if bf16 else "float32"
+        self.autoencoder = self._load_autoencoder(files, sections["encoder"].family)
+        self.image_size = self._image_size(files, sections["image"].size)
+
+    def _load_guide(self, files: SampleFiles) -> tuple[DiT | None, dict[str, Any] | None]:
+        if files.guide is None:
+            if self.guidance_scale != 1:
+                raise ValueError(f"--guidance-scale {self.guidance_scale} needs the weaker model: give --guide")
+            return None, None
+        model, weights = load_ema(files.guide, self.device)
+        own, other = self.model.config, model.config
+        same = own.in_channels, own.input_size, own.num_classes
+        if weights.get("setting") != self.weights["setting"] or same != (
+            other.in_channels, other.input_size, other.num_classes,
+        ):  # fmt: skip
+            raise ValueError(
+                f"the guide {files.guide} is of setting '{weights.get('setting')}' with {other.num_classes} labels, "
+                f"the weights of '{self.weights['setting']}' with {own.num_classes}; train both in the same setting"
+            )
+        for part in ("encoder", "stats", "spatial_gmm"):
+            if part in self.digests:
+                _compare({}, part, self.digests[part], f"the {part} of the guided model (guide {files.guide})", weights)
+        self.digests["guide"] = weights["digest"]
+        return model, weights
+
+    def _load_autoencoder(self, files: SampleFiles, family: str) -> rae.RAE:
+        decoder = load_decoder(files.decoder, self.device, latent_dim=self.latent_shape[0])
+        processor = _Processor(family, files.encoder_weights, self.latent_shape).to(self.device)
+        statistics = rae.load_statistics(files.stats, self.latent_shape)
+        return rae.RAE(processor, decoder, *statistics).requires_grad_(False).eval()
+
+    def _image_size(self, files: SampleFiles, expected: int) -> int:
+        decoder = self.autoencoder.decoder.config
+        size = self.latent_shape[1] * decoder.patch_size
+        if size != expected:
+            raise ValueError(
+                f"the decoder {files.decoder} makes images of {size} pixels, but image.size is {expected}; "
+                "set image.size or give the decoder for it"
+            )
+        return size
+
+    def function_evaluations(self) -> int:
+        """Return the evaluations of the velocity per image; with a guide each is one of either network."""
+        return (len(self.times) - 1) * SOLVERS[self.settings.solver][1]
+
+    def draw_source(self, numbers: range) -> tuple[Tensor, Tensor | None]:
+        """Return x at t = 1, (B, C, H, W) float32, and the modes, (B,) int64 or None, of numbered images."""
+        index = torch.arange(numbers.start, numbers.stop, device=self.device)
+        modes = self.source.draw_modes(rng.uniform(self.seed, "sample/mode", index))
+        noise = rng.normal(self.seed, "sample/noise", index, self.latent_shape)
+        return self.source.draw(modes, noise), modes
+
+    @torch.inference_mode()
+    def images(self, numbers: range) -> Tensor:
+        """Generate the images with these numbers: (B, 3, S, S) uint8."""
+        x, modes = self.draw_source(numbers)
+        labels = modes if self.setting.condition == "mode" else None
+        velocity = self._velocity(self.model, labels)
+        if self.guide is not None:
+            velocity = autoguidance(velocity, self._velocity(self.guide, labels), self.guidance_scale)
+        solve, _ = SOLVERS[self.settings.solver]
+        return self._decode(solve(velocity, x, self.times))
+
+    @torch.inference_mode()
+    def source_images(self, numbers: range) -> Tensor:
+        """Decode the source itself, without any step of the flow: (B, 3, S, S) uint8."""
+        return self._decode(self.draw_source(numbers)[0])
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return rae.to_uint8(self.autoencoder.decode(latents))
+
+    def _velocity(self, model: DiT, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                return model(x, t, labels)
+
+        return velocity

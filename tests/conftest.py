@@ -1,0 +1,171 @@
+"""Fixtures: a tiny encoder, a few dozen images, and the files of every stage made from them.
+
+They depend on nothing downloaded and are the same in every session. Costly ones are made once; copy what you change.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from PIL import Image
+
+from mmfm import data
+from mmfm.infra import store
+
+SIZE, GRID, CHANNELS, MODES = 32, 4, 32, 4
+
+SECTIONS = {
+    "image": {"size": SIZE},
+    "encoder": {"family": "dinov2", "weights": "unused", "input_size": SIZE},
+    "model": {"hidden_size": [32, 32], "depth": [1, 1], "num_heads": [2, 2]},
+    "train": {
+        "model": "tiny", "seed": 0, "assignment": "soft", "flip": True, "global_batch": 8, "epochs": 3, "lr": 1e-3,
+        "final_lr": 1e-4, "constant_epochs": 1, "decay_end_epoch": 3, "betas": [0.9, 0.95], "weight_decay": 0.0,
+        "clip_norm": 1.0, "ema_decay": 0.9, "precision": "auto", "micro_batch": 0, "workers": 0,
+        "latent_cache_gb": 1.0, "checkpoint_every": 4, "keep_checkpoints": 2, "log_every": 2, "compile": False,
+        "preview": {"every": 0, "n_images": 4, "time_points": 3},
+    },
+    "decoder": {
+        "weights": "train", "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_layers": 1, "noise": 0.8,
+        "global_batch": 8, "lr": 1e-3, "horizon": 12, "steps": 12, "seed": 0, "checkpoint_every": 4,
+    },
+}  # fmt: skip
+"""Small settings of the training stages; pass a copy of the sections that a stage reads as JSON."""
+
+
+def write_images(folder: Path, n: int, classes: int = 2, size: int = SIZE, seed: int = 0) -> Path:
+    """Write ``n`` PNGs of shapes and gradients as an ImageFolder; no two are alike, none is symmetric."""
+    generator = np.random.default_rng(seed)
+    row, column = np.mgrid[0:size, 0:size] / size
+    for i in range(n):
+        label = i % classes
+        a, b, c = generator.uniform(0.2, 1, 3)
+        x, y = generator.uniform(0.2, 0.8, 2)
+        disc = (row - y) ** 2 + (column - x) ** 2 < 0.04 * (1 + label)
+        pixels = np.stack([a * column, b * row, np.where(disc, c, 0.2 * label)], axis=-1)
+        path = folder / f"class{label}" / f"{i:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((255 * pixels).astype(np.uint8)).save(path)
+    return folder
+
+
+def write_encoder(folder: Path, seed: int = 0) -> Path:
+    """Write a random DINOv2 with registers (width 32, 2 layers, patch 8) in the Hugging Face layout."""
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    import mmfm.infra.torchvision_ops  # noqa: F401
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        configuration = Dinov2WithRegistersConfig(
+            hidden_size=CHANNELS, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=SIZE,
+            patch_size=SIZE // GRID, num_register_tokens=2,
+        )  # fmt: skip
+        model = Dinov2WithRegistersModel(configuration)
+        with torch.no_grad():  # the usual initialisation is so small that all images look alike
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(5)
+        model.save_pretrained(folder)
+    processor = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def write_listing(path: Path, images: Path) -> Path:
+    """List all images of an ImageFolder as training images."""
+    classes, paths, labels, sizes = data.scan(images)
+    data.write_listing(path, images, "train", classes, paths, labels, sizes)
+    return path
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Files of the stages before training, consistent with each other."""
+
+    root: Path
+    listing: Path
+    encoder: Path
+    stats: Path
+    gmm: Path
+    spatial_gmm: Path
+    decoder: Path
+    n_images: int
+
+    @property
+    def train_arguments(self) -> list[str]:
+        """Arguments of ``train`` that name the files; add --setting, --out-dir and --settings."""
+        names = {
+            "--listing": self.listing, "--encoder-weights": self.encoder, "--stats": self.stats, "--gmm": self.gmm,
+            "--spatial-gmm": self.spatial_gmm, "--decoder": self.decoder,
+        }  # fmt: skip
+        return [str(part) for pair in names.items() for part in pair]
+
+
+def settings(stage_sections: tuple[str, ...], **changes: dict) -> str:
+    """Return the JSON of sections of :data:`SECTIONS`, with keys of single sections changed."""
+    return json.dumps({name: {**SECTIONS[name], **changes.get(name, {})} for name in stage_sections})
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random encoder whose latents are (32, 4, 4)."""
+    return write_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ImageFolder of 40 images, 32x32, in two classes."""
+    return write_images(tmp_path_factory.mktemp("images"), 40)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, tiny_images: Path) -> Pipeline:
+    """Statistics, mixtures of 4 modes and a random decoder for the tiny images, written as docs/stages.md lays down."""
+    from mmfm.decoder import Decoder, DecoderConfig, save_decoder
+    from mmfm.encoders import load_encoder
+
+    root = tmp_path_factory.mktemp("pipeline")
+    listing_path = write_listing(root / "listing.train.safetensors", tiny_images)
+    listing = data.Listing.open(listing_path)
+    images = next(data.image_batches(listing_path, SIZE, [range(len(listing))]))[1]
+    latents, tokens = load_encoder("dinov2", tiny_encoder, SIZE)(data.to_float(images, torch.device("cpu")))
+    made_from = {"listing_digest": listing.digest, "encoder_digest": store.folder_digest(tiny_encoder)}
+
+    mean, var = latents.mean(0), latents.var(0, correction=0)
+    torch.save({"mean": mean, "var": var}, root / "stats.pt")
+    stats_digest = store.file_digest(root / "stats.pt")
+    store.write_json(root / "stats.json", {"digest": stats_digest, **made_from})
+
+    labels = torch.arange(len(listing)) % MODES
+    weights = np.full(MODES, 1 / MODES)
+    means = torch.stack([tokens[labels == k].mean(0) for k in range(MODES)]).double().numpy()
+    variances = np.broadcast_to(tokens.var(0).double().numpy(), means.shape)
+    gmm = {"weights": weights, "means": means, "variances": variances}
+    metadata = {"covariance_type": "diag", "listing_digest": listing.digest}
+    gmm_digest = store.write_arrays(root / "gmm.safetensors", gmm, metadata)
+
+    normalised = (latents - mean) / (var + 1e-5).sqrt()
+    spatial = {
+        "means": torch.stack([normalised[labels == k].mean(0) for k in range(MODES)]).numpy(),
+        "variances": np.array([normalised[labels == k].var(correction=0).item() for k in range(MODES)]),
+        "weights": weights,
+        "counts": np.bincount(labels.numpy(), minlength=MODES),
+    }
+    group = zarr.open_group(root / "spatial_gmm.zarr", mode="w")
+    for name, array in spatial.items():
+        group.create_array(name, data=array, chunks=(1, *array.shape[1:]) if name == "means" else array.shape)
+    group.attrs.update(
+        {"digest": store.array_digest(*spatial.values()), "gmm_digest": gmm_digest, "stats_digest": stats_digest}
+        | made_from
+    )
+    sizes = DecoderConfig(CHANNELS, 32, 64, 2, 1, SIZE // GRID, GRID * GRID)
+    save_decoder(Decoder(sizes, generator=torch.Generator().manual_seed(0)), root / "decoder.safetensors")
+    return Pipeline(
+        root, listing_path, tiny_encoder, root / "stats.pt", root / "gmm.safetensors", root / "spatial_gmm.zarr",
+        root / "decoder.safetensors", len(listing),
+    )  # fmt: skip

@@ -1,0 +1,142 @@
+"""Starts of EM, and the handling of faiss."""
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+import torch
+from test_em import ALONE, SETTINGS, clustered
+
+from mmfm.mixture import initial
+from mmfm.mixture.em import Rows
+
+
+def start(data, **changes):
+    settings = dataclasses.replace(SETTINGS, **changes)
+    read = lambda a, b: data[a:b]  # noqa: E731
+    return initial.start(read, Rows(read, len(data), settings.chunk_size, ALONE), settings)
+
+
+def test_kmeans_finds_separate_clusters_and_takes_their_moments():
+    data = clustered(600, spread=50.0)
+    mixture = start(data)
+    labels = mixture.predict(torch.from_numpy(data)).numpy()
+    for k in range(5):
+        own = data[labels == k].astype(np.float64)
+        np.testing.assert_allclose(mixture.means[k], own.mean(0), rtol=1e-9)
+        np.testing.assert_allclose(mixture.variances[k], own.var(0) + 1e-6, rtol=1e-6)
+        assert mixture.weights[k].item() == pytest.approx(len(own) / 600)
+    assert len(np.unique(labels)) == 5
+
+
+def test_spherical_variances_are_the_mean_of_the_diagonal():
+    data = clustered(600, spread=50.0)
+    diagonal, spherical = start(data), start(data, covariance_type="spherical")
+    np.testing.assert_allclose(spherical.variances, diagonal.variances.mean(1), rtol=1e-9)
+
+
+@pytest.mark.parametrize("init", ["kmeans", "k-means++", "random_from_data"])
+def test_a_start_is_a_function_of_the_seed(init):
+    data = clustered()
+    first, again, other = start(data, init=init), start(data, init=init), start(data, init=init, seed=1)
+    assert torch.equal(first.means, again.means)
+    assert torch.equal(first.variances, again.variances)
+    assert not torch.equal(first.means, other.means)
+
+
+@pytest.mark.parametrize("init", ["k-means++", "random_from_data"])
+@pytest.mark.parametrize("covariance_type", ["diag", "spherical"])
+def test_starts_from_single_rows_are_scikit_learns(init, covariance_type):
+    data = clustered()
+    mixture = start(data, init=init, covariance_type=covariance_type)
+    rows = {row.tobytes() for row in data}
+    means = mixture.means.float().numpy()
+    assert all(mean.tobytes() in rows for mean in means)
+    assert len({mean.tobytes() for mean in means}) == 5
+    assert (mixture.variances == 1e-6).all()
+    assert (mixture.weights == 0.2).all()
+
+
+def test_kmeans_plusplus_spreads_better_than_chance():
+    data = torch.from_numpy(clustered(600, k=12, spread=30.0))
+    chosen = initial.kmeans_plusplus(data, 12, seed=0)
+    potential = torch.cdist(data, data[chosen]).min(1).values.square().mean()
+    random = torch.cdist(data, data[:12]).min(1).values.square().mean()
+    assert potential < 30  # every cluster has a row: what is left is the spread within them
+    assert random > 5 * potential
+
+
+def test_kmeans_plusplus_survives_more_components_than_distinct_rows():
+    data = torch.ones(10, 3)
+    data[4] = 2.0
+    chosen = initial.kmeans_plusplus(data, 4, seed=0)
+    assert {0.0, 1.0} == set((data[chosen, 0] - 1).tolist())
+
+
+@pytest.mark.parametrize("init", ["kmeans", "k-means++", "random_from_data"])
+def test_duplicates_are_no_error(init):
+    data = np.repeat(clustered(10), 30, axis=0)
+    assert start(data, init=init, n_components=20).means.isfinite().all()
+
+
+def test_kmeans_sees_a_bounded_sample(monkeypatch):
+    seen = []
+    monkeypatch.setattr(initial, "POINTS_PER_CENTROID", 20)
+    monkeypatch.setattr(initial, "kmeans", lambda rows, k, *_: seen.append(rows) or rows[:k])
+    start(clustered(), init="kmeans")
+    assert seen[0].shape == (100, 6)
+    assert len(np.unique(seen[0], axis=0)) == 100
+
+
+def test_rows_are_read_in_blocks():
+    data = np.arange(40, dtype=np.float32).reshape(20, 2)
+    reads = []
+
+    def read(a, b):
+        reads.append((a, b))
+        return data[a:b]
+
+    indices = np.array([0, 3, 9, 17])
+    np.testing.assert_array_equal(initial.read_rows(read, indices, 5), data[indices])
+    assert max(b - a for a, b in reads) <= 5
+    assert (10, 15) not in reads
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fma avx2 avx512f avx512dq avx512bw avx512vl", "SkylakeX"),
+        ("fma avx2 avx512f", "Haswell"),
+        ("sse2 avx", None),
+    ],
+)
+def test_blas_kernels_follow_the_cpu(flags, expected):
+    assert initial.blas_core_type(f"processor\t: 0\nflags\t\t: fpu {flags}\n") == expected
+    assert initial.blas_core_type("Features : asimd") is None
+
+
+def test_importing_faiss_leaves_the_environment_alone(monkeypatch):
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+    initial.import_faiss()
+    assert "OPENBLAS_CORETYPE" not in os.environ
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Zen")
+    initial.import_faiss()
+    assert os.environ["OPENBLAS_CORETYPE"] == "Zen"
+
+
+def test_two_faiss_wheels_are_refused(monkeypatch):
+    monkeypatch.setattr(initial, "faiss_wheels", lambda: ["faiss-cpu", "faiss-gpu-cu12"])
+    with pytest.raises(ValueError, match="faiss-cpu and faiss-gpu-cu12 are both installed"):
+        initial.kmeans(np.zeros((4, 2), np.float32), 2, 0)
+
+
+def test_a_gpu_is_refused_by_a_cpu_build(monkeypatch):
+    monkeypatch.setattr(initial, "faiss_has_gpu", lambda: False)
+    with pytest.raises(ValueError, match="has no GPU; install faiss-gpu, or use device 'cpu'"):
+        initial.kmeans(np.zeros((4, 2), np.float32), 2, 0, device="cuda")
+
+
+def test_fewer_rows_than_centroids_are_refused():
+    with pytest.raises(ValueError, match="3 rows, k = 4"):
+        initial.kmeans(np.zeros((3, 2), np.float32), 4, 0)
