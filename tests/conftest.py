@@ -13,6 +13,7 @@ import torch
 import zarr
 from PIL import Image
 
+import mmfm.infra.torchvision_ops  # noqa: F401  (before transformers is imported)
 from mmfm import data
 from mmfm.infra import store
 
@@ -56,8 +57,6 @@ def write_images(folder: Path, n: int, classes: int = 2, size: int = SIZE, seed:
 def write_encoder(folder: Path, seed: int = 0) -> Path:
     """Write a random DINOv2 with registers (width 32, 2 layers, patch 8) in the Hugging Face layout."""
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-
-    import mmfm.infra.torchvision_ops  # noqa: F401
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -60,3 +60,10 @@ def test_every_section_is_read_by_a_stage():
 def test_documents_are_in_step():
     check = subprocess.run([sys.executable, ROOT / "tools/config_docs.py", "--check"], capture_output=True, text=True)
     assert check.returncode == 0, check.stdout + check.stderr
+
+
+def test_the_imagenet_preset_carries_the_published_numbers():
+    loaded = config.load([DEFAULTS, ROOT / "config" / "imagenet256.yaml"])
+    assert (loaded.gmm.n_components, loaded.train.global_batch, loaded.train.ema_decay) == (8192, 1024, 0.9995)
+    assert loaded.section("model").depth == (28, 2) and loaded.sample.time_points == 50
+    assert (loaded.gmm.reg_covar, loaded.gmm.tol, loaded.gmm.max_iter, loaded.gmm.seed) == (1e-6, 1e-3, 100, 42)

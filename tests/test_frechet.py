@@ -68,9 +68,7 @@ def test_rotation_shift_and_scale(seed, d, scale):
     (m1, s1), (m2, s2) = gaussian(seed, d), gaussian(seed + 1, d)
     q = np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))[0]
     expected = scale**2 * frechet_distance(m1, s1, m2, s2)
-    found = frechet_distance(
-        scale * q @ m1 + 1, scale**2 * q @ s1 @ q.T, scale * q @ m2 + 1, scale**2 * q @ s2 @ q.T
-    )
+    found = frechet_distance(scale * q @ m1 + 1, scale**2 * q @ s1 @ q.T, scale * q @ m2 + 1, scale**2 * q @ s2 @ q.T)
     assert found == pytest.approx(expected, rel=1e-6, abs=1e-9 * scale**2)
 
 

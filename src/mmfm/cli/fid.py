@@ -33,9 +33,7 @@ def main(arguments: list[str]) -> int:
     settings = sections["fid"]
     with process_group() as ranks:
         detector = load_detector(settings.detector, options.detector_weights or settings.weights, ranks.device)
-        result = measure(
-            options.images, options.samples, options.reference, detector, settings.batch_size, ranks
-        )  # fmt: skip
+        result = measure(options.images, options.samples, options.reference, detector, settings.batch_size, ranks)
         if ranks.is_main:
             write_result(result, options.out_txt, options.out_json)
             print(render(result), end="")

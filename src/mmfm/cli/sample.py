@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
         required=True,
         help="folder of the encoder, for its pixel normalisation",
     )
-    parser.add_argument("--spatial-gmm", type=Path, help="spatial mixture (settings gmm and mode)")
+    parser.add_argument("--spatial-gmm", type=Path, nargs="?", help="spatial mixture (settings gmm and mode)")
     parser.add_argument("--seed", type=int, help="seed of noise and modes (default: the training's)")
     parser.add_argument("--guide", type=Path, help="weights of the weaker model for autoguidance")
     parser.add_argument("--guidance-scale", type=float, help="default 1.5 with --guide; 1 means no guidance")

@@ -110,7 +110,9 @@ def check_inputs(
     for about, name, made, source, remedy in checks:
         # Published files say less about where they come from; what they don't say can't be checked.
         if about.get(name) is not None and about[name] != digests[name]:
-            raise ValueError(f"{made} was not made from {source} ({name} differs); {remedy}")
+            raise ValueError(
+                f"{made} {'were' if made.endswith('s') else 'was'} not made from {source} ({name} differs); {remedy}"
+            )
     if about_stats and about_stats.get("digest") != digests["stats_digest"]:
         raise ValueError(f"'{stats}' is not the file that its .json describes; run latent_stats again")
     return digests

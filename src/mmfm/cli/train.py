@@ -36,8 +36,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--stats", type=Path, required=True, help="latent statistics (stats.pt, with stats.json beside)"
     )
-    parser.add_argument("--gmm", type=Path, help="mixture of the global tokens (settings gmm and mode)")
-    parser.add_argument("--spatial-gmm", type=Path, help="spatial mixture (settings gmm and mode)")
+    parser.add_argument("--gmm", type=Path, nargs="?", help="mixture of the global tokens (settings gmm and mode)")
+    parser.add_argument("--spatial-gmm", type=Path, nargs="?", help="spatial mixture (settings gmm and mode)")
     parser.add_argument("--decoder", type=Path, help="decoder for previews; without it there are none")
     parser.add_argument("--out-dir", type=Path, required=True, help="folder of the outputs")
     options, sections = parser.parse(arguments)

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-
-import mmfm.infra.torchvision_ops  # noqa: F401  # isort: skip  (before torch-fidelity, which imports torchvision)
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -81,7 +80,7 @@ def load_detector(kind: str, weights: str | Path, device: torch.device | str = "
     digest = store.file_digest(path)
     try:
         return load(path, digest, device)
-    except (RuntimeError, SafetensorError, EOFError, KeyError, AttributeError, ValueError) as error:
+    except (RuntimeError, SafetensorError, UnpicklingError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"'{path}' holds no weights of the {kind} detector ({reason}); {remedy}") from error
 
@@ -96,6 +95,7 @@ def _load_fashion(path: Path, digest: str, device: torch.device) -> Detector:
 
 
 def _load_inception(path: Path, digest: str, device: torch.device) -> Detector:
+    import mmfm.infra.torchvision_ops  # noqa: F401  # isort: skip  (torch-fidelity imports torchvision)
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     # torch-fidelity unpickles without restriction, so the file is read by the safe loader first.

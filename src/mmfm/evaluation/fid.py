@@ -127,8 +127,8 @@ def _warnings(detector: Detector, reference: Reference, n: int) -> list[str]:
     lines = []
     if not detector.standard:
         lines.append(
-            "This number is NOT an ImageNet FID and can't be compared with any published FID: its features are those "
-            f"of {detector.name}. Compare it only with numbers of the same detector, reference and number of images."
+            "This number is NOT an ImageNet FID and can't be compared with any published FID. Compare it only with "
+            "numbers of the same detector, reference and number of images."
         )
     elif reference.about["n_images"] is not None:
         lines.append(
@@ -179,7 +179,8 @@ def render(result: dict[str, Any]) -> str:
 def _floor(result: dict[str, Any]) -> str:
     if result["floor"] is None:
         return "unknown (no held-out images)"
-    return f"{result['floor']:.4f} (distance of {result['floor_n_images']:,} held-out real images from the reference)"
+    n = result["floor_n_images"]
+    return f"{result['floor']:.4f} (distance of {n:,} held-out real images from the reference; larger for fewer)"
 
 
 def _sampler(samples: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """The stage ``fid_reference``: moments of the real images' features, which generated ones are compared with."""
 
+import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -48,10 +49,12 @@ class Reference:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no reference at '{path}'; run the stage fid_reference")
-        arrays, about = store.map_arrays(path)
-        if not {"mu", "sigma"} <= set(arrays) or "detector_digest" not in about:
-            raise ValueError(f"'{path}' is no reference of the Frechet distance; make it with fid_reference")
-        return cls(arrays["mu"], arrays["sigma"], about)
+        try:
+            arrays, about = store.map_arrays(path)
+            found = cls(arrays["mu"], arrays["sigma"], about)
+        except (KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"'{path}' is no reference of the Frechet distance; make it with fid_reference") from error
+        return found
 
 
 @dataclass(frozen=True)

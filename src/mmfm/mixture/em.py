@@ -25,6 +25,23 @@ _PIECE = 1 << 24  # numbers of a float64 intermediate of the sparse M-step
 _EMPTY = 10 * np.finfo(np.float64).eps  # scikit-learn's addition to every component's count
 
 
+def finite_rows(read: Callable[[int, int], np.ndarray], wanted: range) -> np.ndarray:
+    """Read rows as float32 (b, C).
+
+    Raises:
+        ValueError: a value that is not finite; the message names the row.
+    """
+    values = np.asarray(read(wanted.start, wanted.stop), np.float32)
+    finite = np.isfinite(values).all(1)
+    if not finite.all():
+        row = wanted.start + int(np.argmin(finite))
+        raise ValueError(
+            f"row {row} of the tokens (image {row} of the listing) is not finite; look at that image and "
+            "at the encoder, then run extract again"
+        )
+    return values
+
+
 class Rows:
     """This process's chunks of N rows, float32, kept on its device if they fit in a quarter of the free memory.
 
@@ -45,23 +62,12 @@ class Rows:
         self._room = _free_memory(ranks) // 4
 
     def __iter__(self) -> Iterator[tuple[range, Tensor]]:
-        """Yield each chunk's range of global indices and its rows (b, C) float32 on the device.
-
-        Raises:
-            ValueError: a value that is not finite; the message names the row.
-        """
+        """Yield each chunk's range of global indices and its rows (b, C) float32 on the device."""
         for chunk in self.ranges:
             if chunk.start in self._kept:
                 yield chunk, self._kept[chunk.start]
                 continue
-            values = np.asarray(self._read(chunk.start, chunk.stop), np.float32)
-            finite = np.isfinite(values).all(1)
-            if not finite.all():
-                row = chunk.start + int(np.argmin(finite))
-                raise ValueError(
-                    f"row {row} of the tokens (image {row} of the listing) is not finite; look at that image and "
-                    "at the encoder, then run extract again"
-                )
+            values = finite_rows(self._read, chunk)
             rows = torch.tensor(values, device=self.ranks.device)
             if values.nbytes <= self._room:
                 self._room -= values.nbytes
@@ -100,10 +106,12 @@ class SufficientStatistics:
     def add(self, x: Tensor, responsibilities: Tensor) -> None:
         """Add rows x (b, C) with responsibilities (b, K); those below DROPPED_MASS / K may be left out."""
         keep = responsibilities > DROPPED_MASS / len(self.means)
-        if int(keep.sum()) > _DENSE_SHARE * keep.numel():
+        if int(keep.count_nonzero()) > _DENSE_SHARE * keep.numel():
             self._add_dense(x.double(), responsibilities.double())
         else:
-            component, row = keep.T.nonzero().unbind(1)
+            row, component = keep.nonzero().unbind(1)
+            component, order = component.sort(stable=True)
+            row = row[order]
             self.add_pairs(x, component, row, responsibilities[row, component].double())
 
     def _add_dense(self, x: Tensor, r: Tensor) -> None:

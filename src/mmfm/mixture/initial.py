@@ -13,7 +13,7 @@ from torch import Tensor
 from mmfm import data
 from mmfm.config import Gmm
 from mmfm.infra import rng
-from mmfm.mixture.em import Rows, SufficientStatistics, m_step
+from mmfm.mixture.em import Rows, SufficientStatistics, finite_rows, m_step
 from mmfm.mixture.gaussian import Mixture
 
 KMEANS_ITERATIONS = 20
@@ -72,7 +72,10 @@ def faiss_has_gpu() -> bool:
 def kmeans(
     rows: np.ndarray, k: int, seed: int, device: torch.device | str = "cpu", iterations: int = KMEANS_ITERATIONS
 ) -> np.ndarray:
-    """Cluster rows by Lloyd's algorithm from a random start and return the centroids.
+    """Cluster rows by Lloyd's algorithm and return the centroids.
+
+    Starts from AFK-MC2 seeds (Bachem et al., "Fast and provably good seedings for k-means", 2016), which are about as
+    good as those of k-means++ without its K passes over the rows; a faiss too old to know them starts from random rows.
 
     Args:
         rows: (M, C) float32, all of which are used.
@@ -91,6 +94,7 @@ def kmeans(
         raise ValueError(f"this faiss ({', '.join(faiss_wheels())}) has no GPU; install faiss-gpu, or use device 'cpu'")
     faiss = import_faiss()
     faiss.omp_set_num_threads(torch.get_num_threads())
+    seeding = getattr(faiss, "ClusteringInitMethod_AFK_MC2", None)
     clustering = faiss.Kmeans(
         rows.shape[1],
         k,
@@ -99,6 +103,7 @@ def kmeans(
         gpu=device.type == "cuda",
         min_points_per_centroid=1,
         max_points_per_centroid=-(-len(rows) // k),
+        **({} if seeding is None else {"init_method": seeding}),
     )
     clustering.train(np.ascontiguousarray(rows, np.float32))
     return clustering.centroids
@@ -138,12 +143,16 @@ def kmeans_plusplus(rows: Tensor, k: int, seed: int) -> Tensor:
 
 def read_rows(read: Callable[[int, int], np.ndarray], indices: np.ndarray, block: int) -> np.ndarray:
     """Return the rows of ascending ``indices`` (M,) as float32 (M, C), reading at most ``block`` rows at a time."""
-    parts = []
+    result, filled = np.empty((0, 0), np.float32), 0
     for chunk in data.ranges(0, int(indices[-1]) + 1, block):
         wanted = indices[np.searchsorted(indices, chunk.start) : np.searchsorted(indices, chunk.stop)]
         if len(wanted):
-            parts.append(np.asarray(read(chunk.start, chunk.stop), np.float32)[wanted - chunk.start])
-    return np.concatenate(parts)
+            values = finite_rows(read, chunk)[wanted - chunk.start]
+            if not filled:  # in place: at full size the sample is 3.9 GB, and a list of parts would double it
+                result = np.empty((len(indices), values.shape[1]), np.float32)
+            result[filled : filled + len(values)] = values
+            filled += len(values)
+    return result
 
 
 def start(read: Callable[[int, int], np.ndarray], rows: Rows, settings: Gmm) -> Mixture:
@@ -183,7 +192,7 @@ def _hard_statistics(rows: Rows, centres: Tensor) -> SufficientStatistics:
     """Return the statistics of all rows (N, C), each given wholly to the nearest of the centres (K, C)."""
     # The component with the largest posterior under equal spherical Gaussians is the nearest centre.
     k = len(centres)
-    nearest = Mixture(torch.full((k,), 1 / k), centres, torch.ones(k))
+    nearest = Mixture(torch.full((k,), 1 / k, dtype=torch.float64), centres, torch.ones(k))
     statistics = SufficientStatistics(nearest.means)
     for _, x in rows:
         component, row = nearest.predict(x, torch.float32).sort(stable=True)

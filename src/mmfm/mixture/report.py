@@ -72,12 +72,22 @@ def summarise(
 
 
 def plot_likelihood(path: Path, lower_bounds: tuple[float, ...], converged: bool) -> None:
-    """Draw the mean log-likelihood against the iteration."""
+    """Draw the mean log-likelihood against the iteration.
+
+    The first value of a start from single images is millions of nats below the rest; it is named, not drawn.
+    """
     axes, save = _figure(path)
+    title = "converged" if converged else "stopped at gmm.max_iter"
+    if len(lower_bounds) > 2:
+        low, high = min(lower_bounds[1:]), max(lower_bounds[1:])
+        if lower_bounds[0] < low - 10 * (high - low):
+            margin = 0.05 * (high - low) or 1.0
+            axes.set_ylim(low - margin, high + margin)
+            title += f"; iteration 1, below the picture: {lower_bounds[0]:,.0f}"
     axes.plot(range(1, len(lower_bounds) + 1), lower_bounds, marker="o", markersize=3, linewidth=1.5)
     axes.set_xlabel("EM iteration")
     axes.set_ylabel("mean log-likelihood (nats per image)")
-    axes.set_title("converged" if converged else "stopped at gmm.max_iter", fontsize=10)
+    axes.set_title(title, fontsize=10)
     axes.xaxis.get_major_locator().set_params(integer=True)
     save()
 

@@ -58,8 +58,10 @@ def draw_curve(lines: list[dict[str, Any]], path: str | Path, title: str) -> Non
     steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 5), sharex=True, height_ratios=(3, 1), layout="constrained")
     window = max(1, len(lines) // 25)
-    top.plot(steps, losses, color="0.75", linewidth=1, marker="." if len(lines) < 25 else "", label="logged")
-    if window > 1:
+    if window == 1:
+        top.plot(steps, losses, color="tab:blue", linewidth=1.5, marker="." if len(lines) < 25 else "")
+    else:
+        top.plot(steps, losses, color="0.75", linewidth=1, label="logged")
         means = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
         top.plot(steps, means, color="tab:blue", linewidth=1.5, label=f"mean of {window}")
         top.legend(frameon=False)

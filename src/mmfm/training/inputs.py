@@ -8,6 +8,7 @@ from mmfm.data import Listing
 from mmfm.flow.source import SETTINGS
 from mmfm.infra import store
 from mmfm.mixture.gaussian import Mixture
+from mmfm.mixture.spatial import SpatialMixture
 
 
 @dataclass(frozen=True)
@@ -31,59 +32,45 @@ class TrainFiles:
         """
         if setting not in SETTINGS:
             raise ValueError(f"unknown setting '{setting}'; it must be one of {', '.join(SETTINGS)}")
-        listing = Listing.open(self.listing)
-        found = {"listing": listing.digest, "encoder": store.folder_digest(self.encoder_weights)}
-        about = _about_statistics(self.stats)
-        found["stats"] = about["digest"]
-        names = {
-            "listing": f"the listing {self.listing}",
-            "encoder": f"the encoder {self.encoder_weights}",
-            "stats": f"the statistics {self.stats}",
-            "gmm": f"the mixture {self.gmm}",
-        }
-        same = _Comparison(names, found)
-        same.check(f"the statistics {self.stats}", about, ("listing", "encoder"), "extract and latent_stats")
+        found = {"listing": Listing.open(self.listing).digest, "encoder": store.folder_digest(self.encoder_weights)}
+        found["stats"] = store.file_digest(self.stats)
+        beside = self.stats.with_suffix(".json")
+        about = store.read_json(beside) if beside.is_file() else {}
+        self._compare(self.stats, about, found, "extract and latent_stats")
+        if about.get("digest", found["stats"]) != found["stats"]:
+            raise ValueError(f"{self.stats} is not the file that {beside} describes; run latent_stats again")
         if not SETTINGS[setting].mixture:
             return found
         for name, path in (("--gmm", self.gmm), ("--spatial-gmm", self.spatial_gmm)):
             if path is None:
                 raise ValueError(f"setting '{setting}' draws its source from a mixture: give {name}")
-        mixture = Mixture.load(self.gmm)
-        found["gmm"] = mixture.metadata["digest"]
-        same.check(f"the mixture {self.gmm}", mixture.metadata, ("listing",), "fit_gmm")
-        from mmfm.mixture.spatial import SpatialMixture
-
+        mixture = Mixture.load(self.gmm).metadata
+        self._compare(self.gmm, mixture, found, "fit_gmm")
+        found["gmm"] = mixture["digest"]
         spatial = SpatialMixture.open(self.spatial_gmm).attributes
+        self._compare(self.spatial_gmm, spatial, found, "spatial_gmm")
         found["spatial_gmm"] = spatial["digest"]
-        parts = ("listing", "encoder", "stats", "gmm")
-        same.check(f"the spatial mixture {self.spatial_gmm}", spatial, parts, "spatial_gmm")
         return found
 
+    def _compare(self, path: Path, about: dict[str, Any], present: dict[str, str], stage: str) -> None:
+        """Raise ValueError if ``path`` was made from other inputs; what it does not say (imported files) passes.
 
-@dataclass(frozen=True)
-class _Comparison:
-    """Compares what files say they were made from with the present files.
-
-    Attributes:
-        names: what the present files are called in messages.
-        present: their digests, filled in as they become known.
-    """
-
-    names: dict[str, str]
-    present: dict[str, str]
-
-    def check(self, thing: str, about: dict[str, Any], parts: tuple[str, ...], stage: str) -> None:
-        """Raise ValueError if ``thing`` was made from other parts; what it does not say (imported files) passes."""
-        for part in parts:
+        Args:
+            about: what the file says of itself; ``listing_digest``, ``encoder_digest``, ...
+            present: digests of the present files.
+            stage: what makes the file again.
+        """
+        files = {
+            "listing": ("listing", self.listing),
+            "encoder": ("encoder", self.encoder_weights),
+            "stats": ("latent statistics", self.stats),
+            "gmm": ("mixture", self.gmm),
+        }
+        for part, digest in present.items():
             recorded = about.get(f"{part}_digest")
-            if recorded is not None and recorded != self.present[part]:
+            if recorded is not None and recorded != digest:
+                what, given = files[part]
                 raise ValueError(
-                    f"{thing} was not made from {self.names[part]} (digest {recorded[:12]}, not "
-                    f"{self.present[part][:12]}); run {stage} with it, or give the files that belong together"
+                    f"{path} was made from another {what} than {given} (digest {recorded[:12]}, not {digest[:12]}); "
+                    f"run {stage} with this one, or give files that belong together"
                 )
-
-
-def _about_statistics(path: Path) -> dict[str, Any]:
-    """What is known of latent statistics: the JSON file beside them, or only their digest."""
-    beside = path.with_suffix(".json")
-    return store.read_json(beside) if beside.is_file() else {"digest": store.file_digest(path)}

@@ -1,0 +1,348 @@
+"""Sampling: images depend on their numbers alone, survive kills, and refuse inputs that do not belong together."""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHANNELS, GRID, MODES, SECTIONS, SIZE, Pipeline
+from PIL import Image
+
+from mmfm.cli.__main__ import main
+from mmfm.decoder import Decoder, DecoderConfig, load_decoder, save_decoder
+from mmfm.flow.path import time_grid, time_shift
+from mmfm.infra import npz, store
+from mmfm.models.dit import DiT, DiTConfig
+from mmfm.sampler import SampleFiles, Sampler
+from mmfm.training.checkpoint import load_ema, save_ema
+
+SAMPLE = {"n_images": 22, "time_points": 4, "solver": "euler", "precision": "auto", "shard_size": 5, "batch_size": 4}
+
+
+def write_ema(path: Path, files: Pipeline, setting: str, draw: int = 0, recorded: dict | None = None) -> Path:
+    """Write a DiT whose velocities are far from zero; an untrained one's are zero."""
+    generator = torch.Generator().manual_seed(draw)
+    classes = MODES if setting == "mode" else 0
+    model = DiT(DiTConfig(GRID, 1, CHANNELS, (32, 32), (1, 1), (2, 2), classes, 0.0), generator=generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
+    about = {
+        "setting": setting, "encoder": {"family": "dinov2"}, "step": 7, "epochs": 1.5, "seed": 3, "images_seen": 56,
+        "stats_digest": store.file_digest(files.stats), "encoder_digest": store.folder_digest(files.encoder),
+    }  # fmt: skip
+    if setting != "uncond":
+        from mmfm.mixture.spatial import SpatialMixture
+
+        about["spatial_gmm_digest"] = SpatialMixture.open(files.spatial_gmm).attributes["digest"]
+    save_ema(path, model, {**about, **(recorded or {})})
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tiny_pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """The tiny pipeline with a decoder whose images use the whole range of pixel values."""
+    decoder = load_decoder(tiny_pipeline.decoder)
+    with torch.no_grad():
+        decoder.decoder_pred.weight.mul_(4)
+    path = tmp_path_factory.mktemp("decoder") / "decoder.safetensors"
+    save_decoder(decoder, path)
+    return replace(tiny_pipeline, decoder=path)
+
+
+@pytest.fixture(scope="module")
+def weights(files: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """EMA weights of every setting, and a guide of the setting mode."""
+    root = tmp_path_factory.mktemp("weights")
+    made = {s: write_ema(root / f"{s}.safetensors", files, s) for s in ("uncond", "gmm", "mode")}
+    return {**made, "guide": write_ema(root / "guide.safetensors", files, "mode", draw=9)}
+
+
+def arguments(files: Pipeline, ema: Path, out: Path, *more: str, **changes: object) -> list[str]:
+    sections = {"image": SECTIONS["image"], "encoder": SECTIONS["encoder"], "sample": {**SAMPLE, **changes}}
+    return [
+        "sample", "--settings", json.dumps(sections), "--ema", str(ema), "--decoder", str(files.decoder), "--stats",
+        str(files.stats), "--encoder-weights", str(files.encoder), "--spatial-gmm", str(files.spatial_gmm),
+        "--out-dir", str(out), *more,
+    ]  # fmt: skip
+
+
+def run(files: Pipeline, ema: Path, out: Path, *more: str, **changes: object) -> tuple[np.ndarray, dict]:
+    assert main(arguments(files, ema, out, *more, **changes)) == 0
+    return npz.map_array(out / "images.npz"), store.read_json(out / "samples.json")
+
+
+def distinct(images: np.ndarray) -> int:
+    return len({image.tobytes() for image in images})
+
+
+def assert_equal_to_rounding(a: np.ndarray, b: np.ndarray) -> None:
+    """At most one level on at most 0.1 % of the pixels."""
+    difference = np.abs(a.astype(int) - b.astype(int))
+    assert a.shape == b.shape and difference.max() <= 1 and (difference > 0).mean() <= 1e-3
+
+
+@pytest.fixture(scope="module")
+def made(
+    files: Pipeline, weights: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[np.ndarray, dict, Path]:
+    out = tmp_path_factory.mktemp("made")
+    return *run(files, weights["mode"], out), out
+
+
+def test_outputs(made, weights):
+    images, about, out = made
+    assert images.shape == (22, SIZE, SIZE, 3) and images.dtype == np.uint8
+    assert np.array_equal(np.load(out / "images.npz")["arr_0"], images), "numpy and other programs read the file"
+    assert about["images_digest"] == store.array_digest(images)
+    assert distinct(images) == 22 and images.std() > 10
+    assert about["weights"]["digest"] == load_ema(weights["mode"])[1]["digest"]
+    assert (about["weights"]["step"], about["weights"]["epochs"], about["seed"]) == (7, 1.5, 3)
+    assert (about["setting"], about["n_images"], about["function_evaluations"]) == ("mode", 22, 3)
+    times = time_grid(4, time_shift((CHANNELS, GRID, GRID)))
+    assert (about["first_time"], about["last_time"]) == (times[0].item(), times[-1].item())
+    assert set(about["inputs"]) == {"ema", "decoder", "stats", "encoder", "spatial_gmm"}
+    assert sorted(p.name for p in out.iterdir()) == ["grid.png", "images.npz", "samples.json"], "state is removed"
+
+
+def test_image_is_the_flow_of_its_own_noise(made, files, weights):
+    """Euler by hand for image 13 alone: noise and mode of number 13, labels, decoder, truncation to uint8."""
+    from mmfm.infra import rng
+
+    images, *_ = made
+    sampler = load(files, weights["mode"])
+    index = torch.tensor([13])
+    mode = sampler.source.draw_modes(rng.uniform(3, "sample/mode", index))
+    noise = rng.normal(3, "sample/noise", index, (CHANNELS, GRID, GRID))
+    x = sampler.source.means[mode] + sampler.source.sigma[mode].view(-1, 1, 1, 1) * noise
+    times = sampler.times
+    with torch.no_grad():
+        for t, after in itertools.pairwise(times):
+            x = x + (after - t) * sampler.model(x, t[None], mode)
+        pixels = (sampler.autoencoder.decode(x).clamp(0, 1) * 255).to(torch.uint8)
+    assert_equal_to_rounding(pixels[0].permute(1, 2, 0).numpy(), images[13])
+
+
+def load(files: Pipeline, ema: Path, seed: int | None = None, scale: float = 1.0, **other: Path) -> Sampler:
+    from mmfm import config
+
+    sections = {"image": SECTIONS["image"], "encoder": SECTIONS["encoder"], "sample": SAMPLE}
+    built = {name: config.build(config.SECTIONS[name], values, name) for name, values in sections.items()}
+    paths = {"spatial_gmm": files.spatial_gmm, "decoder": files.decoder, **other}
+    return Sampler(
+        SampleFiles(ema, stats=files.stats, encoder_weights=files.encoder, **paths), built, seed, scale, "cpu"
+    )
+
+
+def test_shards_and_batches_do_not_matter(made, files, weights, tmp_path):
+    """Batches that straddle nothing, single images, and a prefix: image i is image i."""
+    images, *_ = made
+    other, _ = run(files, weights["mode"], tmp_path, shard_size=9, batch_size=1, n_images=14)
+    assert_equal_to_rounding(other, images[:14])
+
+
+def test_seeds_differ(made, files, weights, tmp_path):
+    images, *_ = made
+    other, about = run(files, weights["mode"], tmp_path, "--seed", "4", n_images=5)
+    assert about["seed"] == 4 and distinct(np.concatenate([images, other])) == 27
+
+
+@pytest.mark.parametrize("setting", ["uncond", "gmm"])
+def test_settings_without_labels(setting, made, files, weights, tmp_path):
+    images, about = run(files, weights[setting], tmp_path, n_images=5, solver="heun")
+    assert about["setting"] == setting and about["function_evaluations"] == 6 and distinct(images) == 5
+    assert (about["n_modes"], "spatial_gmm" in about["inputs"]) == (
+        (0, False) if setting == "uncond" else (MODES, True)
+    )
+
+
+def test_spatial_flag_may_be_empty(files, weights, tmp_path):
+    call = arguments(files, weights["uncond"], tmp_path, n_images=2)
+    call.remove(str(files.spatial_gmm))
+    assert main(call) == 0
+    call[call.index(str(weights["uncond"]))] = str(weights["gmm"])
+    assert main(call) == 2
+
+
+def test_source_only_is_the_decoded_source(made, files, weights, tmp_path):
+    images, about = run(files, weights["mode"], tmp_path, "--source-only", n_images=5)
+    assert about["source_only"] and about["function_evaluations"] == 0 and about["last_time"] == about["first_time"]
+    sampler = load(files, weights["mode"])
+    decoded = (sampler.autoencoder.decode(sampler.draw_source(range(5))[0]).detach().clamp(0, 1) * 255).byte()
+    assert_equal_to_rounding(images, decoded.permute(0, 2, 3, 1).numpy())
+    assert np.abs(images.astype(int) - made[0][:5]).mean() > 1, "the flow does something"
+
+
+def test_guide(made, files, weights, tmp_path):
+    images, *_ = made
+    call = ("--guide", str(weights["guide"]))
+    same, about = run(files, weights["mode"], tmp_path / "1", *call, "--guidance-scale", "1", n_images=5)
+    assert about["guidance"]["scale"] == 1
+    assert_equal_to_rounding(same, images[:5])
+    guided, about = run(files, weights["mode"], tmp_path / "2", *call, n_images=5)
+    assert about["guidance"]["scale"] == 1.5
+    assert about["guidance"]["guide"]["digest"] == load_ema(weights["guide"])[1]["digest"] == about["inputs"]["guide"]
+    assert np.abs(guided.astype(int) - images[:5]).mean() > 0.1
+
+
+def test_grid_shows_images_and_their_sources(made, files, weights):
+    images, _, out = made
+    grid = np.asarray(Image.open(out / "grid.png").convert("RGB"))
+    side = 2 * SIZE  # pixels of tiny images are repeated until they can be seen
+
+    def occurs(image: np.ndarray) -> np.ndarray:
+        tile = image.repeat(2, axis=0).repeat(2, axis=1)
+        corners = np.argwhere((grid[: -side + 1, : -side + 1] == tile[0, 0]).all(-1))
+        return np.array([c for c in corners if np.array_equal(grid[c[0] : c[0] + side, c[1] : c[1] + side], tile)])
+
+    sources = load(files, weights["mode"]).source_images(range(22)).permute(0, 2, 3, 1).numpy()
+    for i in (0, 7, 21):
+        (row, left), (source_row, right) = occurs(images[i])[0], occurs(sources[i])[0]
+        assert row == source_row and right > left + 4 * side
+
+
+def test_damaged_shards_are_made_again(made, files, weights, tmp_path):
+    """A kill -9 leaves whole shards; truncated, empty and altered ones are seen and remade, the others kept."""
+    out = tmp_path / "out"
+    killed = killed_after_first_shard(files, weights["mode"], out)
+    state = next(out.glob("state-*"))
+    kept = sorted(state.glob("shard-*.npz"))
+    assert killed == -signal.SIGKILL and 1 <= len(kept) < 5 and not (out / "images.npz").exists()
+    for number in range(1, 5):
+        content = bytearray(kept[0].read_bytes())
+        content[len(content) // 2] ^= 1
+        damaged = {1: content[:-100], 2: b"", 3: content, 4: content[:1000]}[number]
+        (state / f"shard-{number:05d}.npz").write_bytes(damaged)
+    first = kept[0].stat().st_mtime_ns
+    touched = []
+    original = npz.write_parts
+    npz.write_parts = lambda path, *rest: (touched.append(Path(path).name), original(path, *rest))[1]
+    try:
+        images, about = run(files, weights["mode"], out)
+    finally:
+        npz.write_parts = original
+    assert first and touched == [*(f"shard-{i:05d}.npz" for i in range(1, 5)), "images.npz"]
+    assert np.array_equal(images, made[0]) and about == made[1]
+    assert (out / "images.npz").read_bytes() == (made[2] / "images.npz").read_bytes()
+
+
+def killed_after_first_shard(files: Pipeline, ema: Path, out: Path) -> int:
+    """Run the command in another process, kill it when its first shard is there, and return its exit status."""
+    process = start(arguments(files, ema, out), slow=True)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("state-*/shard-*.npz")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    return process.wait()
+
+
+def start(call: list[str], slow: bool = False, **variables: str) -> subprocess.Popen:
+    """Start a command; ``slow`` makes it pause after every shard so that a kill hits it between or within shards."""
+    code = "import sys; from mmfm.cli.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    if slow:
+        code = (
+            "import time; from mmfm.infra import npz; write = npz.write_parts; "
+            "npz.write_parts = lambda *a: (write(*a), time.sleep(0.5))[0]; " + code
+        )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
+    return subprocess.Popen([sys.executable, "-c", code, *call], env=environment, stderr=subprocess.DEVNULL)
+
+
+def test_two_processes_make_the_same(made, files, weights, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    call = arguments(files, weights["mode"], tmp_path, batch_size=3)
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [start(call, RANK=str(rank), **group) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert_equal_to_rounding(npz.map_array(tmp_path / "images.npz"), made[0])
+    assert not list(tmp_path.glob("state-*"))
+
+
+def test_another_configuration_does_not_take_the_shards(files, weights, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("mmfm.sampling.npz.write_parts", write_once_then_fail(npz.write_parts))
+        with pytest.raises(OSError, match="full"):
+            main(arguments(files, weights["mode"], tmp_path))
+    before = next(tmp_path.glob("state-*"))
+    images, _ = run(files, weights["mode"], tmp_path, time_points=3)
+    assert before.exists() and list(before.glob("shard-*.npz")) and distinct(images) == 22
+
+
+def write_once_then_fail(write: Callable) -> Callable:
+    calls = itertools.count()
+
+    def limited(*args: object) -> str:
+        if next(calls):
+            raise OSError("the disk is full")
+        return write(*args)
+
+    return limited
+
+
+@pytest.mark.parametrize(
+    "recorded, message",
+    [
+        ({"stats_digest": "0" * 64}, "not trained with the statistics"),
+        ({"encoder_digest": "0" * 64}, "not trained with the encoder"),
+        ({"spatial_gmm_digest": "0" * 64}, "not trained with the spatial mixture"),
+        ({"setting": "banana"}, "setting 'banana'"),
+    ],
+)
+def test_refuses_weights_of_other_files(recorded, message, files, tmp_path, capsys):
+    ema = write_ema(tmp_path / "ema.safetensors", files, "mode", recorded=recorded)
+    assert main(arguments(files, ema, tmp_path)) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and len(error.splitlines()) == 1
+
+
+def test_imported_weights_without_digests_pass(files, tmp_path):
+    nothing = dict.fromkeys(("stats_digest", "encoder_digest", "spatial_gmm_digest", "step", "epochs", "seed"))
+    ema = write_ema(tmp_path / "ema.safetensors", files, "mode", recorded=nothing)
+    _, about = run(files, ema, tmp_path / "out", n_images=2)
+    assert about["seed"] == 0 and about["weights"]["step"] is None
+
+
+def test_refuses_other_decoders_modes_and_guides(files, weights, tmp_path):
+    sizes = {"width": (CHANNELS + 1, 8, GRID**2), "grid": (CHANNELS, 8, 4), "size": (CHANNELS, 4, GRID**2)}
+    for name, (channels, patch, patches) in sizes.items():
+        save_decoder(Decoder(DecoderConfig(channels, 32, 64, 2, 1, patch, patches)), tmp_path / name)
+        with pytest.raises(ValueError, match=r"decoder .*|image\.size"):
+            load(files, weights["mode"], decoder=tmp_path / name)
+    with pytest.raises(ValueError, match="--spatial-gmm"):
+        load(files, weights["gmm"], spatial_gmm=None)
+    with pytest.raises(ValueError, match="same setting"):
+        load(files, weights["mode"], scale=1.5, guide=weights["gmm"])
+    with pytest.raises(ValueError, match="give --guide"):
+        load(files, weights["mode"], scale=1.5)
+
+
+def test_npz_reader_refuses_what_it_cannot_map(tmp_path):
+    array = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
+    np.savez(tmp_path / "plain.npz", array)
+    assert np.array_equal(npz.map_array(tmp_path / "plain.npz"), array), "also files that numpy wrote"
+    assert isinstance(npz.map_array(tmp_path / "plain.npz"), np.memmap)
+    np.savez_compressed(tmp_path / "compressed.npz", array)
+    np.savez(tmp_path / "objects.npz", np.array([{}], dtype=object))
+    np.savez(tmp_path / "named.npz", other=array)
+    (tmp_path / "short.npz").write_bytes((tmp_path / "plain.npz").read_bytes()[:-30])
+    for name, message in (("compressed", "compressed"), ("objects", "objects"), ("named", "arr_0"), ("short", "trunc")):
+        with pytest.raises(ValueError, match=message):
+            npz.map_array(tmp_path / f"{name}.npz")
+    with pytest.raises(ValueError, match="rows"):
+        npz.write_parts(tmp_path / "x.npz", (3, 2, 2, 3), np.uint8, [array])
+    with pytest.raises(ValueError, match="does not belong"):
+        npz.write_parts(tmp_path / "x.npz", (2, 2, 2, 3), np.uint8, [array, array])
+    assert not (tmp_path / "x.npz").exists()

@@ -1,0 +1,102 @@
+"""Sources of the flow and the coupling of images to modes."""
+
+import numpy as np
+import pytest
+import torch
+
+from mmfm.flow.source import SETTINGS, GaussianSource, MixtureSource, couple_modes, source_for
+from mmfm.infra import rng
+from mmfm.mixture.gaussian import Mixture
+
+K, SHAPE = 3, (2, 2, 2)
+MEANS = torch.arange(K * 8, dtype=torch.float32).reshape(K, *SHAPE)
+VARIANCES = torch.tensor([0.25, 1.0, 4.0], dtype=torch.float64)
+WEIGHTS = torch.tensor([0.2, 0.0, 0.8], dtype=torch.float64)
+
+
+def draw(source: MixtureSource, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    index = torch.arange(n)
+    modes = source.draw_modes(rng.uniform(0, "mode", index))
+    return modes, source.draw(modes, rng.normal(0, "noise", index, SHAPE))
+
+
+def test_draws_recover_weights_means_and_variances():
+    n = 40_000
+    modes, x = draw(MixtureSource(MEANS, VARIANCES, WEIGHTS), n)
+    counts = torch.bincount(modes, minlength=K)
+    assert counts[1] == 0
+    assert counts[0] / n == pytest.approx(0.2, abs=4 * np.sqrt(0.2 * 0.8 / n))
+    for k in (0, 2):
+        own = x[modes == k]
+        sigma = VARIANCES[k].sqrt().item()
+        assert (own.mean(0) - MEANS[k]).abs().max() < 5 * sigma / np.sqrt(len(own))
+        assert own.var(0).mean().item() == pytest.approx(sigma**2, rel=0.03)
+
+
+def test_a_draw_is_mean_plus_sigma_times_noise():
+    noise = rng.normal(1, "noise", torch.arange(2), SHAPE)
+    x = MixtureSource(MEANS, VARIANCES, WEIGHTS).draw(torch.tensor([2, 0]), noise)
+    torch.testing.assert_close(x, torch.stack([MEANS[2] + 2 * noise[0], MEANS[0] + 0.5 * noise[1]]))
+
+
+def test_half_precision_means_give_float32_near_the_exact_ones():
+    source, coarse = (MixtureSource(means, VARIANCES, WEIGHTS) for means in (MEANS / 3, (MEANS / 3).bfloat16()))
+    exact, rounded = draw(source, 50)[1], draw(coarse, 50)[1]
+    assert rounded.dtype == torch.float32
+    assert 0 < (exact - rounded).abs().max() <= MEANS.max() * 2**-8
+
+
+def test_the_gaussian_source_is_the_noise():
+    noise = rng.normal(1, "noise", torch.arange(2), SHAPE)
+    source = GaussianSource()
+    assert source.draw_modes(torch.rand(2)) is None and source.num_modes == 0
+    assert source.draw(None, noise) is noise
+    with pytest.raises(ValueError, match="no modes"):
+        source.draw(torch.tensor([0, 0]), noise)
+
+
+def mixture() -> Mixture:
+    """Two unit Gaussians at -1 and 1: p(1 | x) = 1 / (1 + exp(-2 x))."""
+    return Mixture(torch.tensor([0.5, 0.5]), torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1))
+
+
+def test_soft_coupling_draws_from_the_posterior():
+    n = 20_000
+    modes = couple_modes(mixture(), torch.full((n, 1), 0.5), rng.uniform(0, "mode", torch.arange(n)), "soft")
+    expected = 1 / (1 + np.exp(-1.0))
+    assert modes.float().mean().item() == pytest.approx(expected, abs=4 * np.sqrt(expected * (1 - expected) / n))
+
+
+def test_hard_coupling_takes_the_likeliest_whatever_the_uniform():
+    tokens = torch.tensor([[-0.1], [0.1], [3.0]])
+    for u in (0.001, 0.999):
+        assert couple_modes(mixture(), tokens, torch.full((3,), u), "hard").tolist() == [0, 1, 1]
+
+
+def test_an_unknown_assignment_is_an_error():
+    with pytest.raises(ValueError, match="soft or hard"):
+        couple_modes(mixture(), torch.zeros(1, 1), torch.zeros(1), "sof")
+
+
+@pytest.mark.parametrize(
+    ("variances", "weights", "message"),
+    [
+        (VARIANCES[:2], WEIGHTS, "must be"),
+        (-VARIANCES, WEIGHTS, "variances"),
+        (VARIANCES, WEIGHTS * float("nan"), "weights"),
+        (VARIANCES, WEIGHTS * 0, "all 0"),
+    ],
+)
+def test_impossible_mixtures_are_refused(variances, weights, message):
+    with pytest.raises(ValueError, match=message):
+        MixtureSource(MEANS, variances, weights)
+
+
+def test_source_for_every_setting(tiny_pipeline):
+    for name, setting in SETTINGS.items():
+        source = source_for(name, tiny_pipeline.spatial_gmm, "cpu")
+        assert (source.num_modes > 0) == setting.mixture
+    with pytest.raises(ValueError, match="--spatial-gmm"):
+        source_for("gmm", None, "cpu")
+    with pytest.raises(ValueError, match="uncond, gmm, mode"):
+        source_for("gm", None, "cpu")

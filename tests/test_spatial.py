@@ -1,0 +1,315 @@
+"""The spatial mixture against NumPy over images and flips; dealing; kills; refusals."""
+
+import json
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from conftest import SECTIONS, Pipeline, write_images, write_listing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmfm import config, data
+from mmfm.cli import spatial_gmm
+from mmfm.infra import store
+from mmfm.infra.distributed import Ranks
+from mmfm.mixture import spatial
+from mmfm.mixture.plan import Plan, deal
+from mmfm.mixture.spatial import SpatialMixture
+from mmfm.statistics import Moments
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+N, SIZE = 30, 8
+LABELS = np.array([0] * 9 + [2] + [3] * 14 + [5] * 6)[np.random.default_rng(0).permutation(N)].astype(np.int32)
+WEIGHTS = np.array([0.3, 0.0, 0.05, 0.4, 0.0, 0.25])  # modes 1 and 4 are empty, mode 2 has one image
+DIGESTS = {"listing_digest": "l", "encoder_digest": "e", "stats_digest": "s", "gmm_digest": "g"}
+
+
+def encode(images):
+    """Latents (B, 3, 4, 4) that hang a little on the batch, as a real encoder's rounding does."""
+    pooled = torch.nn.functional.avg_pool2d(images, 2) * torch.arange(1.0, 5.0)
+    return pooled.tanh() + 1e-6 * images.mean()
+
+
+def sections(batch_size=4):
+    values = {
+        "image": {"size": SIZE},
+        "encoder": SECTIONS["encoder"],
+        "spatial_gmm": {"batch_size": batch_size, "workers": 0},
+    }
+    return {name: config.build(config.SECTIONS[name], value, name) for name, value in values.items()}
+
+
+@pytest.fixture(scope="module")
+def listing(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("spatial")
+    return write_listing(folder / "listing.safetensors", write_images(folder / "images", N, size=SIZE))
+
+
+def fit(listing, out, encode=encode, ranks=ALONE, batch_size=4, labels=LABELS):
+    return spatial.fit(listing, encode, (3, 4, 4), labels, WEIGHTS, out, sections(batch_size), DIGESTS, ranks)
+
+
+def contents(path):
+    group = zarr.open_group(path, mode="r")
+    return {name: array[:].tobytes() for name, array in group.arrays()}, dict(group.attrs)
+
+
+def brute_force(listing):
+    images = torch.cat([images for _, images in data.image_batches(listing, SIZE, [range(N)])])
+    latents = encode(data.to_float(images, torch.device("cpu"))).double().numpy()
+    result = {}
+    for k in range(len(WEIGHTS)):
+        own = latents[np.equal(LABELS, k)]
+        if len(own):
+            both = np.concatenate([own, own[..., ::-1]])
+            result[k] = (both.mean(0), both.var(0).mean())
+    return result
+
+
+def test_means_and_variances_are_those_of_images_and_flips(listing, tmp_path):
+    report = fit(listing, tmp_path / "spatial_gmm.zarr")
+    mixture, expected = SpatialMixture.open(tmp_path / "spatial_gmm.zarr"), brute_force(listing)
+    for k, (mean, variance) in expected.items():
+        np.testing.assert_allclose(mixture.means[k], mean, atol=3e-6)
+        assert mixture.variances[k] == pytest.approx(variance, rel=1e-4)
+    for k in (1, 4):  # unweighted average of the modes with images
+        np.testing.assert_allclose(mixture.means[k], np.mean([m for m, _ in expected.values()], 0), atol=3e-6)
+        assert mixture.variances[k] == pytest.approx(np.mean([v for _, v in expected.values()]), rel=1e-4)
+    assert mixture.means.dtype == np.float32
+    assert mixture.means.chunks == (1, 3, 4, 4)
+    np.testing.assert_array_equal(mixture.weights, WEIGHTS)
+    np.testing.assert_array_equal(mixture.counts, [9, 0, 1, 14, 0, 6])
+    assert {name: mixture.attributes[name] for name in DIGESTS} == DIGESTS
+    assert (report["empty_components"], report["components_of_one_image"]) == (2, 1)
+    assert json.loads((tmp_path / "report.json").read_text())["digest"] == mixture.attributes["digest"]
+    assert not list(tmp_path.glob("state-*"))
+    assert torch.equal(mixture.load_means(), torch.from_numpy(mixture.means[:]))
+    assert mixture.load_means(dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 6), seed=st.integers(0, 1000))
+def test_flip_algebra(n, seed):
+    latents = np.random.default_rng(seed).normal(3.0, 1.0, (n, 2, 3, 5))
+    both = np.concatenate([latents, latents[..., ::-1]])
+    mean, variance = spatial.union_with_flips(Moments.zeros((2, 3, 5)).update(latents))
+    np.testing.assert_allclose(mean, both.mean(0), rtol=1e-12)
+    assert variance == pytest.approx(both.var(0).mean(), rel=1e-12)
+
+
+def test_the_batch_size_changes_rounding_only(listing, tmp_path):
+    small, large = (fit(listing, tmp_path / str(size) / "s.zarr", batch_size=size) for size in (1, 100))
+    assert small["variance"]["max"] == pytest.approx(large["variance"]["max"], rel=1e-4)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("calls", [0, 1, 4, 7])
+def test_a_killed_run_ends_with_the_same_bits_and_encodes_only_what_is_missing(listing, tmp_path, calls):
+    fit(listing, tmp_path / "undisturbed" / "s.zarr")
+    batches = []
+
+    def encode_and_die(images):
+        if len(batches) == calls:
+            raise Killed
+        batches.append(len(images))
+        return encode(images)
+
+    out = tmp_path / "killed" / "s.zarr"
+    with pytest.raises(Killed):
+        fit(listing, out, encode_and_die)
+    assert not out.exists()
+    finished = len(list(out.parent.glob("state-*/component-*")))
+    again = []
+    fit(listing, out, lambda images: again.append(len(images)) or encode(images))
+    assert contents(out) == contents(tmp_path / "undisturbed" / "s.zarr")
+    assert (sum(again) < N) == (finished > 0)
+
+
+def test_a_kill_between_row_and_marker_is_repaired(listing, tmp_path, monkeypatch):
+    fit(listing, tmp_path / "undisturbed" / "s.zarr")
+    out, write = tmp_path / "killed" / "s.zarr", store.write_arrays
+
+    def write_and_die(path, arrays, metadata):
+        if "00003" in path.name:
+            raise Killed
+        return write(path, arrays, metadata)
+
+    monkeypatch.setattr(store, "write_arrays", write_and_die)
+    with pytest.raises(Killed):
+        fit(listing, out)
+    monkeypatch.setattr(store, "write_arrays", write)
+    fit(listing, out)
+    assert contents(out) == contents(tmp_path / "undisturbed" / "s.zarr")
+
+
+def test_a_damaged_row_is_found_and_made_anew(listing, tmp_path, monkeypatch):
+    out = tmp_path / "s.zarr"
+    publish = spatial._publish
+    monkeypatch.setattr(spatial, "_publish", lambda *_: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        fit(listing, out)
+    monkeypatch.setattr(spatial, "_publish", publish)
+    rows = zarr.open_group(next(tmp_path.glob("state-*")) / "spatial.zarr", mode="r+")["means"]
+    rows[3] = rows[3] + 1
+    with pytest.raises(ValueError, match="row of mode 3 was damaged"):
+        fit(listing, out)
+    fit(listing, out)
+    np.testing.assert_allclose(SpatialMixture.open(out).means[3], brute_force(listing)[3][0], atol=3e-6)
+
+
+class Threads:
+    """Two processes of the stage as two threads: the same calls, the same order of collectives."""
+
+    def __init__(self, rank, barrier, box):
+        self.rank, self.world, self.device, self.is_main = rank, len(box), torch.device("cpu"), rank == 0
+        self._barrier, self._box = barrier, box
+
+    def barrier(self):
+        self._barrier.wait(timeout=30)
+
+    def from_main(self, make):
+        if self.is_main:
+            self._box[0] = make()
+        self.barrier()
+        return self._box[0]
+
+
+def test_two_processes_write_what_one_writes(listing, tmp_path):
+    fit(listing, tmp_path / "one" / "s.zarr", batch_size=1)
+    barrier, box, encoded = threading.Barrier(2), [None, None], [0, 0]
+
+    def count(rank):
+        def counting(images):
+            encoded[rank] += len(images)
+            return encode(images)
+
+        return counting
+
+    def run(rank):
+        fit(listing, tmp_path / "two" / "s.zarr", count(rank), Threads(rank, barrier, box), batch_size=1)
+
+    other = threading.Thread(target=run, args=(1,))
+    other.start()
+    run(0)
+    other.join()
+    assert sum(encoded) == N
+    assert min(encoded) >= N // 3
+    assert contents(tmp_path / "two" / "s.zarr") == contents(tmp_path / "one" / "s.zarr")
+
+
+@settings(max_examples=50, deadline=None)
+@given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any), size=st.integers(1, 9))
+def test_a_plan_covers_every_image_once_in_full_batches(counts, size):
+    labels = np.repeat(np.arange(len(counts)), counts)[np.random.default_rng(0).permutation(sum(counts))]
+    plan = Plan.make(labels, len(counts), size)
+    assert [k for group in plan.groups for k in group] == list(range(len(counts)))
+    batches = [plan.batches(group, set()) for group in plan.groups]
+    assert [i for group in batches for batch in group for i in batch] == list(range(len(labels)))
+    for group in batches:
+        assert all(len(batch) == size for batch in group[:-1])
+    for batch in (batch for group in batches for batch in group):
+        assert plan.modes(batch) == np.unique(labels[plan.order[batch.start : batch.stop]]).tolist()
+    for k in range(len(counts)):
+        own = plan.order[plan.offsets[k] : plan.offsets[k + 1]]
+        np.testing.assert_array_equal(own, np.flatnonzero(labels == k))
+    # What is left after a restart is a choice of the same batches.
+    done = set(range(0, len(counts), 2))
+    assert all(batch in batches[g] for g, group in enumerate(plan.groups) for batch in plan.batches(group, done))
+
+
+def test_dealing_is_balanced_and_complete():
+    sizes = [900, 10, 500, 400, 20, 470]
+    hands = deal(sizes, 2)
+    assert sorted(hands[0] + hands[1]) == list(range(6))
+    assert max(sum(sizes[i] for i in hand) for hand in hands) <= 4 / 3 * sum(sizes) / 2
+    assert deal([5], 3) == [[0], [], []]
+
+
+def test_latents_that_are_not_finite_are_refused(listing, tmp_path):
+    with pytest.raises(ValueError, match="latents of images in mode 0 are not finite"):
+        fit(listing, tmp_path / "s.zarr", lambda images: encode(images) / 0)
+
+
+def test_an_assignment_of_other_images_is_refused(listing, tmp_path):
+    with pytest.raises(ValueError, match="29 images in modes 0 to 5, the listing 30 images"):
+        fit(listing, tmp_path / "s.zarr", labels=LABELS[:-1])
+    with pytest.raises(ValueError, match="modes 0 to 6"):
+        fit(listing, tmp_path / "s.zarr", labels=np.append(LABELS[:-1], 6))
+
+
+def test_an_unfinished_store_is_refused(listing, tmp_path):
+    fit(listing, tmp_path / "s.zarr")
+    group = zarr.open_group(tmp_path / "s.zarr", mode="r+")
+    del group.attrs["digest"]
+    with pytest.raises(ValueError, match="is not whole; delete it and run spatial_gmm again"):
+        SpatialMixture.open(tmp_path / "s.zarr")
+    shutil.rmtree(tmp_path / "s.zarr" / "weights")
+    with pytest.raises(ValueError, match="is no spatial mixture"):
+        SpatialMixture.open(tmp_path / "s.zarr")
+    with pytest.raises(FileNotFoundError, match="run the stage spatial_gmm"):
+        SpatialMixture.open(tmp_path / "none.zarr")
+
+
+# The command
+
+
+def arguments(pipeline: Pipeline, out, assignment):
+    values = {
+        "image": SECTIONS["image"],
+        "encoder": SECTIONS["encoder"],
+        "spatial_gmm": {"batch_size": 16, "workers": 0},
+    }
+    return [
+        "--settings", json.dumps(values), "--listing", str(pipeline.listing), "--encoder-weights",
+        str(pipeline.encoder), "--stats", str(pipeline.stats), "--gmm", str(pipeline.gmm), "--assignment",
+        str(assignment), "--out", str(out),
+    ]  # fmt: skip
+
+
+def write_assignment(path, pipeline, **changes):
+    labels = np.arange(pipeline.n_images, dtype=np.int32) % 4
+    about = {"gmm_digest": store.map_arrays(pipeline.gmm)[1]["digest"]}
+    about["listing_digest"] = data.Listing.open(pipeline.listing).digest
+    store.write_arrays(path, {"labels": labels, "counts": np.bincount(labels)}, {**about, **changes})
+    return path
+
+
+def test_the_command_makes_the_mixture_of_the_encoders_latents(tiny_pipeline, tmp_path, capsys):
+    assignment = write_assignment(tmp_path / "assignment.safetensors", tiny_pipeline)
+    assert spatial_gmm.main(arguments(tiny_pipeline, tmp_path / "spatial_gmm.zarr", assignment)) == 0
+    made, plain = (SpatialMixture.open(path) for path in (tmp_path / "spatial_gmm.zarr", tiny_pipeline.spatial_gmm))
+    # The fixture's mixture is of the images alone: adding flips makes the mean symmetric and keeps its symmetric part.
+    np.testing.assert_allclose(made.means[:], (plain.means[:] + plain.means[:][..., ::-1]) / 2, atol=1e-4)
+    assert made.attributes["gmm_digest"] == store.map_arrays(tiny_pipeline.gmm)[1]["digest"]
+    assert "4 modes (0 empty) from 40 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gmm_digest": "other"}, "the assignment was not made from the mixture"),
+        ({"listing_digest": "other"}, "the assignment was not made from this listing"),
+    ],
+)
+def test_the_command_refuses_what_does_not_belong_together(tiny_pipeline, tmp_path, changes, message):
+    assignment = write_assignment(tmp_path / "assignment.safetensors", tiny_pipeline, **changes)
+    with pytest.raises(ValueError, match=message):
+        spatial_gmm.main(arguments(tiny_pipeline, tmp_path / "spatial_gmm.zarr", assignment))
+
+
+def test_the_command_refuses_statistics_of_another_encoder(tiny_pipeline, tmp_path):
+    assignment = write_assignment(tmp_path / "assignment.safetensors", tiny_pipeline)
+    shutil.copy(tiny_pipeline.stats, tmp_path / "stats.pt")
+    about = store.read_json(tiny_pipeline.stats.with_suffix(".json"))
+    store.write_json(tmp_path / "stats.json", {**about, "encoder_digest": "other"})
+    given = arguments(tiny_pipeline, tmp_path / "spatial_gmm.zarr", assignment)
+    given[given.index("--stats") + 1] = str(tmp_path / "stats.pt")
+    with pytest.raises(ValueError, match="the latent statistics were not made from this encoder"):
+        spatial_gmm.main(given)

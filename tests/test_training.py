@@ -1,0 +1,306 @@
+"""The training loop: the same numbers whatever is interrupted, divided or cached."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MODES, Pipeline, settings
+
+from mmfm.cli import train as command
+from mmfm.config import STAGES
+from mmfm.infra import store
+from mmfm.training import checkpoint, trainer
+from mmfm.training.ema import Ema
+from mmfm.training.latents import Plan
+from mmfm.training.loop import FlowMatching
+from mmfm.training.schedule import ConstantThenLinear, Cosine
+
+STEPS_PER_EPOCH = 5
+
+
+def arguments(files: Pipeline, out: Path, setting: str, **train) -> list[str]:
+    sections = settings(STAGES["train"], train=train)
+    return ["--setting", setting, "--settings", sections, "--out-dir", str(out), *files.train_arguments]
+
+
+def run(files: Pipeline, out: Path, setting: str = "mode", **train) -> Path:
+    assert command.main(arguments(files, out, setting, **train)) == 0
+    return out
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load_ema(out / "ema.safetensors")[0].state_dict()
+
+
+def history(out: Path, *keys: str) -> list:
+    lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    return [tuple(line[key] for key in keys) for line in lines]
+
+
+NUMBERS = ("step", "epoch", "loss", "grad_norm", "lr")
+
+
+def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])] == []
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Same bits of the weights, same lines of history but for the clock."""
+    assert_equal(weights(one), weights(other))
+    assert history(one, *NUMBERS) == history(other, *NUMBERS)
+
+
+def state_of(out: Path) -> Path:
+    (state,) = out.glob("state-*")
+    return state
+
+
+def steps_kept(out: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in state_of(out).glob("step-*"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_pipeline, tmp_path_factory) -> Path:
+    """Three epochs of setting ``mode``, 15 steps."""
+    return run(tiny_pipeline, tmp_path_factory.mktemp("undisturbed"))
+
+
+def test_outputs_of_a_run(undisturbed, tiny_pipeline):
+    assert {path.name for path in undisturbed.glob("*.*")} == {
+        "ema.safetensors", "history.jsonl", "curve.png", "preview.png",
+    }  # fmt: skip
+    assert history(undisturbed, "step") == [(s,) for s in (2, 4, 6, 8, 10, 12, 14, 15)]
+    model, metadata = checkpoint.load_ema(undisturbed / "ema.safetensors")
+    assert model.config.num_classes == MODES and model.config.label_dropout == 0
+    assert model.y_embedder.embedding_table.weight.shape[0] == MODES
+    assert (metadata["setting"], metadata["step"], metadata["epochs"], metadata["images_seen"]) == ("mode", 15, 3, 120)
+    for name in ("listing", "encoder", "stats", "gmm", "spatial_gmm"):
+        assert metadata[f"{name}_digest"]
+    assert metadata["gmm_digest"] == store.map_arrays(tiny_pipeline.gmm)[1]["digest"]
+
+
+def test_the_average_has_left_the_start_and_differs_from_the_model(undisturbed):
+    last = checkpoint.find(state_of(undisturbed), 15)
+    name = "blocks.0.mlp.w12.weight"
+    average, model = last.tensors("ema")[name], last.tensors("model")[name]
+    assert torch.equal(average, weights(undisturbed)[name])
+    assert not torch.equal(average, model)
+    # After 15 steps a start at 0 would leave (1 - 0.9^15) = 79 % of the weights' size.
+    assert average.norm() / model.norm() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_the_same_command_goes_on(tiny_pipeline, undisturbed, tmp_path, monkeypatch, number):
+    step = trainer.Trainer._train_step
+
+    def interrupted(self, *inputs):
+        step(self, *inputs)
+        if self.step == 7:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_pipeline, tmp_path)
+    assert steps_kept(tmp_path) == [4, 7] and not (tmp_path / "ema.safetensors").exists()
+    assert_same(run(tiny_pipeline, tmp_path), undisturbed)
+
+
+def test_kill_9_in_the_middle_changes_nothing(tiny_pipeline, tmp_path):
+    long = {"epochs": 24, "decay_end_epoch": 24, "checkpoint_every": 10, "log_every": 3}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": ""}
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mmfm.cli", "train", *arguments(tiny_pipeline, killed, "mode", **long)],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while process.poll() is None and not list(killed.glob("state-*/step-*")):
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert max(steps_kept(killed)) < 24 * STEPS_PER_EPOCH
+    run(tiny_pipeline, killed, **long)
+    assert_same(killed, run(tiny_pipeline, tmp_path / "undisturbed", **long))
+
+
+def test_a_run_resumed_behind_a_damaged_checkpoint_is_the_same(tiny_pipeline, undisturbed, tmp_path, caplog):
+    run(tiny_pipeline, tmp_path, epochs=2)
+    file = state_of(tmp_path) / "step-00000010" / "ema.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    assert_same(run(tiny_pipeline, tmp_path), undisturbed)
+    assert "step-00000010 is passed over" in caplog.text
+
+
+def test_more_epochs_continue_and_fewer_take_what_was_kept(tiny_pipeline, undisturbed, tmp_path):
+    run(tiny_pipeline, tmp_path, epochs=1)
+    one_epoch = weights(tmp_path)
+    run(tiny_pipeline, tmp_path)
+    assert_equal(weights(tmp_path), weights(undisturbed))
+    assert steps_kept(tmp_path) == [5, 8, 12, 15]
+    with pytest.raises(ValueError, match=r"step 10 was not kept \(there are: 5, 8, 12, 15\)"):
+        run(tiny_pipeline, tmp_path, epochs=2)
+    run(tiny_pipeline, tmp_path, epochs=1)
+    assert_equal(weights(tmp_path), one_epoch)
+    assert history(tmp_path, "step") == [(2,), (4,), (5,)]
+
+
+def test_a_finished_run_only_publishes(tiny_pipeline, undisturbed, tmp_path, monkeypatch):
+    shutil.copytree(state_of(undisturbed), tmp_path / state_of(undisturbed).name)
+    monkeypatch.setattr(trainer.Trainer, "run", lambda *_: pytest.fail("trained again"))
+    run(tiny_pipeline, tmp_path)
+    assert_same(tmp_path, undisturbed)
+    assert (tmp_path / "preview.png").read_bytes() == (undisturbed / "preview.png").read_bytes()
+
+
+def test_other_settings_do_not_meet_the_state(tiny_pipeline, undisturbed, tmp_path):
+    shutil.copytree(state_of(undisturbed), tmp_path / state_of(undisturbed).name)
+    run(tiny_pipeline, tmp_path, lr=5e-4)
+    run(tiny_pipeline, tmp_path, "gmm", log_every=15)
+    assert len(list(tmp_path.glob("state-*"))) == 3
+
+
+@pytest.mark.parametrize("setting", ["uncond", "gmm", "mode"])
+def test_micro_batches_and_encoding_at_every_step_change_only_the_rounding(tiny_pipeline, tmp_path, setting):
+    losses = [loss for _, loss in history(run(tiny_pipeline, tmp_path / "whole", setting), "step", "loss")]
+    for name, keys in {"micro": {"micro_batch": 3}, "uncached": {"latent_cache_gb": 0.0, "micro_batch": 5}}.items():
+        other = [loss for _, loss in history(run(tiny_pipeline, tmp_path / name, setting, **keys), "step", "loss")]
+        assert other == pytest.approx(losses, rel=1e-4)
+
+
+def test_two_processes_take_the_same_steps_as_one(tiny_pipeline, tmp_path):
+    uneven = {"global_batch": 7, "epochs": 2}
+    launch = [sys.executable, "-m", "mmfm.infra.launch", "--processes", "2", "--threads", "2", "--", "train"]
+    finished = subprocess.run(
+        [*launch, *arguments(tiny_pipeline, tmp_path / "two", "mode", **uneven)], capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    run(tiny_pipeline, tmp_path / "one", **uneven)
+    for column in ("loss", "grad_norm"):
+        ours, theirs = (dict(history(tmp_path / name, "step", column)) for name in ("one", "two"))
+        assert theirs == pytest.approx(ours, rel=1e-4)
+    for name, tensor in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, image: int, how: str) -> None:
+    """Make loss or gradient of one image NaN in epoch 1 (steps 6 to 10)."""
+    clean = FlowMatching.losses
+
+    def losses(self, model, micro, inputs):
+        values = clean(self, model, micro, inputs)
+        hit = (micro.images == image) & (micro.keys.start // 8 >= STEPS_PER_EPOCH)
+        if how == "loss":
+            return values + torch.where(hit, float("nan"), 0.0)
+        if hit.any() and values.requires_grad:
+            values.register_hook(lambda gradient: gradient * float("inf"))
+        return values
+
+    monkeypatch.setattr(FlowMatching, "losses", losses)
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_nan_stops_before_it_reaches_the_weights(tiny_pipeline, undisturbed, tmp_path, monkeypatch, how, log_every):
+    plan = Plan(seed=0, n_images=40, global_batch=8)
+    image = int(plan.images(range(48, 56))[3])
+    with monkeypatch.context() as patch:
+        poison(patch, image, how)
+        with pytest.raises(ValueError, match="in step 7") as caught:
+            run(tiny_pipeline, tmp_path, log_every=log_every)
+    if how == "loss":
+        assert f"image {image} of the listing" in str(caught.value)
+    assert steps_kept(tmp_path) == [4] and checkpoint.find(state_of(tmp_path), 15).step == 4
+    run(tiny_pipeline, tmp_path)
+    assert_equal(weights(tmp_path), weights(undisturbed))
+
+
+def test_previews_are_drawn_as_training_goes(tiny_pipeline, tmp_path):
+    preview = {"every": 5, "n_images": 4, "time_points": 3}
+    run(tiny_pipeline, tmp_path, preview=preview)
+    names = sorted(path.name for path in state_of(tmp_path).glob("*.png"))
+    assert names == ["curve.png", "preview-00000005.png", "preview-00000010.png"]
+    assert (tmp_path / "preview.png").stat().st_size > 1000
+
+
+def test_an_impossible_batch_is_refused(tiny_pipeline, tmp_path):
+    with pytest.raises(ValueError, match="global_batch is 41, but there are only 40 images"):
+        run(tiny_pipeline, tmp_path, global_batch=41)
+
+
+def test_inputs_that_do_not_belong_together_are_refused(tiny_pipeline, tmp_path):
+    given = arguments(tiny_pipeline, tmp_path / "out", "mode")
+    without = [
+        part for pair in zip(given[::2], given[1::2], strict=True) if pair[0] != "--spatial-gmm" for part in pair
+    ]
+    with pytest.raises(ValueError, match="give --spatial-gmm"):
+        command.main(without)
+    arrays, metadata = store.map_arrays(tiny_pipeline.gmm)
+    for change, message in (
+        ({"listing_digest": "0" * 64}, r"gmm.safetensors was made from another listing .* run fit_gmm"),
+        ({"weights": arrays["weights"] * [0.5, 1.5, 1, 1]}, r"spatial_gmm.zarr was made from another mixture than"),
+    ):
+        other = {name: change.pop(name, array) for name, array in arrays.items()}
+        store.write_arrays(tmp_path / "gmm.safetensors", other, {**metadata, **change})
+        changed = [str(tmp_path / "gmm.safetensors") if part == str(tiny_pipeline.gmm) else part for part in given]
+        with pytest.raises(ValueError, match=message):
+            command.main(changed)
+    shutil.copy(tiny_pipeline.stats, tmp_path / "stats.pt")
+    about = store.read_json(tiny_pipeline.stats.with_suffix(".json"))
+    store.write_json(tmp_path / "stats.json", {**about, "encoder_digest": "0" * 64})
+    changed = [str(tmp_path / "stats.pt") if part == str(tiny_pipeline.stats) else part for part in given]
+    with pytest.raises(ValueError, match=r"stats.pt was made from another encoder than"):
+        command.main(changed)
+
+
+@pytest.mark.parametrize(("world", "micro_batch"), [(1, 0), (3, 0), (2, 2), (8, 1)])
+def test_every_place_is_taken_once_whatever_the_processes(world, micro_batch):
+    alone = Plan(seed=3, n_images=43, global_batch=8)
+    shares = [Plan(3, 43, 8, rank, world, micro_batch) for rank in range(world)]
+    for step in (0, 4, 5, 11):
+        parts = [part for plan in shares for part in plan.micro_batches(step)]
+        assert [key for part in parts for key in part.keys] == list(range(8 * step, 8 * step + 8))
+        assert torch.equal(torch.cat([part.images for part in parts]), alone.images(range(8 * step, 8 * step + 8)))
+        assert all(len(p.micro_batches(step)) == p.micro_batches_per_step for p in shares)
+
+
+def test_an_epoch_visits_no_image_twice_and_the_next_in_another_order():
+    plan = Plan(seed=0, n_images=43, global_batch=8, flip=True)
+    assert plan.steps_per_epoch == 5
+    first, second = ([i for s in range(5 * e, 5 * e + 5) for i in plan.images(range(8 * s, 8 * s + 8)).tolist()]
+                     for e in (0, 1))  # fmt: skip
+    assert len(set(first)) == len(set(second)) == 40 and first != second
+    assert plan.flips(torch.arange(4000)).float().mean().item() == pytest.approx(0.5, abs=0.04)
+
+
+def test_learning_rates():
+    lr = ConstantThenLinear(lr=2e-4, final_lr=2e-5, constant_steps=40, end_step=800)
+    assert [lr(s) for s in (0, 40)] == [2e-4, 2e-4]
+    assert lr(420) == pytest.approx((2e-4 + 2e-5) / 2)
+    assert [lr(s) for s in (800, 10_000)] == pytest.approx([2e-5, 2e-5])
+    cosine = Cosine(lr=1e-3, horizon=100)
+    assert [cosine(s) for s in (0, 50, 100, 200)] == pytest.approx([1e-3, 5e-4, 0, 0])
+
+
+def test_the_average_follows_a_compiled_model():
+    model = torch.nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    start = model.weight.detach().clone()
+    ema = Ema(model, 0.9)
+    model.compile(backend="eager")
+    optimizer = torch.optim.SGD([model.weight], lr=1.0)
+    expected = start
+    for _ in range(3):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        ema.update()
+        expected = 0.9 * expected + 0.1 * model.weight.detach()
+    torch.testing.assert_close(ema.module.weight, expected)
+    assert not torch.equal(ema.module.weight, start) and torch.equal(ema.module.bias, model.bias)

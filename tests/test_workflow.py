@@ -1,0 +1,195 @@
+"""The workflow: names, parameters, GPU limit, locks, and what a changed key reruns (dry runs of the real Snakefile)."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmfm import config
+from mmfm import workflow as wf
+
+ROOT = Path(__file__).parent.parent
+DEFAULTS = config.load([ROOT / "config" / "config.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("text", "setting", "expected"),
+    [
+        ("", "mode", "seed0.tiny.k64.t25"),
+        ("", "uncond", "seed0.tiny.t25"),
+        (".k512.t4", "gmm", "seed0.tiny.k512.t4"),
+        (".seed3.S", "uncond", "seed3.S.t25"),
+        (".seed1.tiny.k8.t1", "mode", "seed1.tiny.k8.t1"),
+    ],
+)
+def test_variants_are_completed(text, setting, expected):
+    complete = wf.parse_variant(text, setting, DEFAULTS)
+    assert str(complete) == expected
+    assert wf.parse_variant(f".{expected}", setting, DEFAULTS) == complete
+    assert str(complete.training) == expected.rsplit(".t", 1)[0]
+
+
+@pytest.mark.parametrize(("text", "setting"), [(".t4.k5", "gmm"), (".k8", "uncond"), (".XXL", "mode")])
+def test_bad_variants_are_refused(text, setting):
+    with pytest.raises(ValueError, match=r"variant|mixture"):
+        wf.parse_variant(text, setting, DEFAULTS)
+
+
+def test_gpus_per_job():
+    assert wf.gpus_per_job("auto", None) == 0
+    assert wf.gpus_per_job("auto", 8) == 8
+    assert wf.gpus_per_job(2, 8) == 2
+    with pytest.raises(ValueError, match="only 0 are available"):
+        wf.gpus_per_job(1, 0)
+    with pytest.raises(ValueError, match="number or auto"):
+        wf.gpus_per_job("all", 8)
+
+
+def test_parameters_hold_what_the_name_sets():
+    value = wf.stage_parameter(DEFAULTS, "fit_gmm", gmm={"n_components": 7})
+    assert '"n_components":7' in value and "chunk_size" not in value
+
+
+def test_stale_locks_are_cleared_and_live_ones_kept(tmp_path):
+    lock = tmp_path / "locks" / "0.input.lock"
+    hold = f"from mmfm.workflow import *; h = clear_stale_locks(Path({str(tmp_path)!r})); print('held', flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"
+    lock.parent.mkdir()
+    lock.write_text("results/x")
+    wf.clear_stale_locks(tmp_path).close()
+    assert lock.exists()
+    other.kill()
+    other.wait()
+    wf.clear_stale_locks(tmp_path).close()
+    assert not lock.exists()
+
+
+class Checkout:
+    """A copy of the workflow with its own results, in which every stage is a command that only touches its outputs."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        for name in ("Snakefile", "rules", "config", "profiles", "workflow", "envs", "resources"):
+            (folder / name).symlink_to(ROOT / name)
+
+    def run(self, *arguments, keys=None, text=None):
+        overlay = self.folder / "overlay.yaml"
+        overlay.write_text(text if text is not None else yaml.safe_dump(keys or {"gpus": 0}))
+        line = [sys.executable, "-m", "snakemake", *arguments, "--cores", "2", "--configfile", str(overlay)]
+        return subprocess.run(line, cwd=self.folder, capture_output=True, text=True)
+
+    def jobs(self, *targets, keys=None, text=None):
+        """Return the rules that a dry run would execute."""
+        result = self.run(*(targets or ("results/fid/dinov2_mode.txt",)), "-n", keys=keys, text=text)
+        assert result.returncode == 0, result.stdout + result.stderr
+        output = result.stdout + result.stderr
+        if "Job stats:" not in output:
+            return set()
+        table = output.split("Job stats:")[1].split("total")[0].splitlines()[3:]
+        return {line.split()[0] for line in table if line.strip()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A checkout whose main job is done as far as Snakemake knows: outputs there, code and parameters recorded."""
+    checkout = Checkout(tmp_path_factory.mktemp("checkout"))
+    planned = checkout.run("results/fid/dinov2_mode.txt", "-n")
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+    for line in (planned.stdout + planned.stderr).splitlines():
+        if line.startswith("    output: "):
+            for name in line.removeprefix("    output: ").split(", "):
+                path = checkout.folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch() if path.suffix not in ("", ".zarr") else path.mkdir()
+    touched = checkout.run("results/fid/dinov2_mode.txt", "--touch", "--forceall")
+    assert touched.returncode == 0, touched.stdout + touched.stderr
+    return checkout
+
+
+FROM_SAMPLE = {"sample", "fid", "short_name"}
+FROM_TRAIN = {"train"} | FROM_SAMPLE
+
+
+def test_a_second_call_has_nothing_to_do(finished):
+    assert finished.jobs() == set()
+
+
+@pytest.mark.parametrize(
+    ("keys", "rerun"),
+    [
+        ({"sample": {"n_images": 100}}, FROM_SAMPLE),
+        ({"sample": {"solver": "heun"}}, FROM_SAMPLE),
+        ({"train": {"epochs": 11}}, FROM_TRAIN),
+        ({"gmm": {"tol": 0.01}}, {"fit_gmm", "spatial_gmm"} | FROM_TRAIN),
+        # Another number of modes is another name: nothing of the present one is touched.
+        ({"gmm": {"n_components": 32}}, {"fit_gmm", "spatial_gmm"} | FROM_TRAIN),
+        ({"sample": {"batch_size": 10}, "train": {"workers": 3, "preview": {"every": 7}}, "processes": 2}, set()),
+        ({"run": "other", "sample": {"n_images": 2000}}, None),
+    ],
+)
+def test_a_changed_key_reruns_what_depends_on_it(finished, keys, rerun):
+    target = ["results/other/fid/dinov2_mode.txt"] if rerun is None else []
+    jobs = finished.jobs(*target, keys=keys)
+    if rerun is None:
+        assert len(jobs) == 12
+    else:
+        assert jobs == rerun
+
+
+def test_comments_and_the_order_of_keys_rerun_nothing(finished):
+    text = "# another comment\ntrain: {lr: 0.001, epochs: 10}\nsample:\n  time_points: 25\n  n_images: 2000\n"
+    assert finished.jobs(text=text) == set()
+
+
+def test_a_variant_reuses_what_it_shares(finished):
+    assert finished.jobs("results/fid/dinov2_mode.t4.txt") == FROM_SAMPLE
+    assert finished.jobs("results/fid/dinov2_uncond.txt") == FROM_TRAIN
+
+
+def test_a_wrong_target_lists_the_valid_ones(finished):
+    result = finished.run("results/fid/dinov2_moed.txt", "-n")
+    message = result.stdout + result.stderr
+    assert result.returncode != 0
+    assert "did you mean 'results/fid/dinov2_mode.txt'" in message and "results/fid/dinov2_uncond.txt" in message
+
+
+def test_an_unknown_key_names_the_nearest(finished):
+    result = finished.run("-n", keys={"gmm": {"n_component": 3}})
+    assert result.returncode != 0
+    assert "unknown configuration key 'gmm.n_component' (did you mean 'n_components'?)" in result.stdout + result.stderr
+
+
+def test_more_gpus_than_the_limit_is_an_error(finished):
+    result = finished.run("-n", keys={"gpus": 99})
+    assert result.returncode != 0 and "'gpus' is 99" in result.stdout + result.stderr
+
+
+def test_the_main_job_again_after_kill(finished):
+    """Snakemake killed with -9 leaves its lock; the same command is not refused."""
+    script = "import time; time.sleep(60)"
+    rules = finished.folder / "slow.smk"
+    rules.write_text(
+        'include: "Snakefile"\n\n\nrule slow:\n    output:\n        "slow.txt",\n    shell:\n'
+        f"        \"echo > started; {sys.executable} -c '{script}' && echo > {{output}}\"\n"
+    )
+    line = [sys.executable, "-m", "snakemake", "slow.txt", "-s", "slow.smk", "--cores", "1"]
+    line += ["--workflow-profile", "profiles/default"]
+    process = subprocess.Popen(line, cwd=finished.folder, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (finished.folder / "started").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    second = subprocess.run(line, cwd=finished.folder, capture_output=True, text=True)
+    assert second.returncode != 0 and "lock" in (second.stdout + second.stderr).lower()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list((finished.folder / ".snakemake" / "locks").glob("*.lock"))
+    again = subprocess.run([*line, "-n"], cwd=finished.folder, capture_output=True, text=True)
+    assert again.returncode == 0 and "slow" in again.stdout + again.stderr
+    assert not list((finished.folder / ".snakemake" / "locks").glob("*.lock"))
