@@ -122,9 +122,13 @@ def test_solver_refuses_a_grid_that_does_not_decrease(times):
         euler(lambda x, t: x, torch.ones(1, 1), torch.tensor(times))
 
 
-def test_time_grid_refuses_one_point():
-    with pytest.raises(ValueError, match="time_points = 1"):
-        time_grid(1, 1.0)
+def test_one_time_point_is_the_source():
+    assert time_grid(1, 6.9).tolist() == [1.0]
+
+
+def test_time_grid_refuses_no_point():
+    with pytest.raises(ValueError, match="time_points = 0"):
+        time_grid(0, 1.0)
 
 
 def test_autoguidance_equals_reference(golden):

@@ -175,8 +175,8 @@ def test_spatial_flag_may_be_empty(files, weights, tmp_path):
     assert main(call) == 2
 
 
-def test_source_only_is_the_decoded_source(made, files, weights, tmp_path):
-    images, about = run(files, weights["mode"], tmp_path, "--source-only", n_images=5)
+def test_one_time_point_is_the_decoded_source(made, files, weights, tmp_path):
+    images, about = run(files, weights["mode"], tmp_path, n_images=5, time_points=1)
     assert about["source_only"] and about["function_evaluations"] == 0 and about["last_time"] == about["first_time"]
     sampler = load(files, weights["mode"])
     decoded = (sampler.autoencoder.decode(sampler.draw_source(range(5))[0]).detach().clamp(0, 1) * 255).byte()

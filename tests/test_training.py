@@ -217,6 +217,8 @@ def test_a_nan_stops_before_it_reaches_the_weights(tiny_pipeline, undisturbed, t
             run(tiny_pipeline, tmp_path, log_every=log_every)
     if how == "loss":
         assert f"image {image} of the listing" in str(caught.value)
+    else:  # all losses are finite still: the step was not applied
+        assert "the gradient is, over the images" in str(caught.value)
     assert steps_kept(tmp_path) == [4] and checkpoint.find(state_of(tmp_path), 15).step == 4
     run(tiny_pipeline, tmp_path)
     assert_equal(weights(tmp_path), weights(undisturbed))

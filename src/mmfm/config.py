@@ -159,7 +159,7 @@ class Sample:
     """Generation."""
 
     n_images: int = key("images to generate", unit="images", minimum=1)
-    time_points: int = key("points of the time grid; the solver takes one step less", minimum=2)
+    time_points: int = key("points of the time grid, one more than steps; 1 decodes the source itself", minimum=1)
     solver: str = key("integration rule", choices=("euler", "heun"))
     precision: str = key("`auto`: bf16 autocast on a GPU, float32 on a CPU", choices=("auto", "float32", "bf16"))
     shard_size: int = key("images per shard: the unit of resumption", unit="images", minimum=1)

@@ -21,7 +21,7 @@ _GRID_IMAGES = 32
 _GRID_COLUMNS = 4
 
 
-def sample(sampler: Sampler, out_dir: str | Path, sections: dict[str, Any], source_only: bool, ranks: Ranks) -> None:
+def sample(sampler: Sampler, out_dir: str | Path, sections: dict[str, Any], ranks: Ranks) -> None:
     """Generate the images and write ``images.npz``, ``grid.png`` and ``samples.json``; contract in docs/stages.md.
 
     Shards of consecutive numbers are dealt to the processes in turn, each is one file, and a restarted run makes only
@@ -29,16 +29,16 @@ def sample(sampler: Sampler, out_dir: str | Path, sections: dict[str, Any], sour
 
     Args:
         out_dir: gets the outputs; unfinished shards lie in a state directory inside it.
-        sections: built sections ``image``, ``encoder``, ``sample``.
-        source_only: decode the source of every image instead of following the flow.
+        sections: built sections ``image``, ``encoder``, ``sample``. One time point is no step of the flow: the images
+            are then the decoded sources.
     """
     settings: config.Sample = sections["sample"]
+    source_only = settings.time_points == 1
     out_dir = Path(out_dir)
     identity = {
         **config.identity(sections),
         "seed": sampler.seed,
         "guidance_scale": sampler.guidance_scale,
-        "source_only": source_only,
         "precision": sampler.precision,
     }
     state = ranks.from_main(
@@ -110,7 +110,7 @@ def describe(sampler: Sampler, images_digest: str, source_only: bool) -> dict[st
         "n_modes": sampler.source.num_modes,
         "source_only": source_only,
         "solver": None if source_only else settings.solver,
-        "time_points": None if source_only else settings.time_points,
+        "time_points": settings.time_points,
         "first_time": times[0].item(),
         "last_time": times[0].item() if source_only else times[-1].item(),
         "function_evaluations": 0 if source_only else sampler.function_evaluations(),

@@ -13,7 +13,7 @@ The setting (uncond, gmm, mode) is that of the weights.
       --encoder-weights resources/demo/encoder --spatial-gmm spatial_gmm.zarr --seed 0 --out-dir samples
 
 Writes images.npz (uint8, n x S x S x 3), grid.png (images beside their decoded sources) and samples.json (what made
-them). With --guide the velocity is extrapolated away from a weaker model's: guide + scale * (model - guide).
+them). sample.time_points=1 decodes the sources alone. With --guide the velocity is extrapolated away from a weaker model's: guide + scale * (model - guide).
 
 Resumes by shard (sample.shard_size images): killed at any instant, the same command makes only the missing shards.
 Start it with torchrun, or `python -m mmfm.infra.launch --gpus N -- sample ...`, to share the shards among processes."""
@@ -35,7 +35,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, help="seed of noise and modes (default: the training's)")
     parser.add_argument("--guide", type=Path, help="weights of the weaker model for autoguidance")
     parser.add_argument("--guidance-scale", type=float, help="default 1.5 with --guide; 1 means no guidance")
-    parser.add_argument("--source-only", action="store_true", help="decode the source instead of following the flow")
     parser.add_argument("--out-dir", type=Path, required=True, help="folder of the outputs")
     options, sections = parser.parse(arguments)
     from mmfm.infra.distributed import process_group
@@ -48,5 +47,5 @@ def main(arguments: list[str]) -> int:
     scale = options.guidance_scale if options.guidance_scale is not None else (1.5 if options.guide else 1.0)
     with process_group() as ranks:
         sampler = Sampler(files, sections, options.seed, scale, ranks.device)
-        sample(sampler, options.out_dir, sections, options.source_only, ranks)
+        sample(sampler, options.out_dir, sections, ranks)
     return 0

@@ -55,9 +55,11 @@ def train_times(uniform: Tensor, shift: float) -> Tensor:
 def time_grid(num_points: int, shift: float) -> Tensor:
     """Sampling times (num_points,) float32: evenly spaced from 1 to 1/1000, then shifted; num_points - 1 steps.
 
+    One point is t = 1 alone: no step, the source itself.
+
     Raises:
-        ValueError: fewer than two points.
+        ValueError: no points.
     """
-    if num_points < 2:
-        raise ValueError(f"time_points = {num_points}: a sampler needs at least 2, the two ends of one step")
+    if num_points < 1:
+        raise ValueError(f"time_points = {num_points}: a sampler needs at least 1, where it starts")
     return shift_times(torch.linspace(1, LAST_GRID_TIME, num_points), shift)

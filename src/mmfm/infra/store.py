@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 
+_METADATA = "mmfm"
+"""Key of the one string of metadata in our safetensors files."""
+
 # The umask can only be read by setting it, so it is read once, before there are threads.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -124,14 +127,15 @@ def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: M
     """Write NumPy arrays as one safetensors file, whole, and return the digest of their contents.
 
     Args:
-        metadata: JSON-serialisable values; kept as JSON strings, with the key ``digest`` added.
+        metadata: JSON-serialisable values, to which the key ``digest`` is added. All of it is one string of the header,
+            because safetensors writes several in arbitrary order and equal contents would make unequal files.
     """
     from safetensors.numpy import save_file
 
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     digest = array_digest(*(contiguous[name] for name in sorted(contiguous)))
     with whole_file(path) as partial:
-        save_file(contiguous, partial, {k: canonical_json(v) for k, v in {**metadata, "digest": digest}.items()})
+        save_file(contiguous, partial, {_METADATA: canonical_json({**metadata, "digest": digest})})
     return digest
 
 
@@ -151,8 +155,11 @@ def map_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if length > size - 8:
             raise ValueError(f"{path} is truncated or no safetensors file; delete it and make it again")
-        header = json.loads(file.read(length))
-    metadata = {key: json.loads(value) for key, value in header.pop("__metadata__", {}).items()}
+        try:
+            header = json.loads(file.read(length))
+            metadata = json.loads(header.pop("__metadata__", {}).get(_METADATA, "{}"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no safetensors file of this project ({error}); make it again") from error
     arrays = {}
     for name, entry in header.items():
         start, stop = entry["data_offsets"]
