@@ -109,11 +109,11 @@ def mixture_inputs(wildcards):
     }
 
 
-def complete_name(wildcards):
-    """Return the file with the complete name behind a short one."""
+def complete_name(wildcards, kind):
+    """Return the file with the complete name behind a short one; `kind` is txt or json."""
     encoder, setting, text = re.fullmatch(NAME, wildcards.request).group(1, 2, 3)
     complete = checked(wf.parse_variant, text, setting, C)
-    return f"{RESULTS}/fid/{encoder}_{setting}.{complete}.{wildcards.kind}"
+    return f"{RESULTS}/fid/{encoder}_{setting}.{complete}.{kind}"
 
 
 def unknown_target(wildcards):

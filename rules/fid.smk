@@ -73,20 +73,21 @@ localrules:
 # results/fid/dinov2_mode.txt and results/fid/dinov2_mode.k512.txt stand for what the configuration says of the rest.
 rule short_name:
     input:
-        complete_name,
+        text=lambda wildcards: complete_name(wildcards, "txt"),
+        json=lambda wildcards: complete_name(wildcards, "json"),
     output:
-        report(
-            "<results>/fid/{request}.{kind}",
+        text=report(
+            "<results>/fid/{request}.txt",
             caption="../workflow/report/fid.rst",
             category="Frechet distance",
-            labels={"result": "{request}", "file": "{kind}"},
+            labels={"result": "{request}"},
         ),
+        json="<results>/fid/{request}.json",
     log:
-        "<logs>/short_name.{request}.{kind}.log",
+        "<logs>/short_name.{request}.log",
     benchmark:
-        "<benchmarks>/short_name.{request}.{kind}.tsv"
+        "<benchmarks>/short_name.{request}.tsv"
     wildcard_constraints:
-        kind="txt|json",
         request=rf"(?!{COMPLETE_NAME}\.(txt|json)$){NAME}",
     conda:
         "../envs/mmfm.yaml"
@@ -95,7 +96,7 @@ rule short_name:
         mem_mb=100,
         runtime=1,
     shell:
-        "(cp {input:q} {output:q} && cat {output:q}) 2>&1 | tee {log:q}"
+        "(cp {input.text:q} {output.text:q} && cp {input.json:q} {output.json:q} && cat {output.text:q}) 2>&1 | tee {log:q}"
 
 
 rule unknown_target:

@@ -3,11 +3,11 @@
 
 rule sample:
     input:
-        unpack(mixture_inputs),
         encoder=encoder_files,
         ema=rules.train.output.ema,
         stats=rules.latent_stats.output.stats,
         decoder=DECODER,
+        spatial_gmm=lambda wildcards: mixture_inputs(wildcards)["spatial_gmm"],
     output:
         images="<results>/sample/{encoder}_{setting}/{training}.t{t}/images.npz",
         grid=report(

@@ -57,7 +57,8 @@ def test_parameters_hold_what_the_name_sets():
 
 def test_stale_locks_are_cleared_and_live_ones_kept(tmp_path):
     lock = tmp_path / "locks" / "0.input.lock"
-    hold = f"from mmfm.workflow import *; h = clear_stale_locks(Path({str(tmp_path)!r})); print('held', flush=True); input()"
+    hold = f"h = clear_stale_locks(Path({str(tmp_path)!r})); print('held', flush=True); input()"
+    hold = f"from mmfm.workflow import *; {hold}"
     other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"held\n"
     lock.parent.mkdir()

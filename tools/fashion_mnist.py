@@ -142,7 +142,7 @@ def describe_settings(options: argparse.Namespace, digest: str) -> dict[str, obj
 
     Two runs of equal descriptions are the same run, so that one may continue the other.
     """
-    elsewhere = {"data", "out", "seed", "steps", "threads", "evaluate_every", "checkpoint_every"}
+    elsewhere = {"data", "out", "grow", "seed", "steps", "threads", "evaluate_every", "checkpoint_every"}
     settings = {name: value for name, value in vars(options).items() if name not in elsewhere}
     return {"settings": settings, "seed": options.seed, "steps": options.steps, "data_sha256": digest}
 

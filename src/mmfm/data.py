@@ -183,7 +183,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 class _Images(torch.utils.data.Dataset):
-    """Cropped images by index of the listing. Opens the listing itself, so that workers map it instead of copying it."""
+    """Cropped images by index of the listing, which every worker opens itself: it is mapped, not copied."""
 
     def __init__(self, listing: Path, size: int) -> None:
         self.listing_path, self.size = listing, size

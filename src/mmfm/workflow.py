@@ -112,7 +112,7 @@ def gpus_per_job(wanted: str | int, limit: int | None) -> int:
 
 
 def put_own_python_first() -> None:
-    """Make ``python`` in shell commands the interpreter that runs Snakemake, also when its environment is not active."""
+    """Make ``python`` in shell commands the one that runs Snakemake, also when its environment is not active."""
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 

@@ -15,7 +15,6 @@ COMMANDS = {
     "sample": "generate images",
     "fid_reference": "feature moments of the real images",
     "fid": "Frechet distance of generated images",
-    "clean": "remove unfinished work that nothing refers to",
     "doctor": "say what this installation can and can't do",
 }
 

@@ -8,8 +8,8 @@ DESCRIPTION = """\
 Encode every training image once: crop, encoder, and from its output the global token of each image (one row of a zarr
 store) and the exact moments of the latents per position.
 
-  mmfm extract --config config/config.yaml --listing listing.train.safetensors --encoder-weights resources/demo/encoder \\
-      --out-tokens cls_tokens.zarr --out-moments latent_moments.safetensors
+  mmfm extract --config config/config.yaml --listing listing.train.safetensors \\
+      --encoder-weights resources/demo/encoder --out-tokens cls_tokens.zarr --out-moments latent_moments.safetensors
 
 Resumes by shard (extract.shard_size images): killed at any instant, the same command goes on with the first unfinished
 shard. Start it with torchrun, or `python -m mmfm.infra.launch --gpus N -- extract ...`, to share the shards among

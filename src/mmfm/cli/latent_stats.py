@@ -14,7 +14,8 @@ DESCRIPTION = """\
 Turn the latent moments that `extract` took into the statistics that normalise the latents: exact mean and population
 variance per position, float32 (C, H, W), as a PyTorch file {"mean", "var"} that other implementations of RAE read too.
 
-  mmfm latent_stats --moments latent_moments.safetensors --out stats.pt --out-json stats.json --config config/config.yaml
+  mmfm latent_stats --config config/config.yaml --moments latent_moments.safetensors --out stats.pt \\
+      --out-json stats.json
 
 Takes milliseconds; there is nothing to resume."""
 

@@ -13,7 +13,8 @@ The setting (uncond, gmm, mode) is that of the weights.
       --encoder-weights resources/demo/encoder --spatial-gmm spatial_gmm.zarr --seed 0 --out-dir samples
 
 Writes images.npz (uint8, n x S x S x 3), grid.png (images beside their decoded sources) and samples.json (what made
-them). sample.time_points=1 decodes the sources alone. With --guide the velocity is extrapolated away from a weaker model's: guide + scale * (model - guide).
+them). sample.time_points=1 decodes the sources alone. With --guide the velocity is extrapolated away from a weaker
+model's: guide + scale * (model - guide).
 
 Resumes by shard (sample.shard_size images): killed at any instant, the same command makes only the missing shards.
 Start it with torchrun, or `python -m mmfm.infra.launch --gpus N -- sample ...`, to share the shards among processes."""

@@ -1,9 +1,9 @@
 """Random numbers that are a function of (seed, purpose, index), not of the order in which they are drawn.
 
 Every random quantity of the project belongs to something with a global number: an image, a training step, a component.
-Its bits are a hash of that number, computed by tensor operations, so the draw is the same for every process count, batch
-size and restart. The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
-generators", OOPSLA 2014) applied to a counter offset by a keyed stream constant.
+Its bits are a hash of that number, computed by tensor operations, so the draw is the same for every process count,
+batch size and restart. The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom
+number generators", OOPSLA 2014) applied to a counter offset by a keyed stream constant.
 """
 
 import hashlib

@@ -1,0 +1,43 @@
+"""The scripts that made the demo's weights: a few steps of each, and what they write loads."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+ROOT = Path(__file__).parent.parent
+IMAGES = ROOT / "resources" / "demo" / "fashion-mnist"
+
+
+def run(script, *arguments):
+    line = [sys.executable, ROOT / "tools" / script, "--data", IMAGES, *map(str, arguments)]
+    result = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_pretrain_encoder_and_grow(tmp_path):
+    from mmfm.encoders import load_encoder
+
+    base = ("--width", 32, "--batch", 16, "--steps", 3)
+    run("pretrain_encoder.py", *base, "--depth", 1, "--out", tmp_path / "base")
+    run("pretrain_encoder.py", *base, "--depth", 2, "--grow", tmp_path / "base", "--out", tmp_path / "grown")
+    encoder = load_encoder("dinov2", tmp_path / "grown", 32)
+    assert encoder.hidden_size == 32 and encoder.model.config.num_hidden_layers == 2
+    with safe_open(tmp_path / "grown" / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["script"] == "tools/pretrain_encoder.py" and "grown_from" in " ".join(metadata)
+
+
+@pytest.mark.slow
+def test_train_detector(tmp_path):
+    from mmfm.evaluation.detector import load_detector
+
+    run("train_detector.py", "--steps", 3, "--out", tmp_path / "detector.safetensors")
+    detector = load_detector("fashion", tmp_path / "detector.safetensors", torch.device("cpu"))
+    assert detector.features(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 64)
