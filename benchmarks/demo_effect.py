@@ -55,8 +55,8 @@ def measure(found: dict[str, Any], path: Path, wanted: list[tuple[str, int, int]
     snakemake([name(*w) for w in missing], cores, epochs)
     for setting, seed, t in missing:
         result = json.loads((ROOT / name(setting, seed, t)).read_text())
-        found["distances"][f"{setting}/{seed}/{epochs}/{t}"] = result["fid"]
-        found["floor"], found["detector"] = result["floor"], result["detector"]
+        found["distances"][f"{setting}/{seed}/{epochs}/{t}"] = result["frechet_distance"]
+        found["floor"], found["detector"] = result["floor"], result["detector"]["name"]
         found["steps_per_epoch"] = result["samples"]["weights"]["step"] // epochs
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")

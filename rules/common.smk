@@ -1,6 +1,7 @@
 """Configuration, names and resources that the rules share."""
 
 import re
+import shlex
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -107,6 +108,17 @@ def mixture_inputs(wildcards):
         "gmm": rules.fit_gmm.output.gmm.format(**names),
         "spatial_gmm": rules.spatial_gmm.output[0].format(**names),
     }
+
+
+def preview_decoder(wildcards):
+    """Return the decoder for previews during training: given, or the pipeline's own once it is there.
+
+    No input of `train`, because it changes no weight. (`ancient` would not do: Snakemake 9.27 then forgets a job whose
+    output is missing or whose parameter changed if the ancient input is made in the same run.)
+    """
+    given = C.decoder.weights.format(encoder=wildcards.encoder)
+    own = f"{RESULTS}/decoder/{wildcards.encoder}/decoder.safetensors"
+    return shlex.quote(own if given == "train" else given)
 
 
 def complete_name(wildcards, kind):

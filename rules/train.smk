@@ -7,8 +7,6 @@ rule train:
         encoder=encoder_files,
         listing=LISTING,
         stats=rules.latent_stats.output.stats,
-        # Only the previews need it, so a newer decoder does not train the model again.
-        decoder=ancient(DECODER),
     output:
         ema="<results>/train/{encoder}_{setting}/{training}/ema.safetensors",
         history="<results>/train/{encoder}_{setting}/{training}/history.jsonl",
@@ -18,12 +16,6 @@ rule train:
             category="Training",
             labels={"encoder": "{encoder}", "setting": "{setting}", "variant": "{training}", "picture": "curve"},
         ),
-        preview=report(
-            "<results>/train/{encoder}_{setting}/{training}/preview.png",
-            caption="../workflow/report/preview.rst",
-            category="Training",
-            labels={"encoder": "{encoder}", "setting": "{setting}", "variant": "{training}", "picture": "preview"},
-        ),
     log:
         "<logs>/train.{encoder}_{setting}.{training}.log",
     benchmark:
@@ -32,7 +24,7 @@ rule train:
         "../envs/mmfm.yaml"
     threads: ALL_CORES
     resources:
-        operation=OPERATION["train"],
+        operation=lambda wildcards: f"{OPERATION['train']} --decoder {preview_decoder(wildcards)}",
         gpu=GPUS,
         processes=C.processes,
         mem_mb=8000,
@@ -44,5 +36,5 @@ rule train:
         "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
         " -- train --settings {params.settings:q}"
         " --setting {wildcards.setting} --listing {input.listing:q} --encoder-weights $(dirname {input.encoder[0]:q})"
-        " --stats {input.stats:q} --decoder {input.decoder:q} --gmm {input.gmm:q} --spatial-gmm {input.spatial_gmm:q}"
+        " --stats {input.stats:q} --gmm {input.gmm:q} --spatial-gmm {input.spatial_gmm:q}"
         " --out-dir $(dirname {output.ema:q}) {resources.operation} 2>&1 | tee {log:q}"

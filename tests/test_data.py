@@ -47,6 +47,12 @@ def test_flat_folder_is_one_class(folder):
     assert classes == ["deep"] and len(paths) == 2 and set(labels.tolist()) == {0}
 
 
+def test_images_beside_class_folders_are_refused(folder):
+    (folder / "cats" / "05.png").rename(folder / "loose.png")
+    with pytest.raises(ValueError, match=r"both class folders \(cats.*loose\.png"):
+        data.scan(folder)
+
+
 def test_errors_name_the_folder(folder, tmp_path):
     (folder / "empty").mkdir()
     with pytest.raises(ValueError, match="empty"):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import zarr
 from PIL import Image
 
 from mmfm import config, data
@@ -53,10 +54,13 @@ def sections(batch=5):
 
 
 class Process(Ranks):
-    """One of several processes that are run one after the other: their barriers need not wait."""
+    """One of several processes that are run one after the other: they need not wait for each other."""
 
     def barrier(self):
         pass
+
+    def from_main(self, make):
+        return make()
 
 
 def run(listing, folder, encode, rank=0, world=1, batch=5):
@@ -119,19 +123,25 @@ def test_state_left_after_publishing_is_not_trusted(listing, undisturbed, tmp_pa
 
 
 def test_processes_share_the_shards(listing, undisturbed, tmp_path):
-    """Rank 1 of 2 leaves its shards; a single process completes exactly the others."""
-    other = Encode()
-    with pytest.raises((FileNotFoundError, KeyError)):  # nobody is rank 0 yet: the store is missing
-        run(listing, tmp_path, other, rank=1, world=2)
-    with pytest.raises(KeyboardInterrupt):
-        run(listing, tmp_path, Encode(0))
+    """Rank 1 of 2 encodes its shards and publishes nothing; rank 0 encodes exactly the others and publishes."""
+    run(listing, tmp_path, Encode(), rank=1, world=2)
     state = next(tmp_path.glob("state-*"))
-    run(listing, tmp_path, other, rank=1, world=2)
-    done = {int(p.stem[-5:]) for p in state.glob("shard-*")}
-    assert done == {1, 3, 5}
+    assert {int(p.stem[-5:]) for p in state.glob("shard-*")} == {1, 3, 5}
+    assert not (tmp_path / "t.zarr").exists()
     last = Encode()
     run(listing, tmp_path, last)
     assert last.images == N - 3 * SHARD
+    np.testing.assert_array_equal(read(tmp_path)[1], read(undisturbed)[1])
+
+
+def test_a_damaged_shard_is_found_before_publishing(listing, undisturbed, tmp_path):
+    run(listing, tmp_path, Encode(), rank=1, world=2)
+    state = next(tmp_path.glob("state-*"))
+    tokens = zarr.open_group(state / "tokens.zarr", mode="r+")["tokens"]
+    tokens[SHARD : 2 * SHARD] = 0
+    with pytest.raises(ValueError, match=r"shard 1 .* damaged"):
+        run(listing, tmp_path, Encode())
+    run(listing, tmp_path, Encode())
     np.testing.assert_array_equal(read(tmp_path)[1], read(undisturbed)[1])
 
 

@@ -1,6 +1,8 @@
 """Whole files, memory-mapped arrays, state directories."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -66,3 +68,39 @@ def test_canonical_json_ignores_the_order_of_keys():
     assert (
         store.canonical_json({"b": 1, "a": [1.0]}) == store.canonical_json({"a": [1.0], "b": 1}) == '{"a":[1.0],"b":1}'
     )
+
+
+def test_two_processes_never_share_a_state(tmp_path):
+    script = (
+        "from mmfm.infra import store; import sys; "
+        f"store.state_directory({str(tmp_path / 'out')!r}, 'fit', 1, {{}}, {{}}); print('held', flush=True); input()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"
+    with pytest.raises(ValueError, match=f"process {other.pid} is already at work on this fit"):
+        store.state_directory(tmp_path / "out", "fit", 1, {}, {})
+    other.kill()
+    other.wait()
+    store.remove_state(store.state_directory(tmp_path / "out", "fit", 1, {}, {}))
+    assert not list(tmp_path.glob("state-*"))
+
+
+def test_leftovers_of_killed_writers_are_removed(tmp_path):
+    left, live = tmp_path / ".x.partial-999999999.json", tmp_path / f".x.partial-{os.getppid()}.json"
+    left.touch()
+    live.touch()
+    store.write_json(tmp_path / "x.json", 1)
+    assert not left.exists() and live.exists()
+
+
+def test_a_model_is_known_by_the_files_that_are_loaded(tmp_path):
+    for name in store.MODEL_FILES:
+        (tmp_path / name).write_text(name)
+    before = store.folder_digest(tmp_path)
+    (tmp_path / "README.md").write_text("a note")
+    assert store.folder_digest(tmp_path) == before
+    (tmp_path / "model.safetensors").write_text("other")
+    assert store.folder_digest(tmp_path) != before
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        store.folder_digest(tmp_path)

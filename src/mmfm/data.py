@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,11 @@ def scan(root: str | Path) -> tuple[list[str], list[str], np.ndarray, np.ndarray
     if not root.is_dir():
         raise FileNotFoundError(f"data.root '{root}' is no folder; set it to an ImageFolder (one subfolder per class)")
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    if classes and (loose := next(_images_below(root, "", deep=False), None)):
+        raise ValueError(
+            f"'{root}' has both class folders ({classes[0]}, ...) and images of its own ({loose[0]}, ...); "
+            "move the images into a class folder, or the folders elsewhere"
+        )
     paths: list[str] = []
     labels: list[int] = []
     sizes: list[int] = []
@@ -99,11 +105,11 @@ def scan(root: str | Path) -> tuple[list[str], list[str], np.ndarray, np.ndarray
     return classes or [root.name], paths, np.array(labels, np.int32), np.array(sizes, np.int64)
 
 
-def _images_below(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
+def _images_below(folder: Path, prefix: str, deep: bool = True) -> Iterator[tuple[str, int]]:
     for entry in os.scandir(folder):
         relative = f"{prefix}/{entry.name}" if prefix else entry.name
         if entry.is_dir():
-            if prefix:
+            if deep:
                 yield from _images_below(Path(entry.path), relative)
         elif entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("."):
             yield relative, entry.stat().st_size
@@ -200,8 +206,11 @@ def _collate(items: list[tuple[int, torch.Tensor]]) -> tuple[torch.Tensor, torch
     return torch.tensor([index for index, _ in items]), torch.stack([image for _, image in items])
 
 
-def _single_threaded(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
+    """Give a reading process one thread, and leave the answer to signals for the whole group to the main process."""
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def image_batches(
@@ -225,7 +234,7 @@ def image_batches(
         collate_fn=_collate,
         pin_memory=pin,
         multiprocessing_context="spawn" if workers else None,
-        worker_init_fn=_single_threaded,
+        worker_init_fn=_prepare_worker,
         prefetch_factor=4 if workers else None,
     )
     return iter(loader)

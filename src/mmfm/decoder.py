@@ -1,7 +1,6 @@
 """ViT decoder: latent tokens -> images, in the layout of the MAE decoder (He et al. 2022), as RAE trains it."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from math import isqrt
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mmfm.infra import store
 from mmfm.models.layers import sincos_position_table
 
 METADATA_KEY = "decoder_config"
@@ -170,15 +170,12 @@ def save_decoder(decoder: Decoder, path: str | Path, provenance: Mapping[str, An
     Args:
         provenance: JSON-serialisable values on how the weights came about, kept as metadata.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in decoder.state_dict().items()}
     metadata = {METADATA_KEY: json.dumps(asdict(decoder.config), sort_keys=True)}
     if provenance is not None:
         metadata[PROVENANCE_KEY] = json.dumps(provenance, sort_keys=True)
-    save_file(state, partial, metadata=metadata)
-    os.replace(partial, path)
+    with store.whole_file(path) as partial:
+        save_file(state, partial, metadata=metadata)
 
 
 def load_decoder(path: str | Path, device: torch.device | str = "cpu", *, latent_dim: int | None = None) -> Decoder:

@@ -1,6 +1,5 @@
 """The stage ``extract``: one pass over the images for the global tokens and the latent moments."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,25 +46,26 @@ def extract(
     settings: config.Extract = sections["extract"]
     identity = config.identity(sections)
     inputs = {"listing": listing.digest, "encoder": encoder_digest}
-    state = store.state_directory(out_tokens, "extract", VERSION, identity, inputs)
     shards = data.ranges(0, len(listing), settings.shard_size)
-    partial = state / "tokens.zarr"
-    if ranks.is_main and not (partial / "zarr.json").exists():
-        # Markers without a store: the kill came after the store was published. They speak of rows that are gone.
-        for stale in state.glob("shard-*.safetensors"):
-            stale.unlink()
-        fresh = state / ".tokens.partial"
-        tokens.create(fresh, len(listing), latent_shape[0], settings.shard_size, listing.labels)
-        store.publish_directory(fresh, partial)
-    ranks.barrier()
-    done = {i for i in range(len(shards)) if _marker(state, i).exists()}
-    ranks.barrier()  # before anybody finishes a shard: the work is dealt from the same list everywhere
-    missing = [i for i in range(len(shards)) if i not in done]
+
+    def open_state() -> tuple[Path, list[int]]:
+        state = store.state_directory(out_tokens, "extract", VERSION, identity, inputs)
+        if not (state / "tokens.zarr" / "zarr.json").exists():
+            # Markers without a store: the kill came after the store was published. They speak of rows that are gone.
+            for stale in state.glob("shard-*.safetensors"):
+                stale.unlink()
+            fresh = state / ".tokens.partial"
+            tokens.create(fresh, len(listing), latent_shape[0], settings.shard_size, listing.labels)
+            store.publish_directory(fresh, state / "tokens.zarr")
+        return state, [i for i in range(len(shards)) if not _marker(state, i).exists()]
+
+    # One process looks at the disk, so that all deal from the same list.
+    state, missing = ranks.from_main(open_state)
     mine = missing[ranks.rank :: ranks.world]
+    partial = state / "tokens.zarr"
     array = tokens.open_for_writing(partial)
-    progress = Progress(
-        "extract", len(listing), "images", done=sum(len(shards[i]) for i in done), enabled=ranks.is_main
-    )
+    done = len(listing) - sum(len(shards[i]) for i in missing)
+    progress = Progress("extract", len(listing), "images", done=done, enabled=ranks.is_main)
     batches = [batch for i in mine for batch in data.ranges(shards[i].start, shards[i].stop, settings.batch_size)]
     images = data.image_batches(
         listing_path, sections["image"].size, batches, settings.workers, pin=ranks.device.type == "cuda"
@@ -76,7 +76,7 @@ def extract(
                           progress)  # fmt: skip
     ranks.barrier()
     if ranks.is_main:
-        _publish(state, len(shards), partial, Path(out_tokens), Path(out_moments), listing, encoder_digest, identity)
+        _publish(state, shards, partial, Path(out_tokens), Path(out_moments), listing, encoder_digest, identity)
     ranks.barrier()
 
 
@@ -108,13 +108,16 @@ def _encode_shard(
 
 
 def _publish(
-    state: Path, n_shards: int, partial: Path, out_tokens: Path, out_moments: Path, listing: data.Listing,
+    state: Path, shards: list[range], partial: Path, out_tokens: Path, out_moments: Path, listing: data.Listing,
     encoder_digest: str, identity: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Merge the moments in the order of the shards, give the store its attributes, move both into place."""
-    merged, digests = None, []
-    for number in range(n_shards):
+    """Check every shard against its marker, merge the moments in order, move store and moments into place."""
+    merged, digests, written = None, [], tokens.open_for_writing(partial)
+    for number, rows in enumerate(shards):
         arrays, metadata = store.map_arrays(_marker(state, number))
+        if store.array_digest(written[rows.start : rows.stop]) != metadata["tokens_digest"]:
+            _marker(state, number).unlink()
+            raise ValueError(f"shard {number} of the tokens was damaged on disk; run the same command again to mend it")
         digests.append(metadata["tokens_digest"])
         part = Moments.from_arrays(arrays)
         merged = part if merged is None else merged.merge(part)
@@ -122,4 +125,4 @@ def _publish(
     store.write_arrays(out_moments, merged.to_arrays(), provenance)
     tokens.finish(partial, {"digest": store.fingerprint([listing.digest, *digests]), **provenance})
     store.publish_directory(partial, out_tokens)
-    shutil.rmtree(state)
+    store.remove_state(state)

@@ -201,6 +201,8 @@ class Sampler:
         return self._decode(self.draw_source(numbers)[0])
 
     def _decode(self, latents: Tensor) -> Tensor:
+        if not latents.isfinite().all():  # would become black images without a word
+            raise ValueError("the flow ended in NaN or Inf: damaged weights, or too strong a guidance; check both")
         return rae.to_uint8(self.autoencoder.decode(latents))
 
     def _velocity(self, model: DiT, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:

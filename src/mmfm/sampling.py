@@ -1,6 +1,5 @@
 """The stage ``sample``: image sets from trained weights."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ def sample(sampler: Sampler, out_dir: str | Path, sections: dict[str, Any], rank
         digest = npz.write_parts(out_dir / "images.npz", shape, np.uint8, _read_shards(state, len(shards)))
         save_picture(draw_grid(sampler, out_dir / "images.npz", source_only), out_dir / "grid.png")
         store.write_json(out_dir / "samples.json", describe(sampler, digest, source_only))
-        shutil.rmtree(state)
+        store.remove_state(state)
     ranks.barrier()
 
 

@@ -1,5 +1,6 @@
 """``mmfm train``: train the flow-matching model of one setting."""
 
+import sys
 from pathlib import Path
 
 from mmfm.cli.common import StageParser
@@ -38,15 +39,19 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--gmm", type=Path, nargs="?", help="mixture of the global tokens (settings gmm and mode)")
     parser.add_argument("--spatial-gmm", type=Path, nargs="?", help="spatial mixture (settings gmm and mode)")
-    parser.add_argument("--decoder", type=Path, help="decoder for previews; without it there are none")
+    parser.add_argument("--decoder", type=Path, help="decoder for previews; without the file there are none")
     parser.add_argument("--out-dir", type=Path, required=True, help="folder of the outputs")
     options, sections = parser.parse(arguments)
     from mmfm.infra.distributed import process_group
     from mmfm.training.inputs import TrainFiles
     from mmfm.training.loop import train
 
+    decoder = options.decoder
+    if decoder is not None and not decoder.exists():
+        print(f"train: no previews, as there is no decoder at {decoder} yet", file=sys.stderr)
+        decoder = None
     files = TrainFiles(
-        options.listing, options.encoder_weights, options.stats, options.gmm, options.spatial_gmm, options.decoder
+        options.listing, options.encoder_weights, options.stats, options.gmm, options.spatial_gmm, decoder
     )
     with process_group() as ranks:
         train(options.setting, files, sections, VERSION, options.out_dir, ranks)

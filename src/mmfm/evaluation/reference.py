@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +104,7 @@ def make_reference(
     if ranks.is_main:
         merged = {name: _merge(group) for name, group in shards.items()}
         _publish(out, merged["shard"], merged.get("heldout"), detector, inputs, sections["image"].size)
-        shutil.rmtree(state)
+        store.remove_state(state)
     ranks.barrier()
 
 

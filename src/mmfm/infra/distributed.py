@@ -6,6 +6,7 @@ identity.
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,11 +89,17 @@ def process_group() -> Iterator[Ranks]:
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
+    # Densities and features need all 24 bits; what may be faster in fewer says so by autocast.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
         yield Ranks(rank, world, device)
-    finally:
-        if world > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+    except BaseException as error:
+        # Said at once, and the group is left as it is: leaving it in order would wait for ranks that wait for this one.
+        if world > 1:
+            print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        raise
+    if world > 1:
+        dist.destroy_process_group()
 
 
 class StopRequest:

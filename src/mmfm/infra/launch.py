@@ -74,10 +74,17 @@ def command(stage: list[str], processes: int, nodes: int = 1) -> list[str]:
     if processes == 1 and nodes == 1:
         return [sys.executable, "-m", "mmfm.cli", *stage]
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--max-restarts=0"]
+    # A stage saves its state when asked to stop: torchrun must pass the request on and wait for a large checkpoint.
+    torchrun += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout=600"]
     if nodes == 1:
         torchrun.append("--standalone")
     else:
         # SLURM starts this launcher once per node; all meet at the first node's address.
+        missing = [name for name in ("SLURM_JOB_ID", "SLURM_NODEID", "MMFM_FIRST_NODE") if name not in os.environ]
+        if missing:
+            raise ValueError(
+                f"--nodes {nodes} needs {', '.join(missing)} in the environment: start it by srun, once a node"
+            )
         job, first = int(os.environ["SLURM_JOB_ID"]), os.environ["MMFM_FIRST_NODE"]
         is_first = os.environ.get("SLURM_NODEID") == "0"
         torchrun += [
@@ -111,18 +118,18 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("name a stage after --")
     processes = options.gpus or min(options.processes, max(1, options.threads))
     variables = environment(options.threads, processes)
-    if options.gpus:
-        try:
-            held, locks = hold_gpus(options.gpus)
-        except ValueError as error:
-            print(f"launch: error: {error}", file=sys.stderr)
-            return 2
+    try:
+        line = command(stage, processes, options.nodes)
+        held, locks = hold_gpus(options.gpus) if options.gpus else ([], [])
+    except ValueError as error:
+        print(f"launch: error: {error}", file=sys.stderr)
+        return 2
+    if held:
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(held)
         for lock in locks:  # inherited by the stage: the GPU stays held for as long as any of its processes lives
             os.set_inheritable(lock.fileno(), True)
     else:
         variables["CUDA_VISIBLE_DEVICES"] = ""
-    line = command(stage, processes, options.nodes)
     os.execvpe(line[0], line, variables)
 
 

@@ -5,6 +5,8 @@ file, or none. What a stage needs to go on after a kill lives in a *state direct
 fingerprint of everything that determines the numbers (:func:`state_directory`).
 """
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -13,9 +15,12 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+
+MODEL_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
+"""The files of a model in the Hugging Face layout."""
 
 _METADATA = "mmfm"
 """Key of the one string of metadata in our safetensors files."""
@@ -52,11 +57,18 @@ def file_digest(path: str | Path) -> str:
 
 
 def folder_digest(folder: str | Path) -> str:
-    """Return one SHA-256 over the names and contents of a folder's files: the identity of an encoder's weights."""
-    files = sorted(p for p in Path(folder).iterdir() if p.is_file() and not p.name.startswith("."))
-    if not files:
-        raise FileNotFoundError(f"'{folder}' holds no files; it should be a model in the Hugging Face layout")
-    return hashlib.sha256(canonical_json({p.name: file_digest(p) for p in files}).encode()).hexdigest()
+    """Return one SHA-256 over the files of a model in the Hugging Face layout: the identity of an encoder.
+
+    Only the three files that are loaded count; a note beside them changes nothing.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+    """
+    files = {name: Path(folder) / name for name in MODEL_FILES}
+    for path in files.values():
+        if not path.is_file():
+            raise FileNotFoundError(f"'{path}' is missing; the folder should be a model in the Hugging Face layout")
+    return hashlib.sha256(canonical_json({n: file_digest(p) for n, p in files.items()}).encode()).hexdigest()
 
 
 def array_digest(*arrays: np.ndarray) -> str:
@@ -67,6 +79,10 @@ def array_digest(*arrays: np.ndarray) -> str:
         digest.update(f"{array.dtype.str}{array.shape}".encode())
         digest.update(array.reshape(-1).view(np.uint8).data if array.size else b"")
     return digest.hexdigest()
+
+
+def _is_running(pid: str) -> bool:
+    return pid.isdigit() and Path(f"/proc/{pid}").exists()
 
 
 def _sync(path: Path) -> None:
@@ -87,6 +103,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix is kept last because writers such as np.savez choose the format by it.
     partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    for left in path.parent.glob(f".{glob.escape(path.stem)}.partial-*{glob.escape(path.suffix)}"):
+        if not _is_running(left.name.removesuffix(path.suffix).rpartition("-")[2]):
+            left.unlink(missing_ok=True)  # of a killed process; at full size these are gigabytes
     try:
         yield partial
         partial.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner can read
@@ -98,13 +117,19 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def publish_directory(partial: str | Path, final: str | Path) -> None:
-    """Move a finished directory into its final place, replacing what is there."""
+    """Move a finished directory into its final place, replacing what is there.
+
+    The old one is renamed before it is removed: half of it must never lie under the final name.
+    """
     partial, final = Path(partial), Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
+    doomed = final.with_name(f".{final.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
     if final.exists():
-        shutil.rmtree(final)
+        os.replace(final, doomed)
     os.replace(partial, final)
     _sync(final.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -179,12 +204,47 @@ def state_directory(output: str | Path, stage: str, version: int, identity: Any,
 
     It lies beside ``output`` and is named by the fingerprint of the stage, its VERSION, the identity settings and the
     digests of the inputs, so a changed configuration never meets another one's state. ``about.json`` inside says what
-    it belongs to.
+    it belongs to. Call it on the main process alone: it holds a lock on the directory for as long as the process lives,
+    so that an orphan of a killed run and its successor never write there together.
+
+    Raises:
+        ValueError: another process is at work there.
     """
     about = {"stage": stage, "version": version, "identity": identity, "inputs": dict(inputs)}
     directory = Path(output).parent / f"state-{fingerprint(about)}"
     directory.mkdir(parents=True, exist_ok=True)
     marker = directory / "about.json"
+    _lock(directory, stage)
     if not marker.exists():
         write_json(marker, about)
     return directory
+
+
+_locks: dict[Path, IO[str]] = {}
+
+
+def _lock(directory: Path, stage: str) -> None:
+    if directory in _locks:
+        return
+    handle = open(directory / "lock", "a+")  # noqa: SIM115 - held until remove_state or the end of the process
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.seek(0)
+        owner = handle.read().strip() or "unknown"
+        handle.close()
+        raise ValueError(
+            f"process {owner} is already at work on this {stage} in '{directory}'; wait for it, or end it "
+            f"(kill {owner}) and run the same command again"
+        ) from None
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
+    _locks[directory] = handle
+
+
+def remove_state(directory: Path) -> None:
+    """Remove a state directory whose work is published, and release its lock."""
+    shutil.rmtree(directory)
+    if handle := _locks.pop(directory, None):
+        handle.close()

@@ -78,7 +78,8 @@ class Rows:
 def _free_memory(ranks: Ranks) -> int:
     if ranks.device.type == "cuda":
         return torch.cuda.mem_get_info(ranks.device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks.world
+    available = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS lacks the first
+    return os.sysconf(available) * os.sysconf("SC_PAGE_SIZE") // ranks.world
 
 
 class SufficientStatistics:

@@ -5,7 +5,6 @@ nothing of a latent is kept but its contribution to the moments of its mode. At 
 """
 
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +63,7 @@ class SpatialMixture:
             result = cls(group["means"], *small, dict(group.attrs))
         except (KeyError, ValueError, OSError, TypeError) as error:
             raise ValueError(f"'{path}' is no spatial mixture ({error}); delete it, run spatial_gmm again") from error
-        if "digest" not in result.attributes:
+        if "digest" not in result.attributes or result.means.nchunks_initialized != result.means.shape[0]:
             raise ValueError(f"spatial mixture '{path}' is not whole; delete it and run spatial_gmm again")
         return result
 
@@ -248,5 +247,5 @@ def _publish(
     }
     store.write_json(out.with_name("report.json"), report)
     store.publish_directory(state / "spatial.zarr", out)
-    shutil.rmtree(state)
+    store.remove_state(state)
     return report

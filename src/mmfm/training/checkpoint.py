@@ -86,16 +86,19 @@ def save(
     manifest = {"run": state.name, "step": step, "milestone": milestone, "values": dict(values), "files": digests}
     store.write_json(partial / "manifest.json", manifest)
     store.publish_directory(partial, final)
-    _prune(state, keep)
+    _prune(state, keep, step)
     return final
 
 
-def _prune(state: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints and the milestones, and what killed processes left behind."""
+def _prune(state: Path, keep: int, saved: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints up to step ``saved`` and the milestones, and killed leftovers.
+
+    What lies above the step just saved was passed over as damaged when this run started, so it does not count.
+    """
     ordinary = []
     for step, path in _candidates(state):
         try:
-            if not store.read_json(path / "manifest.json")["milestone"]:
+            if step <= saved and not store.read_json(path / "manifest.json")["milestone"]:
                 ordinary.append((step, path))
         except (OSError, ValueError, KeyError):
             continue  # no checkpoint of ours: find() warns of it

@@ -78,7 +78,9 @@ def train_decoder(
     n_images, size = len(data.Listing.open(listing)), sections["image"].size
     digests = {"listing": data.Listing.open(listing).digest, "encoder": store.folder_digest(encoder_weights)}
     identity = config.identity(sections)
-    state = store.state_directory(out_dir / "decoder.safetensors", "train_decoder", version, identity, digests)
+    state = ranks.from_main(
+        lambda: store.state_directory(out_dir / "decoder.safetensors", "train_decoder", version, identity, digests)
+    )
     encoder = load_encoder(sections["encoder"].family, encoder_weights, sections["encoder"].input_size, ranks.device)
     plan = latents.Plan(settings.seed, n_images, settings.global_batch, ranks.rank, ranks.world)
     generator = torch.Generator().manual_seed(rng.derive_seed(settings.seed, "decoder/init"))
@@ -107,7 +109,6 @@ def train_decoder(
             "n_images": n_images,
             "steps": trainer.step,
             "loss": last["loss"],
-            "seconds": last["seconds"],
         }
         save_decoder(model, out_dir / "decoder.safetensors", provenance)
     ranks.barrier()

@@ -104,7 +104,9 @@ def train(setting: str, files: TrainFiles, sections: dict[str, Any], version: in
     settings: config.Train = sections["train"]
     digests = ranks.from_main(lambda: files.digests(setting))
     identity = {"setting": setting, **config.identity(sections)}
-    state = store.state_directory(out_dir / "ema.safetensors", "train", version, identity, digests)
+    state = ranks.from_main(
+        lambda: store.state_directory(out_dir / "ema.safetensors", "train", version, identity, digests)
+    )
     n_images = len(Listing.open(files.listing))
     plan = latents.Plan(
         settings.seed, n_images, settings.global_batch, ranks.rank, ranks.world, settings.micro_batch, settings.flip
