@@ -32,13 +32,19 @@ ENCODERS = list(C.encoders)
 SETTINGS = list(mmfm_config.SETTINGS)
 
 # Stages run `python`: that of the environment Snakemake itself runs in, also when it was not activated.
-wf.put_own_python_first()
+wf.prepare_environment()
 
 _gpu_limit = workflow.global_resources.get("gpu")
 GPUS = checked(wf.gpus_per_job, C.gpus, _gpu_limit.value if _gpu_limit is not None else None)
 ALL_CORES = max(1, workflow.cores or 1)
 # Stages that can run beside others leave them half of the cores.
 SHARED_CORES = max(1, ALL_CORES // 2)
+
+# Processes of a job, and the GB that K modes of [768, 16, 16] take as float32 means (less for smaller latents).
+PROCESSES = GPUS or C.processes
+MEANS_GB = C.gmm.n_components * 768 * 16 * 16 * 4 / 1e9 if C.image.size > 64 else 0.1
+# Tokens that k-means starts from, 256 a mode, on the first process.
+KMEANS_GB = C.gmm.n_components * 256 * 768 * 4 / 1e9
 
 # Operation keys by stage, as `section.key=value`. They reach the commands as resources, which are not compared between
 # runs as `params` are: they change no number, so changing them reruns nothing.

@@ -34,14 +34,14 @@ if C.decoder.weights == "train":
             operation=OPERATION["train_decoder"],
             gpu=GPUS,
             processes=C.processes,
-            mem_mb=16000,
+            mem_mb=wf.memory_mb(PROCESSES, C.decoder.workers, gb_per_process=C.decoder.latent_cache_gb),
             runtime=4320,
         params:
             settings=parameter("train_decoder"),
         shell:
             "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
             " -- train_decoder --settings {params.settings:q}"
-            " --listing {input.listing:q} --encoder-weights $(dirname {input.encoder[0]:q}) --out-dir $(dirname {output.decoder:q})"
+            ' --listing {input.listing:q} --encoder-weights "$(dirname {input.encoder[0]:q})" --out-dir "$(dirname {output.decoder:q})"'
             " {resources.operation} 2>&1 | tee {log:q}"
 
 else:

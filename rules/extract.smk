@@ -25,7 +25,7 @@ rule fetch_encoder:
         model=lambda wildcards: C.encoders[wildcards.encoder].weights.removeprefix("hf:"),
     shell:
         "hf download {params.model:q} config.json preprocessor_config.json model.safetensors"
-        " --local-dir $(dirname {output.config:q}) 2>&1 | tee {log:q}"
+        ' --local-dir "$(dirname {output.config:q})" 2>&1 | tee {log:q}'
 
 
 rule extract:
@@ -46,7 +46,7 @@ rule extract:
         operation=OPERATION["extract"],
         gpu=GPUS,
         processes=C.processes,
-        mem_mb=4000,
+        mem_mb=wf.memory_mb(PROCESSES, C.extract.workers),
         runtime=720,
         disk_mb=5000,
     params:
@@ -54,7 +54,7 @@ rule extract:
     shell:
         "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
         " -- extract --settings {params.settings:q}"
-        " --listing {input.listing:q} --encoder-weights $(dirname {input.encoder[0]:q}) --out-tokens {output.tokens:q}"
+        ' --listing {input.listing:q} --encoder-weights "$(dirname {input.encoder[0]:q})" --out-tokens {output.tokens:q}'
         " --out-moments {output.moments:q} {resources.operation} 2>&1 | tee {log:q}"
 
 

@@ -23,7 +23,7 @@ rule fid_reference:
         operation=OPERATION["fid_reference"],
         gpu=GPUS,
         processes=C.processes,
-        mem_mb=4000,
+        mem_mb=wf.memory_mb(PROCESSES, C.fid.workers),
         runtime=720,
     params:
         settings=parameter("fid_reference"),
@@ -54,7 +54,7 @@ rule fid:
         operation=OPERATION["fid"],
         gpu=GPUS,
         processes=C.processes,
-        mem_mb=4000,
+        mem_mb=wf.memory_mb(PROCESSES),
         runtime=120,
     params:
         settings=parameter("fid"),
@@ -112,3 +112,19 @@ rule unknown_target:
         "../envs/mmfm.yaml"
     shell:
         "false 2> {log:q}"
+
+
+# With `run` set, results lie one folder deeper: whoever forgets it gets the list, too.
+if C.run:
+
+    rule unknown_run:
+        input:
+            unknown_target,
+        output:
+            "results/fid/{name}",
+        log:
+            "<logs>/unknown_run.{name}.log",
+        conda:
+            "../envs/mmfm.yaml"
+        shell:
+            "false 2> {log:q}"

@@ -21,11 +21,11 @@ rule demo_images:
         mem_mb=1000,
         runtime=5,
     shell:
-        "python -m mmfm.cli demo_images --source $(dirname {input.images:q}) --out {output:q} 2>&1 | tee {log:q}"
+        'python -m mmfm.cli demo_images --source "$(dirname {input.images:q})" --out {output:q} 2>&1 | tee {log:q}'
 
 
 # A folder of one's own is no declared input: walking it on every dry run would take minutes at ImageNet's size.
-# After adding or removing images: snakemake -R list_images ...
+# After adding or removing images: snakemake TARGET --cores all -R list_images
 rule list_images:
     input:
         branch(C.data.root == "demo", then=DEMO_IMAGES, otherwise=[]),

@@ -31,14 +31,14 @@ rule fit_gmm:
         operation=OPERATION["fit_gmm"],
         gpu=GPUS,
         processes=C.processes,
-        mem_mb=8000,
+        mem_mb=wf.memory_mb(PROCESSES, gb=2 * KMEANS_GB),
         runtime=720,
     params:
         settings=parameter("fit_gmm", lambda wildcards: {"gmm": {"n_components": int(wildcards.k)}}),
     shell:
         "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
         " -- fit_gmm --settings {params.settings:q}"
-        " --tokens {input.tokens:q} --out-dir $(dirname {output.gmm:q}) {resources.operation} 2>&1 | tee {log:q}"
+        ' --tokens {input.tokens:q} --out-dir "$(dirname {output.gmm:q})" {resources.operation} 2>&1 | tee {log:q}'
 
 
 rule spatial_gmm:
@@ -46,6 +46,7 @@ rule spatial_gmm:
         encoder=encoder_files,
         listing=LISTING,
         stats=rules.latent_stats.output.stats,
+        about=rules.latent_stats.output.about,
         gmm=rules.fit_gmm.output.gmm,
         assignment=rules.fit_gmm.output.assignment,
     output:
@@ -61,7 +62,7 @@ rule spatial_gmm:
         operation=OPERATION["spatial_gmm"],
         gpu=GPUS,
         processes=C.processes,
-        mem_mb=4000,
+        mem_mb=wf.memory_mb(PROCESSES, C.spatial_gmm.workers),
         runtime=720,
         disk_mb=15000,
     params:
@@ -69,5 +70,5 @@ rule spatial_gmm:
     shell:
         "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
         " -- spatial_gmm --settings {params.settings:q}"
-        " --listing {input.listing:q} --encoder-weights $(dirname {input.encoder[0]:q}) --stats {input.stats:q} --gmm {input.gmm:q}"
+        ' --listing {input.listing:q} --encoder-weights "$(dirname {input.encoder[0]:q})" --stats {input.stats:q} --gmm {input.gmm:q}'
         " --assignment {input.assignment:q} --out {output:q} {resources.operation} 2>&1 | tee {log:q}"

@@ -6,6 +6,7 @@ rule sample:
         encoder=encoder_files,
         ema=rules.train.output.ema,
         stats=rules.latent_stats.output.stats,
+        about=rules.latent_stats.output.about,
         decoder=DECODER,
         spatial_gmm=lambda wildcards: mixture_inputs(wildcards)["spatial_gmm"],
     output:
@@ -28,7 +29,7 @@ rule sample:
         operation=OPERATION["sample"],
         gpu=GPUS,
         processes=C.processes,
-        mem_mb=8000,
+        mem_mb=wf.memory_mb(PROCESSES, gb_per_process=MEANS_GB),
         runtime=720,
         disk_mb=20000,
     params:
@@ -37,5 +38,5 @@ rule sample:
         "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
         " -- sample --settings {params.settings:q}"
         " --ema {input.ema:q} --stats {input.stats:q} --decoder {input.decoder:q}"
-        " --encoder-weights $(dirname {input.encoder[0]:q}) --spatial-gmm {input.spatial_gmm:q}"
-        " --out-dir $(dirname {output.images:q}) {resources.operation} 2>&1 | tee {log:q}"
+        ' --encoder-weights "$(dirname {input.encoder[0]:q})" --spatial-gmm {input.spatial_gmm:q}'
+        ' --out-dir "$(dirname {output.images:q})" {resources.operation} 2>&1 | tee {log:q}'

@@ -7,6 +7,7 @@ rule train:
         encoder=encoder_files,
         listing=LISTING,
         stats=rules.latent_stats.output.stats,
+        about=rules.latent_stats.output.about,
     output:
         ema="<results>/train/{encoder}_{setting}/{training}/ema.safetensors",
         history="<results>/train/{encoder}_{setting}/{training}/history.jsonl",
@@ -27,7 +28,7 @@ rule train:
         operation=lambda wildcards: f"{OPERATION['train']} --decoder {preview_decoder(wildcards)}",
         gpu=GPUS,
         processes=C.processes,
-        mem_mb=8000,
+        mem_mb=wf.memory_mb(PROCESSES, C.train.workers, gb_per_process=C.train.latent_cache_gb + MEANS_GB),
         runtime=7200,
         disk_mb=40000,
     params:
@@ -35,6 +36,6 @@ rule train:
     shell:
         "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
         " -- train --settings {params.settings:q}"
-        " --setting {wildcards.setting} --listing {input.listing:q} --encoder-weights $(dirname {input.encoder[0]:q})"
+        ' --setting {wildcards.setting} --listing {input.listing:q} --encoder-weights "$(dirname {input.encoder[0]:q})"'
         " --stats {input.stats:q} --gmm {input.gmm:q} --spatial-gmm {input.spatial_gmm:q}"
-        " --out-dir $(dirname {output.ema:q}) {resources.operation} 2>&1 | tee {log:q}"
+        ' --out-dir "$(dirname {output.ema:q})" {resources.operation} 2>&1 | tee {log:q}'

@@ -32,7 +32,8 @@ SECTIONS = {
     },
     "decoder": {
         "weights": "train", "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_layers": 1, "noise": 0.8,
-        "global_batch": 8, "lr": 1e-3, "horizon": 12, "steps": 12, "seed": 0, "checkpoint_every": 4,
+        "global_batch": 8, "lr": 1e-3, "horizon": 12, "steps": 12, "seed": 0, "micro_batch": 0,
+        "workers": 0, "latent_cache_gb": 1.0, "checkpoint_every": 4,
     },
 }  # fmt: skip
 """Small settings of the training stages; pass a copy of the sections that a stage reads as JSON."""

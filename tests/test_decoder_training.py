@@ -90,7 +90,7 @@ def test_more_steps_continue(tiny_pipeline, undisturbed, tmp_path):
 
 
 def test_encoding_at_every_step_changes_only_the_rounding(tiny_pipeline, undisturbed, tmp_path):
-    run(tiny_pipeline, tmp_path, "--latent-cache-gb", "0")
+    run(tiny_pipeline, tmp_path, latent_cache_gb=0.0)
     assert losses(tmp_path) == pytest.approx(losses(undisturbed), rel=1e-4)
 
 

@@ -102,6 +102,9 @@ class Decoder:
     horizon: int = key("step at which the learning rate reaches 0", unit="steps", minimum=1)
     steps: int = budget("optimiser steps", unit="steps", minimum=1)
     seed: int = key("seed of initialisation, data order and noise", minimum=0)
+    micro_batch: int = operation("images per forward pass and process; 0 for the whole share", unit="images", minimum=0)
+    workers: int = operation("image-reading processes per rank", minimum=0)
+    latent_cache_gb: float = operation("encode once and keep the latents if they fit in this", unit="GB", minimum=0)
     checkpoint_every: int = operation("steps between checkpoints", unit="steps", minimum=1)
 
 

@@ -111,9 +111,27 @@ def gpus_per_job(wanted: str | int, limit: int | None) -> int:
     return wanted
 
 
-def put_own_python_first() -> None:
-    """Make ``python`` in shell commands the one that runs Snakemake, also when its environment is not active."""
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+def prepare_environment() -> None:
+    """Make ``python`` in shell commands the one that runs Snakemake, also when its environment is not active.
+
+    The package's own folder goes onto PYTHONPATH, so that rules run in a conda environment (which holds only what the
+    package needs) find it.
+    """
+    for variable, first in (("PATH", Path(sys.executable).parent), ("PYTHONPATH", Path(__file__).parents[1])):
+        rest = [os.environ[variable]] if os.environ.get(variable) else []
+        os.environ[variable] = os.pathsep.join([str(first), *rest])
+
+
+def memory_mb(processes: int, workers: int = 0, gb: float = 0.0, gb_per_process: float = 0.0) -> int:
+    """Estimate a job's memory in MB for the schedulers that enforce it.
+
+    Args:
+        processes: of the stage; each holds PyTorch, an encoder and its batches: about 3 GB.
+        workers: image-reading processes of each, about 0.7 GB with PyTorch imported.
+        gb: what is held once.
+        gb_per_process: what every process holds beyond the usual.
+    """
+    return int(1000 * (processes * (3 + 0.7 * workers + gb_per_process) + gb))
 
 
 def clear_stale_locks(folder: Path) -> IO[str]:

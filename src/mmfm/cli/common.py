@@ -1,11 +1,26 @@
 """What the stages' commands share: the parser, settings from a parameter or from YAML, operation keys."""
 
 import argparse
+import dataclasses
 import json
-from collections.abc import Mapping
+import typing
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmfm import config
+
+
+def _explain(section: type, prefix: str) -> Iterator[str]:
+    """Yield a line for every key of a section's dataclass, nested sections included."""
+    hints = typing.get_type_hints(section)
+    for f in dataclasses.fields(section):
+        name = f"{prefix}.{f.name}"
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from _explain(hints[f.name], name)
+            continue
+        choices = f": {' | '.join(f.metadata['choices'])}" if f.metadata["choices"] else ""
+        unit = f" [{f.metadata['unit']}]" if f.metadata["unit"] else ""
+        yield f"  {name:<28} {f.metadata['help']}{choices}{unit} ({f.metadata['kind']})"
 
 
 class StageParser(argparse.ArgumentParser):
@@ -30,13 +45,9 @@ class StageParser(argparse.ArgumentParser):
         self.add_argument("overrides", nargs="*", metavar="section.key=value", help="single keys over the rest")
 
     def _keys(self) -> str:
-        import dataclasses
-
         lines = ["keys that this stage reads (meaning in config/README.md):"]
         for name in config.STAGES[self.stage]:
-            for f in dataclasses.fields(config.SECTIONS[name]):
-                unit = f" [{f.metadata['unit']}]" if f.metadata.get("unit") else ""
-                lines.append(f"  {name + '.' + f.name:<28} {f.metadata['help']}{unit} ({f.metadata['kind']})")
+            lines += _explain(config.SECTIONS[name], name)
         return "\n".join(lines) if len(lines) > 1 else ""
 
     def parse(self, arguments: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:

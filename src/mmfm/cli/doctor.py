@@ -34,7 +34,9 @@ def main(arguments: list[str]) -> int:
         print(f"{package:<16}{version or 'missing'}")
         if version is None:
             problems.append(f"{package} is missing: pip install -e .")
-    builds = [name for name in ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12") if _version(name)]
+    from mmfm.mixture.initial import faiss_wheels
+
+    builds = faiss_wheels()
     print(f"{'faiss':<16}{', '.join(f'{b} {_version(b)}' for b in builds) or 'missing'}")
     if len(builds) != 1:
         problems.append(

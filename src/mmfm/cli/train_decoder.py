@@ -28,17 +28,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--listing", type=Path, required=True, help="listing of the training images")
     parser.add_argument("--encoder-weights", type=Path, required=True, help="folder of the encoder")
     parser.add_argument("--out-dir", type=Path, required=True, help="folder of the outputs")
-    parser.add_argument("--workers", type=int, default=0, help="image-reading processes per rank (default 0)")
-    parser.add_argument(
-        "--latent-cache-gb", type=float, default=1.0, help="encode once if latents and images fit in this (default 1)"
-    )
     options, sections = parser.parse(arguments)
     from mmfm.infra.distributed import process_group
     from mmfm.training.decoder_loop import train_decoder
 
     with process_group() as ranks:
-        train_decoder(
-            options.listing, options.encoder_weights, sections, VERSION, options.out_dir, ranks,
-            workers=options.workers, cache_gb=options.latent_cache_gb,
-        )  # fmt: skip
+        train_decoder(options.listing, options.encoder_weights, sections, VERSION, options.out_dir, ranks)
     return 0

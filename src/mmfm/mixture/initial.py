@@ -36,7 +36,7 @@ def blas_core_type(cpuinfo: str) -> str | None:
 def faiss_wheels() -> list[str]:
     """Return the installed distributions of faiss, such as ``faiss-cpu``."""
     names = {(d.metadata["Name"] or "").lower() for d in importlib.metadata.distributions()}
-    return sorted(name for name in names if name.startswith(("faiss-cpu", "faiss-gpu")))
+    return sorted(name for name in names if name == "faiss" or name.startswith(("faiss-cpu", "faiss-gpu")))
 
 
 def import_faiss() -> ModuleType:

@@ -57,9 +57,6 @@ def train_decoder(
     version: int,
     out_dir: Path,
     ranks: Ranks,
-    *,
-    workers: int,
-    cache_gb: float,
 ) -> None:
     """Train a decoder for an encoder's latents and publish it; contract in docs/stages.md.
 
@@ -67,8 +64,6 @@ def train_decoder(
         sections: built sections ``image``, ``encoder``, ``decoder``.
         version: of the stage.
         out_dir: gets ``decoder.safetensors``, ``history.jsonl``, ``curve.png`` and ``reconstruction.png``.
-        workers: image-reading processes.
-        cache_gb: memory for latents and images that are encoded once, GB.
 
     Raises:
         ValueError: an image size that the latent's grid does not divide, or NaN or Inf in training.
@@ -82,7 +77,7 @@ def train_decoder(
         lambda: store.state_directory(out_dir / "decoder.safetensors", "train_decoder", version, identity, digests)
     )
     encoder = load_encoder(sections["encoder"].family, encoder_weights, sections["encoder"].input_size, ranks.device)
-    plan = latents.Plan(settings.seed, n_images, settings.global_batch, ranks.rank, ranks.world)
+    plan = latents.Plan(settings.seed, n_images, settings.global_batch, ranks.rank, ranks.world, settings.micro_batch)
     generator = torch.Generator().manual_seed(rng.derive_seed(settings.seed, "decoder/init"))
     model = Decoder(_sizes(settings, encoder, size), generator=generator).to(ranks.device)
     task = Reconstruction(settings.seed, settings.noise, encoder.image_mean, encoder.image_std)
@@ -93,7 +88,7 @@ def train_decoder(
         shape = (encoder.hidden_size, *encoder.grid)
         feed = latents.feed(
             plan, listing, size, encoder, shape, ranks,
-            stage="train_decoder", workers=workers, cache_gb=cache_gb, keep_images=True,
+            stage="train_decoder", workers=settings.workers, cache_gb=settings.latent_cache_gb, keep_images=True,
         )  # fmt: skip
         trainer.run(settings.steps, feed)
     if ranks.is_main:

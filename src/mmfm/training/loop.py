@@ -104,6 +104,8 @@ def train(setting: str, files: TrainFiles, sections: dict[str, Any], version: in
     settings: config.Train = sections["train"]
     digests = ranks.from_main(lambda: files.digests(setting))
     identity = {"setting": setting, **config.identity(sections)}
+    if autocast(settings.precision, ranks.device)._enabled:  # `auto` must not continue a float32 run in bf16
+        identity["autocast"] = "bf16"
     state = ranks.from_main(
         lambda: store.state_directory(out_dir / "ema.safetensors", "train", version, identity, digests)
     )
@@ -150,6 +152,15 @@ def _build_task(
 ) -> FlowMatching:
     source = source_for(setting, files.spatial_gmm, device)
     mixture = Mixture.load(files.gmm, device) if SETTINGS[setting].mixture else None
+    if mixture is not None:
+        # Imported files carry no digests by which they could be told apart.
+        found = (mixture.n_components, mixture.dimension, tuple(source.means.shape[1:]))
+        wanted = (source.num_modes, latent_shape[0], latent_shape)
+        if found != wanted:
+            raise ValueError(
+                f"{files.gmm} ({found[0]} modes, tokens of {found[1]}) and {files.spatial_gmm} ({wanted[0]} modes, "
+                f"latents {found[2]}) do not fit each other or the encoder's latents {latent_shape}; make both for it"
+            )
     return FlowMatching(setting, source, mixture, settings, flow.time_shift(latent_shape))
 
 

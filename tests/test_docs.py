@@ -1,0 +1,27 @@
+"""The documents: links lead somewhere, environments are those of the package."""
+
+import re
+from pathlib import Path
+
+import pytest
+import tomllib
+import yaml
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "config" / "README.md", ROOT / "resources" / "demo" / "README.md"]
+DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+        if not target.startswith(("http://", "https://")):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_conda_environments_hold_the_packages_dependencies():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    for name, faiss in (("mmfm", "faiss-cpu"), ("gpu", "faiss-gpu")):
+        listed = yaml.safe_load((ROOT / "envs" / f"{name}.yaml").read_text())["dependencies"][-1]["pip"]
+        assert [d for d in listed if "faiss" not in d] == [d for d in project if "faiss" not in d]
+        assert [d for d in listed if "faiss" in d][0].startswith(faiss)
