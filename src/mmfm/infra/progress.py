@@ -33,6 +33,7 @@ class Progress:
         self._start = self._last = time.monotonic()
         self._bar = None
         self._note = ""
+        self._shown: int | None = None
         if enabled and done:
             self.say(f"resuming at {done:,} of {total:,} {unit}")
         if enabled and sys.stderr.isatty():
@@ -55,7 +56,7 @@ class Progress:
             self._line()
 
     def _line(self) -> None:
-        self._last = time.monotonic()
+        self._last, self._shown = time.monotonic(), self.done
         seconds = max(self._last - self._start, 1e-9)
         rate = (self.done - self._first) / seconds
         left = duration((self.total - self.done) / rate) if rate > 0 else "?"
@@ -72,6 +73,6 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         if kind is None and self._enabled:
-            if self._bar is None:
+            if self._bar is None and self._shown != self.done:
                 self._line()
             self.say(f"{self.done:,} {self.unit} done in {duration(time.monotonic() - self._start)}")

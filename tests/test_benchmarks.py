@@ -1,0 +1,36 @@
+"""The benchmarks' own arithmetic, on made-up measurements."""
+
+import importlib.util
+from pathlib import Path
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_demo_effect_tables(tmp_path):
+    effect = load("demo_effect")
+    distances = {f"{s}/{seed}/10/{t}": 10.0 * t + seed for s in effect.SETTINGS for seed in (0, 1, 2) for t in (1, 4, 25)}
+    distances |= {"uncond/0/3/25": 400.0, "uncond/0/30/25": 100.0}
+    found = {"distances": distances, "floor": 0.5, "steps_per_epoch": 62, "detector": "d"}
+    rows = effect.table(found, 10)
+    assert "| `gmm` | 11.00 (10.00 to 12.00) | 41.00 (40.00 to 42.00) | 251.00 (250.00 to 252.00) | 0.163 |" in rows
+    assert effect.curve(found, 25)["uncond"] == [(186, 400.0), (620, 250.0), (1860, 100.0)]
+    effect.draw(found, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 5000
+
+
+def test_stage_times(tmp_path, capsys, monkeypatch):
+    times = load("stage_times")
+    (tmp_path / "benchmarks").mkdir()
+    for name, seconds in (("train.dinov2_mode.seed0", 100.5), ("extract.dinov2", 10.25), ("short_name.x", 1)):
+        (tmp_path / "benchmarks" / f"{name}.tsv").write_text(f"s\th:m:s\tmax_rss\n{seconds}\t0\t1500.0\n")
+    monkeypatch.setattr("sys.argv", ["stage_times.py", str(tmp_path)])
+    times.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| `extract` | dinov2 | 10.2 | 1.5 GB |" and lines[-1] == "| sum | | 110.8 | |"
