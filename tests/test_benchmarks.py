@@ -15,7 +15,8 @@ def load(name):
 
 def test_demo_effect_tables(tmp_path):
     effect = load("demo_effect")
-    distances = {f"{s}/{seed}/10/{t}": 10.0 * t + seed for s in effect.SETTINGS for seed in (0, 1, 2) for t in (1, 4, 25)}
+    runs = [(setting, seed, t) for setting in effect.SETTINGS for seed in (0, 1, 2) for t in (1, 4, 25)]
+    distances = {f"{setting}/{seed}/10/{t}": 10.0 * t + seed for setting, seed, t in runs}
     distances |= {"uncond/0/3/25": 400.0, "uncond/0/30/25": 100.0}
     found = {"distances": distances, "floor": 0.5, "steps_per_epoch": 62, "detector": "d"}
     rows = effect.table(found, 10)

@@ -1,10 +1,10 @@
 """The documents: links lead somewhere, environments are those of the package."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
-import tomllib
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -24,4 +24,4 @@ def test_conda_environments_hold_the_packages_dependencies():
     for name, faiss in (("mmfm", "faiss-cpu"), ("gpu", "faiss-gpu")):
         listed = yaml.safe_load((ROOT / "envs" / f"{name}.yaml").read_text())["dependencies"][-1]["pip"]
         assert [d for d in listed if "faiss" not in d] == [d for d in project if "faiss" not in d]
-        assert [d for d in listed if "faiss" in d][0].startswith(faiss)
+        assert next(d for d in listed if "faiss" in d).startswith(faiss)

@@ -14,8 +14,8 @@ listings that number the images for every later stage. Only names and sizes are 
   mmfm list_images --config config/config.yaml --train listing.train.safetensors \\
       --heldout listing.heldout.safetensors data.root=photos
 
-A changed folder is noticed when this command runs again (snakemake TARGET --cores all -R list_images): another digest makes every
-later stage start afresh."""
+A changed folder is noticed when this command runs again (snakemake TARGET --cores all -R list_images): another digest
+makes every later stage start afresh."""
 
 
 def main(arguments: list[str]) -> int:

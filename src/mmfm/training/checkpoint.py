@@ -138,7 +138,7 @@ def read(path: Path) -> Checkpoint:
     return found
 
 
-def find(state: Path, target: int, unit: str = "step") -> Checkpoint | None:
+def find(state: Path, target: int) -> Checkpoint | None:
     """Find the checkpoint from which a run to step ``target`` goes on.
 
     That is the one of exactly that step, or else the newest. Those that are not whole are passed over with a warning.
@@ -159,8 +159,8 @@ def find(state: Path, target: int, unit: str = "step") -> Checkpoint | None:
         if found.step > target:
             kept = ", ".join(str(step) for step, _ in reversed(candidates))
             raise ValueError(
-                f"training in {state} is already at {unit} {found.step}, and {unit} {target} was not kept (there are: "
-                f"{kept}); ask for one of these or more, or remove the directory to start anew"
+                f"training in {state} is already at step {found.step}, and step {target} was not kept (there are: "
+                f"{kept}); raise the budget to one of these or more, or remove the directory to start anew"
             )
         return found
     return None
