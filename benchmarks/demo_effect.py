@@ -125,7 +125,7 @@ def draw_samples(path: Path) -> None:
         "mixture source, mode given": ("mode", TIME_POINTS[-1]),
         "the mixture source itself, decoded": ("mode", 1),
     }
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.9), constrained_layout=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.35), constrained_layout=True)
     for axis, (title, (setting, t)) in zip(axes, panels.items(), strict=True):
         folder = next((ROOT / "results" / RUN / "sample").glob(f"dinov2_{setting}/seed{SEEDS[0]}.*.t{t}"))
         axis.imshow(np.asarray(image_grid(npz.map_array(folder / "images.npz")[:36].transpose(0, 3, 1, 2), 6)))
