@@ -131,6 +131,30 @@ def test_kill_9_in_the_middle_changes_nothing(tiny_pipeline, tmp_path):
     assert_same(killed, run(tiny_pipeline, tmp_path / "undisturbed", **long))
 
 
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_leaves_the_readers_to_the_main_process(tiny_pipeline, tmp_path):
+    """Ctrl-C and schedulers signal every process: the reading ones must not die before the checkpoint is saved."""
+    long = {"epochs": 400, "decay_end_epoch": 400, "checkpoint_every": 5, "workers": 1, "latent_cache_gb": 0.0}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mmfm.cli", "train", *arguments(tiny_pipeline, tmp_path, "uncond", **long)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while process.poll() is None and not list(tmp_path.glob("state-*/step-*")):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, errors
+    assert "the same command goes on from here" in errors and "DataLoader worker" not in errors
+    deadline = time.monotonic() + 30
+    while True:  # readers notice within seconds that the main process is gone
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        assert time.monotonic() < deadline, "a process of the stage outlived it"
+        time.sleep(0.1)
+
+
 def test_a_run_resumed_behind_a_damaged_checkpoint_is_the_same(tiny_pipeline, undisturbed, tmp_path, caplog):
     run(tiny_pipeline, tmp_path, epochs=2)
     file = state_of(tmp_path) / "step-00000010" / "ema.safetensors"

@@ -48,7 +48,7 @@ def extract(
     inputs = {"listing": listing.digest, "encoder": encoder_digest}
     shards = data.ranges(0, len(listing), settings.shard_size)
 
-    def open_state() -> tuple[Path, list[int]]:
+    def _open_state() -> tuple[Path, list[int]]:
         state = store.state_directory(out_tokens, "extract", VERSION, identity, inputs)
         if not (state / "tokens.zarr" / "zarr.json").exists():
             # Markers without a store: the kill came after the store was published. They speak of rows that are gone.
@@ -60,7 +60,7 @@ def extract(
         return state, [i for i in range(len(shards)) if not _marker(state, i).exists()]
 
     # One process looks at the disk, so that all deal from the same list.
-    state, missing = ranks.from_main(open_state)
+    state, missing = ranks.from_main(_open_state)
     mine = missing[ranks.rank :: ranks.world]
     partial = state / "tokens.zarr"
     array = tokens.open_for_writing(partial)
