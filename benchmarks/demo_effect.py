@@ -47,11 +47,11 @@ def collect(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"distances": {}, "floor": None}
 
 
-def measure(found: dict[str, Any], path: Path, wanted: list[tuple[str, int, int]], epochs: int, cores: int) -> None:
-    """Make and record what is missing of ``wanted``: (setting, seed, time points) at ``epochs``."""
+def measure(found: dict[str, Any], path: Path, wanted: list[tuple[str, int, int]], epochs: int, cores: int) -> bool:
+    """Make and record what is missing of ``wanted``, (setting, seed, time points) at ``epochs``; False if nothing is."""
     missing = [w for w in wanted if "/".join(map(str, (w[0], w[1], epochs, w[2]))) not in found["distances"]]
     if not missing:
-        return
+        return False
     snakemake([name(*w) for w in missing], cores, epochs)
     for setting, seed, t in missing:
         result = json.loads((ROOT / name(setting, seed, t)).read_text())
@@ -60,6 +60,7 @@ def measure(found: dict[str, Any], path: Path, wanted: list[tuple[str, int, int]
         found["steps_per_epoch"] = result["samples"]["weights"]["step"] // epochs
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    return True
 
 
 def table(found: dict[str, Any], budget: int) -> list[str]:
@@ -149,7 +150,9 @@ def main() -> None:
         wanted = [(setting, SEEDS[0], TIME_POINTS[-1]) for setting in SETTINGS if epochs in BUDGETS[setting]]
         if epochs == options.budget:
             wanted = [(setting, seed, t) for t in TIME_POINTS for seed in SEEDS for setting in SETTINGS]
-        measure(found, path, wanted, epochs, options.cores)
+        fresh = measure(found, path, wanted, epochs, options.cores)
+        if fresh and epochs == options.budget:  # larger budgets overwrite these images
+            draw_samples(ROOT / "docs" / "images" / "demo.png")
     lines = [
         "# The effect on the demo",
         "",
@@ -172,7 +175,6 @@ def main() -> None:
         lines.append(f"| `{setting}` | {', '.join(f'{step:,}: {distance:.2f}' for step, distance in values)} |")
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     draw(found, ROOT / "docs" / "images" / "learning-curve.png")
-    draw_samples(ROOT / "docs" / "images" / "demo.png")
     print("\n".join(lines))
 
 
