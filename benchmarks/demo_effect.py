@@ -48,7 +48,7 @@ def collect(path: Path) -> dict[str, Any]:
 
 
 def measure(found: dict[str, Any], path: Path, wanted: list[tuple[str, int, int]], epochs: int, cores: int) -> bool:
-    """Make and record what is missing of ``wanted``, (setting, seed, time points) at ``epochs``; False if nothing is."""
+    """Make and record what is missing of ``wanted``, (setting, seed, time points); return whether anything was."""
     missing = [w for w in wanted if "/".join(map(str, (w[0], w[1], epochs, w[2]))) not in found["distances"]]
     if not missing:
         return False
