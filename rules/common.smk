@@ -8,6 +8,7 @@ from snakemake.exceptions import WorkflowError
 
 from mmfm import config as mmfm_config
 from mmfm import workflow as wf
+from mmfm.infra.store import MODEL_FILES
 
 
 def checked(function, *arguments):
@@ -88,8 +89,7 @@ def encoder_folder(wildcards):
 
 def encoder_files(wildcards):
     """Return the files of the encoder as declared inputs."""
-    names = ("config.json", "preprocessor_config.json", "model.safetensors")
-    return [f"{encoder_folder(wildcards)}/{name}" for name in names]
+    return [f"{encoder_folder(wildcards)}/{name}" for name in MODEL_FILES]
 
 
 def training_variant(wildcards):
