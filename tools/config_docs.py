@@ -44,8 +44,13 @@ a file.)
 The kinds of keys:
 
 * **identity**: changes the numbers. The stages under "reruns" run again.
-* **budget**: how far to go. The stage runs again, but goes on from where it stood when the value is raised.
+* **budget**: how far to go. The same stages run again, but the first goes on from where it stood when the value is
+  raised.
 * **operation**: speed, memory, logging. Nothing runs again.
+
+The keys of `encoders`, `models` and `decoder` count where they are used: those of another encoder or model rerun
+nothing, and of `decoder` only `weights` does unless that is `train`. Without a mixture (`uncond`) those of `gmm` count
+for nothing.
 
 A target's name can carry `seed`, model, `k` (modes) and `t` (time points) instead, which is the way to sweep:
 everything that two variants share is made once.
@@ -54,6 +59,8 @@ everything that two variants share is made once.
 
 This page and `workflow/schemas/config.schema.yaml` are written by `python tools/config_docs.py`.
 """
+
+TABLE_HEAD = ["| key | meaning | unit | default | kind | reruns |", "|---|---|---|---|---|---|"]
 
 
 def reruns(section: str) -> list[str]:
@@ -81,33 +88,33 @@ def readme(values: dict[str, Any]) -> str:
         entry = next(iter(values[f.name].values())) if kind is not hint else values[f.name]
         again = reruns(section)
         lines += [f"## {name}", "", (kind.__doc__ or "").strip(), ""]
-        if again:
-            lines += [f"Reruns (identity and budget keys): {', '.join(f'`{s}`' for s in again)}.", ""]
-        lines += ["| key | meaning | unit | default | kind |", "|---|---|---|---|---|", *rows(kind, entry, ""), ""]
+        lines += [*TABLE_HEAD, *rows(kind, entry, "", again), ""]
     top = [f for f in dataclasses.fields(config.Config) if f.metadata["kind"] != "section"]
-    lines += ["## Top level", "", "| key | meaning | unit | default | kind |", "|---|---|---|---|---|"]
-    lines += [row(f, values[f.name], "") for f in top]
-    lines += ["", "Changing `run` moves to another folder and back at no cost.", ""]
+    lines += ["## Top level", "", *TABLE_HEAD]
+    lines += [row(f, values[f.name], "", list(config.STAGES)) for f in top]
+    lines += ["", "Changing `run` moves to another folder, where everything is made, and back at no cost.", ""]
     return "\n".join(lines)
 
 
-def rows(kind: type, values: dict[str, Any], prefix: str) -> list[str]:
-    """Return the table rows of a section, nested ones included."""
+def rows(kind: type, values: dict[str, Any], prefix: str, again: list[str]) -> list[str]:
+    """Return the table rows of a section, nested ones included; ``again`` are the stages that its keys rerun."""
     result = []
     for f in dataclasses.fields(kind):
         hint = typing.get_type_hints(kind)[f.name]
         if dataclasses.is_dataclass(hint):
-            result += rows(hint, values[f.name], f"{prefix}{f.name}.")
+            result += rows(hint, values[f.name], f"{prefix}{f.name}.", again)
         else:
-            result.append(row(f, values[f.name], prefix))
+            result.append(row(f, values[f.name], prefix, again))
     return result
 
 
-def row(f: dataclasses.Field, value: Any, prefix: str) -> str:
+def row(f: dataclasses.Field, value: Any, prefix: str, again: list[str]) -> str:
     """Return one table row."""
     choices = f" ({', '.join(f'`{c}`' for c in f.metadata['choices'])})" if f.metadata["choices"] else ""
     shown = '""' if value == "" else str(value).lower() if isinstance(value, bool) else value
-    cells = (f"`{prefix}{f.name}`", f.metadata["help"] + choices, f.metadata["unit"], f"`{shown}`", f.metadata["kind"])
+    kind = f.metadata["kind"]
+    reran = "nothing" if kind == "operation" else ", ".join(again)
+    cells = (f"`{prefix}{f.name}`", f.metadata["help"] + choices, f.metadata["unit"], f"`{shown}`", kind, reran)
     return f"| {' | '.join(cells)} |"
 
 

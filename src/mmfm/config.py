@@ -208,6 +208,20 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 """The sections that each stage reads, and so what makes it run again."""
 
+VERSIONS: dict[str, int] = {
+    "list_images": 1,
+    "extract": 1,
+    "latent_stats": 1,
+    "fit_gmm": 1,
+    "spatial_gmm": 1,
+    "train_decoder": 1,
+    "train": 1,
+    "sample": 1,
+    "fid_reference": 1,
+    "fid": 1,
+}
+"""Raised whenever a stage's code changes its results. Part of the rule's parameter and of the state's fingerprint."""
+
 
 @dataclass(frozen=True)
 class Config:

@@ -13,7 +13,7 @@ from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
 from mmfm.statistics import Moments
 
-VERSION = 1
+VERSION = config.VERSIONS["extract"]
 
 Encode = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Images (B, 3, h, w) float32 in [0, 1] -> latent (B, C, H, W) and global token (B, C), float32."""

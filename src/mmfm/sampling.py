@@ -14,7 +14,7 @@ from mmfm.infra.progress import Progress
 from mmfm.pictures import image_grid, save_picture
 from mmfm.sampler import Sampler
 
-VERSION = 1
+VERSION = config.VERSIONS["sample"]
 
 _GRID_IMAGES = 32
 _GRID_COLUMNS = 4

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -38,11 +38,6 @@ class Variant:
         if self.t is not None:
             parts.append(f"t{self.t}")
         return ".".join(parts)
-
-    @property
-    def training(self) -> "Variant":
-        """The part that determines the trained weights."""
-        return replace(self, t=None)
 
 
 def variant_pattern(models: Iterable[str]) -> str:
@@ -80,12 +75,15 @@ def parse_variant(text: str, setting: str, settings: config.Config) -> Variant:
 def stage_parameter(settings: config.Config, stage: str, encoder: str = "", **replaced: dict[str, object]) -> str:
     """Return the one parameter of a rule: canonical JSON of the identity and budget keys that its stage reads.
 
+    The stage's VERSION goes with them (the commands pass over it), so that raising it makes the stage run again.
+
     Args:
         replaced: keys that the target's name sets, by section, e.g. ``gmm={"n_components": 512}``.
     """
     values = config.stage_settings(settings, stage, encoder)
     for section, keys in replaced.items():
         values[section] = {**values[section], **keys}
+    values["version"] = config.VERSIONS[stage]
     return canonical_json(values)
 
 

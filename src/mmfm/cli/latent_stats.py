@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mmfm import config
 from mmfm.cli.common import StageParser
 from mmfm.infra import store
 
-VERSION = 1
+VERSION = config.VERSIONS["latent_stats"]
 
 DESCRIPTION = """\
 Turn the latent moments that `extract` took into the statistics that normalise the latents: exact mean and population

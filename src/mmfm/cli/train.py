@@ -3,10 +3,11 @@
 import sys
 from pathlib import Path
 
+from mmfm import config
 from mmfm.cli.common import StageParser
 from mmfm.config import SETTINGS
 
-VERSION = 1
+VERSION = config.VERSIONS["train"]
 
 DESCRIPTION = """\
 Train the velocity model that carries the source to the data in the encoder's latent space. Settings:

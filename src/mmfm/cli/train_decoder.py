@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from mmfm import config
 from mmfm.cli.common import StageParser
 
-VERSION = 1
+VERSION = config.VERSIONS["train_decoder"]
 
 DESCRIPTION = """\
 Train a ViT decoder that turns the frozen encoder's latents back into images: noise of a random strength is added to the

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmfm import data
+from mmfm import config, data
 from mmfm.evaluation.detector import Detector
 from mmfm.evaluation.frechet import frechet_distance
 from mmfm.evaluation.reference import Reference
@@ -15,7 +15,7 @@ from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
 from mmfm.statistics import CovarianceMoments
 
-VERSION = 1
+VERSION = config.VERSIONS["fid"]
 
 PUBLISHED_IMAGES = 50_000
 """Images that published FIDs are computed from."""

@@ -18,7 +18,7 @@ from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
 from mmfm.statistics import CovarianceMoments
 
-VERSION = 1
+VERSION = config.VERSIONS["fid_reference"]
 
 _SHARD_IMAGES = 1000
 _MOST_SHARDS = 128

@@ -18,7 +18,7 @@ from mmfm.mixture.em import EMState, Rows, em_iterations
 from mmfm.mixture.gaussian import Mixture
 from mmfm.tokens import TokenStore
 
-VERSION = 1
+VERSION = config.VERSIONS["fit_gmm"]
 
 
 def fit(tokens: TokenStore, settings: Gmm, out_dir: str | Path, ranks: Ranks) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from mmfm.infra.progress import Progress
 from mmfm.mixture.plan import Plan, deal
 from mmfm.statistics import Moments
 
-VERSION = 1
+VERSION = config.VERSIONS["spatial_gmm"]
 
 Encode = Callable[[Tensor], Tensor]
 """Images (B, 3, h, w) float32 in [0, 1] -> normalised latents (B, C, H, W) float32."""

@@ -1,0 +1,56 @@
+"""Dry runs of the workflow, many in one process: a process of its own for each would take seconds instead of 0.2 s.
+
+Reads a list of ``{"keys": {...}, "target": ..., "touch": bool, "version": stage or null}`` as JSON from standard input
+and prints the list of the rules that would run, each a sorted list of names.
+"""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import yaml
+from snakemake.api import SnakemakeApi
+from snakemake.settings.types import ConfigSettings, DAGSettings, OutputSettings, Quietness, ResourceSettings
+
+from mmfm import config
+
+OVERLAY = Path("overlay.yaml")
+
+
+def plan(keys: dict, target: str, touch: bool = False, version: str | None = None) -> list[str]:
+    """Return the rules that a call would run; with ``touch`` its outputs are made, empty, and recorded as up to date.
+
+    Args:
+        keys: laid over config.yaml.
+        version: a stage whose VERSION is raised by one for this call.
+    """
+    OVERLAY.write_text(yaml.safe_dump(keys))
+    if version:
+        config.VERSIONS[version] += 1
+    try:
+        with SnakemakeApi(OutputSettings(quiet={Quietness.ALL})) as api:
+            api_call = api.workflow(
+                resource_settings=ResourceSettings(cores=2, resources={"gpu": 1}),
+                config_settings=ConfigSettings(configfiles=[OVERLAY]),
+                snakefile=Path("Snakefile"),
+                workdir=Path(),
+            )
+            dag = api_call.dag(DAGSettings(targets={target}, forceall=touch))
+            dag.execute_workflow(executor="dryrun")
+            jobs = list(api_call._workflow.dag.needrun_jobs(exclude_finished=False))
+            if touch:
+                for path in (Path(output) for job in jobs for output in job.output):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.touch() if path.suffix not in ("", ".zarr") else path.mkdir(exist_ok=True)
+                dag.execute_workflow(executor="touch")
+            return sorted({job.rule.name for job in jobs})
+    finally:
+        if version:
+            config.VERSIONS[version] -= 1
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(sys.stderr):
+        found = [plan(**call) for call in json.load(sys.stdin)]
+    print(json.dumps(found))

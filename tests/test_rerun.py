@@ -1,0 +1,162 @@
+"""What a changed key reruns: every key of the configuration, against the column "reruns" of config/README.md."""
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmfm import config
+
+ROOT = Path(__file__).parent.parent
+TARGET = "results/fid/dinov2_mode.txt"
+BASE = {"gpus": 0, "decoder": {"weights": "train"}}
+"""The decoder's keys count where it is trained."""
+
+OTHER = {
+    "data.root": "other/images",
+    "encoders.*.family": "mae",
+    "encoders.*.weights": "other/encoder",
+    "decoder.hidden_size": 96,
+    "decoder.num_heads": 3,
+    "decoder.weights": "other/decoder.safetensors",
+    "fid.weights": "other/detector.safetensors",
+    "fid.reference": "other/reference.npz",
+    "train.model": "S",
+    "models.*.hidden_size": [96, 192],
+    "models.*.depth": [2, 1],
+    "models.*.num_heads": [3, 6],
+    "train.betas": [0.9, 0.99],
+    "gpus": 1,
+    "run": "other",
+}
+"""Other valid values of the keys that have neither choices nor a number one higher."""
+
+FROM_TRAIN = {"train", "sample", "fid"}
+FROM_MIXTURE = {"fit_gmm", "spatial_gmm"} | FROM_TRAIN
+BELOW = {
+    "list_images": set(config.STAGES),
+    "extract": {"extract", "latent_stats"} | FROM_MIXTURE,
+    "latent_stats": {"latent_stats", "spatial_gmm"} | FROM_TRAIN,
+    "fit_gmm": FROM_MIXTURE,
+    "spatial_gmm": {"spatial_gmm"} | FROM_TRAIN,
+    "train_decoder": {"train_decoder", "sample", "fid"},
+    "train": FROM_TRAIN,
+    "sample": {"sample", "fid"},
+    "fid_reference": {"fid_reference", "fid"},
+    "fid": {"fid"},
+}
+"""A stage and those that read, directly or not, what it makes."""
+
+
+def documented() -> dict[str, tuple[str, set[str]]]:
+    """Return kind and reruns of every key of config/README.md, by dotted name."""
+    found, section = {}, ""
+    for line in (ROOT / "config" / "README.md").read_text().splitlines():
+        if line.startswith("## "):
+            section = "" if line == "## Top level" else line[3:] + "."
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 6 and cells[0].startswith("`"):
+            stages = set() if cells[5] == "nothing" else set(cells[5].split(", "))
+            found[section + cells[0].strip("`")] = cells[4], stages
+    return found
+
+
+def configured(kind: type = config.Config, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Return every key of the dataclasses by dotted name; ``*`` stands for the name of an encoder or model."""
+    found, hints = {}, typing.get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        hint, name = hints[f.name], prefix + f.name
+        if typing.get_origin(hint) is dict:
+            found |= configured(typing.get_args(hint)[1], f"{name}.*.")
+        elif dataclasses.is_dataclass(hint):
+            found |= configured(hint, f"{name}.")
+        else:
+            found[name] = f
+    return found
+
+
+def changed(name: str, f: dataclasses.Field) -> dict:
+    """Return the base overlay with one key at another valid value."""
+    path = name.replace("encoders.*", "encoders.dinov2").replace("models.*", "models.tiny").split(".")
+    value = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
+    for part in path:
+        value = value[part]
+    if name in OTHER:
+        other = OTHER[name]
+    elif f.metadata["choices"]:
+        other = next(choice for choice in f.metadata["choices"] if choice != value)
+    elif isinstance(value, bool):
+        other = not value
+    else:
+        other = value + 1 if isinstance(value, int) else 0.9 * value + 0.01
+    keys = copy.deepcopy(BASE)
+    place = keys
+    for part in path[:-1]:
+        place = place.setdefault(part, {})
+    place[path[-1]] = other
+    return keys
+
+
+def stages(rules: list[str]) -> set[str]:
+    """Return the stages among rules; a given decoder stands where a trained one would."""
+    return {{"given_decoder": "train_decoder"}.get(rule, rule) for rule in rules} & set(config.STAGES)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """The workflow beside results that are complete as far as Snakemake knows."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("Snakefile", "rules", "config", "profiles", "workflow", "envs", "resources"):
+        (folder / name).symlink_to(ROOT / name)
+    for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
+        (folder / "other" / "encoder").mkdir(parents=True, exist_ok=True)
+        (folder / "other" / "encoder" / name).touch()
+    for name in ("decoder.safetensors", "detector.safetensors", "reference.npz"):
+        (folder / "other" / name).touch()
+    made = plans(folder, [{"keys": BASE, "target": TARGET, "touch": True}])
+    assert stages(made[0]) == set(config.STAGES)
+    return folder
+
+
+def plans(folder: Path, calls: list[dict]) -> list[list[str]]:
+    """Return the rules that each call would run."""
+    line = [sys.executable, str(ROOT / "tests" / "dry_runs.py")]
+    result = subprocess.run(line, cwd=folder, input=json.dumps(calls), capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads(result.stdout)
+
+
+def test_the_document_names_every_key_with_its_kind():
+    kinds = {name: f.metadata["kind"] for name, f in configured().items()}
+    assert {name: kind for name, (kind, _) in documented().items()} == kinds
+
+
+def test_every_key_reruns_what_its_document_says(checkout):
+    table, fields = documented(), configured()
+    calls = [{"keys": changed(name, f), "target": TARGET} for name, f in fields.items() if name != "run"]
+    found = dict(zip((name for name in fields if name != "run"), plans(checkout, calls), strict=True))
+    wrong = {
+        name: f"would run {sorted(stages(rules))}, documented {sorted(table[name][1])}"
+        for name, rules in found.items()
+        if stages(rules) != table[name][1] or (table[name][0] == "operation" and rules)
+    }
+    assert not wrong
+
+
+def test_another_run_makes_everything_and_going_back_costs_nothing(checkout):
+    other = {"keys": {**BASE, "run": "other"}, "target": TARGET.replace("results", "results/other")}
+    base = {"keys": BASE, "target": TARGET}
+    before, made, again, back = plans(checkout, [other, {**other, "touch": True}, other, base])
+    assert stages(before) == documented()["run"][1] == set(config.STAGES)
+    assert before == made and again == back == []
+
+
+def test_a_raised_version_reruns_its_stage_and_what_lies_below(checkout):
+    calls = [{"keys": BASE, "target": TARGET, "version": name} for name in BELOW]
+    assert [stages(rules) for rules in plans(checkout, calls)] == list(BELOW.values())
