@@ -178,7 +178,9 @@ def test_the_main_job_again_after_kill(finished):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
     second = subprocess.run(line, cwd=finished.folder, capture_output=True, text=True)
-    assert second.returncode != 0 and "lock" in (second.stdout + second.stderr).lower()
+    message = second.stdout + second.stderr
+    assert second.returncode != 0 and "Directory cannot be locked" in message
+    assert f"another Snakemake (process {process.pid}) is at work in this folder" in message
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert list((finished.folder / ".snakemake" / "locks").glob("*.lock"))

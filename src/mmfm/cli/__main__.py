@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from mmfm.infra.launch import join_gpus
+
 COMMANDS = {
     "demo_images": "unpack the embedded images into an ImageFolder",
     "list_images": "list and split an image folder",
@@ -36,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(f"mmfm: error: no command '{name}'{nearest(name, COMMANDS)}; see mmfm --help", file=sys.stderr)
         return 2
+    _gpu_locks = join_gpus()
     module = importlib.import_module(f"mmfm.cli.{name}")
     try:
         return module.main(arguments[1:]) or 0

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import IO
 
 _LOCK_FOLDER = Path(tempfile.gettempdir()) / f"mmfm-gpus-{os.getuid()}"
+_HELD = "MMFM_HELD_GPUS"
+"""Environment variable by which a worker knows the GPUs that its launcher took."""
 
 
 def visible_gpus() -> list[str]:
@@ -48,17 +50,19 @@ def hold_gpus(count: int) -> tuple[list[str], list[IO[str]]]:
         raise ValueError(
             f"{count} GPUs asked for, {len(gpus)} visible; lower `gpus` in the configuration (0 runs on the CPU)"
         )
-    _LOCK_FOLDER.mkdir(mode=0o700, exist_ok=True)
     held, locks = [], []
     for gpu in gpus:
         if len(held) == count:
             break
-        lock = open(_LOCK_FOLDER / gpu.replace("/", "_"), "w")  # noqa: SIM115 - closed by the caller's exit
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        lock = _lock(gpu)
+        if lock is None:
+            continue
+        # torchrun's workers do not inherit the first lock. If it was killed and they live on, this one shows it.
+        workers = _lock(f"{gpu}.workers")
+        if workers is None:
             lock.close()
             continue
+        workers.close()
         held.append(gpu)
         locks.append(lock)
     if len(held) < count:
@@ -67,6 +71,28 @@ def hold_gpus(count: int) -> tuple[list[str], list[IO[str]]]:
             "wait for them, or give Snakemake the limit --resources gpu=N"
         )
     return held, locks
+
+
+def _lock(name: str, how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> IO[str] | None:
+    """Return an open, locked file of the lock folder; None if others hold it."""
+    _LOCK_FOLDER.mkdir(mode=0o700, exist_ok=True)
+    handle = open(_LOCK_FOLDER / name.replace("/", "_"), "w")  # noqa: SIM115 - closed by the caller's exit
+    try:
+        fcntl.flock(handle, how)
+    except OSError:
+        handle.close()
+        return None
+    return handle
+
+
+def join_gpus() -> list[IO[str]]:
+    """Hold the GPUs of the launcher that started this process, together with its other workers.
+
+    Returns:
+        The open lock files; keep them for as long as the process lives. None without a launcher or GPUs.
+    """
+    gpus = os.environ.get(_HELD, "").split(",")
+    return [lock for gpu in gpus if gpu and (lock := _lock(f"{gpu}.workers", fcntl.LOCK_SH))]
 
 
 def command(stage: list[str], processes: int, nodes: int = 1) -> list[str]:
@@ -125,8 +151,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"launch: error: {error}", file=sys.stderr)
         return 2
     if held:
-        variables["CUDA_VISIBLE_DEVICES"] = ",".join(held)
-        for lock in locks:  # inherited by the stage: the GPU stays held for as long as any of its processes lives
+        variables["CUDA_VISIBLE_DEVICES"] = variables[_HELD] = ",".join(held)
+        for lock in locks:  # inherited by the stage, or by torchrun, which replaces this process
             os.set_inheritable(lock.fileno(), True)
     else:
         variables["CUDA_VISIBLE_DEVICES"] = ""
