@@ -23,6 +23,14 @@ include: "rules/sample.smk"
 include: "rules/fid.smk"
 
 
+# `mmfm clean` judges by the configuration of the last run. A run in which nothing is to be done never starts.
+onstart:
+    remember_configuration()
+
+
+atexit.register(remember_unstarted)
+
+
 report: "workflow/report/workflow.rst"
 
 

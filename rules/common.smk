@@ -1,5 +1,6 @@
 """Configuration, names and resources that the rules share."""
 
+import atexit
 import re
 import shlex
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from mmfm import config as mmfm_config
+from mmfm import unused
 from mmfm import workflow as wf
 from mmfm.infra.store import MODEL_FILES
 
@@ -79,6 +81,21 @@ def parameter(stage, replaced=lambda wildcards: {}):
         return checked(lambda: wf.stage_parameter(C, stage, encoder, **replaced(wildcards)))
 
     return value
+
+
+def remember_unstarted():
+    """Record the configuration of a call that was no dry run, also if everything is made already."""
+    executed = workflow.executor_plugin is not None and not workflow.dryrun and not workflow.touch
+    if workflow.is_main_process and executed and Path(RESULTS).is_dir():
+        remember_configuration()
+
+
+def remember_configuration():
+    """Record the configuration and the folders of the stages, by which `mmfm clean` judges."""
+    outputs = [Path(output) for rule in workflow.rules for output in rule.output]
+    unused.remember(
+        C, RESULTS, (path.relative_to(RESULTS).parts[0] for path in outputs if path.is_relative_to(RESULTS))
+    )
 
 
 def encoder_folder(wildcards):

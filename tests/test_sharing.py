@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mmfm import config
+
 ROOT = Path(__file__).parent.parent
 
 STAGE = """
@@ -58,12 +60,21 @@ def shared(tmp_path_factory):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
+    record = folder / "results" / "configuration.json"
     planned = call("-n")
+    assert not record.exists()
     blocks = re.findall(r"rule (\w+):\n((?:    .+\n)+)", planned)
     outputs = {rule: re.search(r"    output: (.+)", text)[1].split(", ") for rule, text in blocks}
     threads = {rule: int((re.search(r"    threads: (\d+)", text) or [0, 1])[1]) for rule, text in blocks}
     (folder / "record" / "outputs.json").write_text(json.dumps(outputs))
     call()
+    recorded = json.loads(record.read_text())
+    assert config.build(config.Config, recorded["configuration"]).decoder.weights == "train"
+    assert {"cls_tokens", "gmm", "spatial_gmm", "decoder", "train", "sample", "fid_reference"} <= set(
+        recorded["folders"]
+    )
+    record.unlink()
+    assert "Nothing to be done" in call() and record.exists()
     found = {path.stem: json.loads(path.read_text()) for path in (folder / "record").glob("*.json")}
     return threads, {stage: values for stage, values in found.items() if stage != "outputs"}
 

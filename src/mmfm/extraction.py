@@ -1,5 +1,6 @@
 """The stage ``extract``: one pass over the images for the global tokens and the latent moments."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 from mmfm import config, data, tokens
-from mmfm.infra import store
+from mmfm.infra import space, store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
 from mmfm.statistics import Moments
@@ -49,7 +50,7 @@ def extract(
     shards = data.ranges(0, len(listing), settings.shard_size)
 
     def _open_state() -> tuple[Path, list[int]]:
-        state = store.state_directory(out_tokens, "extract", VERSION, identity, inputs)
+        state = store.state_directory(out_tokens, "extract", VERSION, identity, inputs, {"listing": listing_path})
         if not (state / "tokens.zarr" / "zarr.json").exists():
             # Markers without a store: the kill came after the store was published. They speak of rows that are gone.
             for stale in state.glob("shard-*.safetensors"):
@@ -57,6 +58,8 @@ def extract(
             fresh = state / ".tokens.partial"
             tokens.create(fresh, len(listing), latent_shape[0], settings.shard_size, listing.labels)
             store.publish_directory(fresh, state / "tokens.zarr")
+        floats = len(listing) * latent_shape[0]
+        space.require(state, "extract", 4 * floats + 16 * math.prod(latent_shape) * (len(shards) + 1))
         return state, [i for i in range(len(shards)) if not _marker(state, i).exists()]
 
     # One process looks at the disk, so that all deal from the same list.

@@ -94,6 +94,7 @@ class Sampler:
         weights: metadata of the EMA weights.
         guide_weights: metadata of the guide's weights, or None.
         digests: digests of all inputs.
+        files: where these lie, by the same names.
         latent_shape: (C, H, W).
         image_size: S, pixels.
         precision: of the network: ``float32`` or ``bf16`` (state, time and decoder are float32 always).
@@ -121,6 +122,7 @@ class Sampler:
         sizes = self.model.config
         self.latent_shape = (sizes.in_channels, sizes.input_size, sizes.input_size)
         self.digests = files.digests(self.weights)
+        self.files = {"encoder" if name == "encoder_weights" else name: path for name, path in vars(files).items()}
         self.seed = seed if seed is not None else int(self.weights.get("seed") or 0)
         self.guidance_scale = guidance_scale
         self.guide, self.guide_weights = self._load_guide(files)

@@ -1,5 +1,6 @@
 """The stage ``sample``: image sets from trained weights."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mmfm import config, data
-from mmfm.infra import npz, store
+from mmfm.infra import npz, space, store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
 from mmfm.pictures import image_grid, save_picture
@@ -41,14 +42,18 @@ def sample(sampler: Sampler, out_dir: str | Path, sections: dict[str, Any], rank
         "precision": sampler.precision,
     }
     state = ranks.from_main(
-        lambda: store.state_directory(out_dir / "images.npz", "sample", VERSION, identity, sampler.digests)
+        lambda: store.state_directory(
+            out_dir / "images.npz", "sample", VERSION, identity, sampler.digests, sampler.files
+        )
     )
     shards = data.ranges(0, settings.n_images, settings.shard_size)
+    shape = _shape(sampler, range(settings.n_images))
+    # Every image lies in its shard and, once all are there, in the set.
+    ranks.from_main(lambda: space.require(state, "sample", 2 * math.prod(shape)))
     _make_shards(sampler, shards, state, settings, source_only, ranks)
     if ranks.is_main:
         # The old description goes first: it must never stand beside other images.
         (out_dir / "samples.json").unlink(missing_ok=True)
-        shape = _shape(sampler, range(settings.n_images))
         digest = npz.write_parts(out_dir / "images.npz", shape, np.uint8, _read_shards(state, len(shards)))
         save_picture(draw_grid(sampler, out_dir / "images.npz", source_only), out_dir / "grid.png")
         store.write_json(out_dir / "samples.json", describe(sampler, digest, source_only))

@@ -18,11 +18,13 @@ class TokenStore:
         tokens: zarr array (N, C) float32.
         labels: zarr array (N,) int32, class labels.
         attributes: ``digest``, ``listing_digest``, ``encoder_digest``, ``settings``.
+        path: where the store lies.
     """
 
     tokens: Any
     labels: Any
     attributes: dict[str, Any]
+    path: Path | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -59,7 +61,7 @@ class TokenStore:
             raise FileNotFoundError(f"no token store at '{path}'; run the stage extract")
         try:
             group = zarr.open_group(path, mode="r")
-            result = cls(group["tokens"], group["labels"], dict(group.attrs))
+            result = cls(group["tokens"], group["labels"], dict(group.attrs), path)
             expected = -(-len(result) // result.tokens.shards[0])
             found = result.tokens.nchunks_initialized // (result.tokens.shards[0] // result.tokens.chunks[0])
         except (KeyError, ValueError, OSError, TypeError) as error:

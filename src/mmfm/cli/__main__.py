@@ -4,6 +4,7 @@ import importlib
 import sys
 
 from mmfm.infra.launch import join_gpus
+from mmfm.infra.space import explain
 
 COMMANDS = {
     "demo_images": "unpack the embedded images into an ImageFolder",
@@ -17,6 +18,7 @@ COMMANDS = {
     "sample": "generate images",
     "fid_reference": "feature moments of the real images",
     "fid": "Frechet distance of generated images",
+    "clean": "remove unfinished work that no target refers to",
     "doctor": "say what this installation can and can't do",
 }
 
@@ -42,8 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     module = importlib.import_module(f"mmfm.cli.{name}")
     try:
         return module.main(arguments[1:]) or 0
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        message = error if isinstance(error, ValueError) or error.errno is None else explain(error)
+        print(f"{name}: error: {' '.join(str(message).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: stopped; the same command goes on from here", file=sys.stderr)

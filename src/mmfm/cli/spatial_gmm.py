@@ -61,6 +61,7 @@ def main(arguments: list[str]) -> int:
             sections,
             digests,
             ranks,
+            {"encoder_digest": options.encoder_weights, "stats_digest": options.stats, "gmm_digest": options.gmm},
         )
         if ranks.is_main:
             low, high = report["variance"]["min"], report["variance"]["max"]

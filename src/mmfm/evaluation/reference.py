@@ -13,7 +13,7 @@ import torch
 from mmfm import config, data
 from mmfm.evaluation.detector import Detector
 from mmfm.evaluation.frechet import frechet_distance
-from mmfm.infra import store
+from mmfm.infra import space, store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
 from mmfm.statistics import CovarianceMoments
@@ -98,8 +98,12 @@ def make_reference(
         listings["heldout"] = Path(heldout_listing)
         inputs["heldout"] = heldout.digest
     identity = config.identity(sections)
-    state = ranks.from_main(lambda: store.state_directory(out, "fid_reference", VERSION, identity, inputs))
+    files = {"listing": train_listing, "heldout": heldout_listing}
+    state = ranks.from_main(lambda: store.state_directory(out, "fid_reference", VERSION, identity, inputs, files))
     shards = {name: _shards(name, path, state) for name, path in listings.items()}
+    moments = 8 * detector.dimension * (detector.dimension + 1)
+    total = moments * (1 + sum(map(len, shards.values())))
+    ranks.from_main(lambda: space.require(state, "fid_reference", total))
     _take_moments([s for group in shards.values() for s in group], detector, sections, ranks)
     if ranks.is_main:
         merged = {name: _merge(group) for name, group in shards.items()}

@@ -5,6 +5,7 @@ file, or none. What a stage needs to go on after a kill lives in a *state direct
 fingerprint of everything that determines the numbers (:func:`state_directory`).
 """
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+
+from mmfm.infra import space
 
 MODEL_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
 """The files of a model in the Hugging Face layout."""
@@ -108,6 +111,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             left.unlink(missing_ok=True)  # of a killed process; at full size these are gigabytes
     try:
         yield partial
+    except Exception as error:
+        if not isinstance(error, OSError) and space.is_full(error, path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+    else:
         partial.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner can read
         _sync(partial)
         os.replace(partial, path)
@@ -199,7 +207,14 @@ def map_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]
     return arrays, metadata
 
 
-def state_directory(output: str | Path, stage: str, version: int, identity: Any, inputs: Mapping[str, str]) -> Path:
+def state_directory(
+    output: str | Path,
+    stage: str,
+    version: int,
+    identity: Any,
+    inputs: Mapping[str, str],
+    files: Mapping[str, str | Path | None] | None = None,
+) -> Path:
     """Create and return the directory for a stage's unfinished work.
 
     It lies beside ``output`` and is named by the fingerprint of the stage, its VERSION, the identity settings and the
@@ -207,16 +222,23 @@ def state_directory(output: str | Path, stage: str, version: int, identity: Any,
     it belongs to. Call it on the main process alone: it holds a lock on the directory for as long as the process lives,
     so that an orphan of a killed run and its successor never write there together.
 
+    Args:
+        files: where inputs lie, by their names in ``inputs`` as far as known. Not part of the fingerprint; by it
+            :mod:`mmfm.unused` finds state whose inputs were made anew.
+
     Raises:
         ValueError: another process is at work there.
     """
     about = {"stage": stage, "version": version, "identity": identity, "inputs": dict(inputs)}
-    directory = Path(output).parent / f"state-{fingerprint(about)}"
+    parent = Path(output).parent
+    directory = parent / f"state-{fingerprint(about)}"
     directory.mkdir(parents=True, exist_ok=True)
     marker = directory / "about.json"
     _lock(directory, stage)
     if not marker.exists():
-        write_json(marker, about)
+        # Relative, so that the folder of the results can be moved.
+        known = {name: os.path.relpath(path, parent) for name, path in (files or {}).items() if path is not None}
+        write_json(marker, {**about, "files": known})
     return directory
 
 
@@ -248,3 +270,20 @@ def remove_state(directory: Path) -> None:
     shutil.rmtree(directory)
     if handle := _locks.pop(directory, None):
         handle.close()
+
+
+def remove_idle_state(directory: Path) -> bool:
+    """Remove a state directory unless a process is at work there; return whether it was removed."""
+    with open(directory / "lock", "a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        # What tells that it is a state directory goes last: after a kill it is found again.
+        for path in directory.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name not in ("about.json", "lock"):
+                path.unlink()
+        shutil.rmtree(directory)
+    return True

@@ -43,7 +43,12 @@ def fit(tokens: TokenStore, settings: Gmm, out_dir: str | Path, ranks: Ranks) ->
     identity = config.identity({"gmm": settings})
     state_dir = ranks.from_main(
         lambda: store.state_directory(
-            out_dir / "gmm.safetensors", "fit_gmm", VERSION, identity, {"tokens": tokens.digest}
+            out_dir / "gmm.safetensors",
+            "fit_gmm",
+            VERSION,
+            identity,
+            {"tokens": tokens.digest},
+            {"tokens": tokens.path},
         )
     )
     rows = Rows(tokens.read, n, settings.chunk_size, ranks)

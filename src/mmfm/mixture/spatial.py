@@ -16,7 +16,7 @@ import zarr
 from torch import Tensor
 
 from mmfm import config, data
-from mmfm.infra import store
+from mmfm.infra import space, store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
 from mmfm.mixture.plan import Plan, deal
@@ -126,6 +126,7 @@ def fit(
     sections: dict[str, Any],
     digests: dict[str, str],
     ranks: Ranks,
+    files: dict[str, Path] | None = None,
 ) -> dict[str, Any]:
     """Make the spatial mixture; contract in docs/stages.md.
 
@@ -140,6 +141,7 @@ def fit(
         out: the store; ``report.json`` is written beside it.
         sections: built sections ``image``, ``encoder``, ``spatial_gmm``.
         digests: ``listing_digest``, ``encoder_digest``, ``stats_digest``, ``gmm_digest``; become attributes.
+        files: where the inputs lie, under the names of their digests.
 
     Raises:
         ValueError: labels that don't fit the listing, an unreadable image, latents that are not finite.
@@ -154,7 +156,8 @@ def fit(
     settings: config.SpatialGmm = sections["spatial_gmm"]
     identity = config.identity(sections)
     plan = Plan.make(labels, k, settings.batch_size)
-    state, done = ranks.from_main(lambda: _open_state(out, identity, digests, (k, *latent_shape)))
+    files = {"listing_digest": listing, **(files or {})}
+    state, done = ranks.from_main(lambda: _open_state(out, identity, digests, (k, *latent_shape), files))
     means = zarr.open_group(state / "spatial.zarr", mode="r+")["means"]
 
     def finish(mode: int, moments: Moments) -> None:
@@ -191,10 +194,10 @@ def _marker(state: Path, mode: int) -> Path:
 
 
 def _open_state(
-    out: Path, identity: dict[str, Any], digests: dict[str, str], shape: tuple[int, ...]
+    out: Path, identity: dict[str, Any], digests: dict[str, str], shape: tuple[int, ...], files: dict[str, Path]
 ) -> tuple[Path, set[int]]:
     """Return the state directory with its partial store, and the modes that are finished."""
-    state = store.state_directory(out, "spatial_gmm", VERSION, identity, digests)
+    state = store.state_directory(out, "spatial_gmm", VERSION, identity, digests, files)
     partial = state / "spatial.zarr"
     if not (partial / "zarr.json").exists():
         # Markers without a store: the kill came after the store was published. They speak of rows that are gone.
@@ -205,6 +208,7 @@ def _open_state(
         # One chunk a mode and no shards: processes then never write to the same file.
         group.create_array("means", shape=shape, dtype="float32", chunks=(1, *shape[1:]), compressors=None)
         store.publish_directory(fresh, partial)
+    space.require(state, "spatial_gmm", 4 * math.prod(shape))
     return state, {int(path.stem.split("-")[1]) for path in state.glob("component-*.safetensors")}
 
 

@@ -75,7 +75,9 @@ def save(
     """
     final = state / f"step-{step:08d}"
     partial = state / f".partial-{os.getpid()}-{final.name}"
-    shutil.rmtree(partial, ignore_errors=True)
+    # What a full disk or a kill left unfinished would take the room of this one.
+    for left in state.glob(".partial-*"):
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     for part, tensor in tensors.items():
         with store.whole_file(partial / f"{part}.safetensors") as file:

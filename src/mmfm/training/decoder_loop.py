@@ -74,7 +74,14 @@ def train_decoder(
     digests = {"listing": data.Listing.open(listing).digest, "encoder": store.folder_digest(encoder_weights)}
     identity = config.identity(sections)
     state = ranks.from_main(
-        lambda: store.state_directory(out_dir / "decoder.safetensors", "train_decoder", version, identity, digests)
+        lambda: store.state_directory(
+            out_dir / "decoder.safetensors",
+            "train_decoder",
+            version,
+            identity,
+            digests,
+            {"listing": listing, "encoder": encoder_weights},
+        )
     )
     encoder = load_encoder(sections["encoder"].family, encoder_weights, sections["encoder"].input_size, ranks.device)
     plan = latents.Plan(settings.seed, n_images, settings.global_batch, ranks.rank, ranks.world, settings.micro_batch)

@@ -22,6 +22,11 @@ class TrainFiles:
     spatial_gmm: Path | None = None
     decoder: Path | None = None
 
+    @property
+    def paths(self) -> dict[str, Path | None]:
+        """The files by the names of their digests."""
+        return {"encoder" if name == "encoder_weights" else name: path for name, path in vars(self).items()}
+
     def digests(self, setting: str) -> dict[str, str]:
         """Return the digests of what the weights depend on, after checking that the files belong together.
 

@@ -107,7 +107,7 @@ def train(setting: str, files: TrainFiles, sections: dict[str, Any], version: in
     if autocast(settings.precision, ranks.device)._enabled:  # `auto` must not continue a float32 run in bf16
         identity["autocast"] = "bf16"
     state = ranks.from_main(
-        lambda: store.state_directory(out_dir / "ema.safetensors", "train", version, identity, digests)
+        lambda: store.state_directory(out_dir / "ema.safetensors", "train", version, identity, digests, files.paths)
     )
     n_images = len(Listing.open(files.listing))
     plan = latents.Plan(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mmfm.infra import space
 from mmfm.infra.distributed import Ranks, StopRequest
 from mmfm.infra.progress import Progress
 from mmfm.training import checkpoint
@@ -119,8 +120,13 @@ class Trainer:
 
         Returns:
             Whether the run is finished, so that nothing is left but to publish.
+
+        Raises:
+            ValueError: the disk has no room for the checkpoints of the run.
         """
         found = self.ranks.from_main(lambda: checkpoint.find(self.state, target))
+        if found is None or found.step < target:
+            self.ranks.from_main(lambda: space.require(self.state, self.stage, self._disk()))
         if found is None:
             return False
         device = self.ranks.device
@@ -162,6 +168,13 @@ class Trainer:
                 if stopping and not last:
                     progress.say(f"asked to stop: step {self.step:,} is saved")
                     raise KeyboardInterrupt
+
+    def _disk(self) -> int:
+        """Bytes that a run writes: the checkpoints kept, a milestone, the one being written, and the weights."""
+        weights = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
+        trained = sum(p.numel() * p.element_size() for p in self.parameters)
+        one = (1 if self.ema is None else 2) * weights + 2 * trained
+        return (self.routine.keep_checkpoints + 2) * one + weights
 
     def _wrapped(self) -> nn.Module:
         """The model as the forward pass calls it: compiled, and distributed; its parameters are the model's own."""

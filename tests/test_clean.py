@@ -1,0 +1,131 @@
+"""`mmfm clean --unused` removes the state that nothing refers to, and nothing else."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmfm import config, unused
+from mmfm.cli.__main__ import main
+from mmfm.infra import store
+
+DEFAULTS = config.load([Path(__file__).parent.parent / "config" / "config.yaml"])
+FOLDERS = ["extract", "fit_gmm", "spatial_gmm", "train_decoder", "train", "sample", "fid_reference", "gmm", "dec"]
+FOLDERS += ["a", "b", "c", "other", "third", "running"]
+
+
+def make(output: Path, stage: str, settings: config.Config = DEFAULTS, inputs=None, files=None, **more) -> Path:
+    """Make the state directory that a stage would make with these settings, and end its process's hold on it."""
+    sections = {name: settings.section(name, "dinov2") for name in config.STAGES[stage]}
+    identity = {**config.identity(sections), **more}
+    state = store.state_directory(output, stage, config.VERSIONS[stage], identity, inputs or {}, files)
+    (state / "step-00000001").mkdir(exist_ok=True)
+    (state / "step-00000001" / "model.safetensors").write_bytes(bytes(1000))
+    store._locks.pop(state).close()
+    return state
+
+
+def change(section: str, **keys) -> config.Config:
+    """Return the default configuration with some keys of a section changed."""
+    return dataclasses.replace(DEFAULTS, **{section: dataclasses.replace(getattr(DEFAULTS, section), **keys)})
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results"
+    (folder / "fid").mkdir(parents=True)
+    (folder / "fid" / "dinov2_mode.txt").write_text("4.84")
+    unused.remember(DEFAULTS, folder, FOLDERS)
+    return folder
+
+
+def snapshot(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+def test_a_changed_setting_frees_the_state_of_the_old_one(results, capsys):
+    kept = [
+        make(results / stage / "dinov2" / "x", stage, **({"setting": "mode"} if stage == "train" else {}))
+        for stage in ("extract", "fit_gmm", "spatial_gmm", "train_decoder", "train", "sample", "fid_reference")
+    ]
+    kept += [
+        # Another value of what a name can carry, of operation and of budget.
+        make(results / "a" / "x", "fit_gmm", change("gmm", n_components=7, max_iter=3)),
+        make(results / "b" / "x", "train", change("train", seed=5, model="S", workers=3, epochs=1)),
+        make(results / "c" / "x", "sample", change("sample", time_points=4)),
+    ]  # fmt: skip
+    doomed = [
+        make(results / "gmm" / "x", "fit_gmm", change("gmm", tol=0.1)),
+        make(results / "train" / "x", "train", change("train", lr=0.5)),
+        make(results / "dec" / "x", "train_decoder", change("image", size=64)),
+    ]
+    everything = snapshot(results)
+    assert main(["clean", "--unused", "--dry-run", str(results)]) == 0
+    listed = capsys.readouterr().out
+    assert snapshot(results) == everything
+    assert listed.count("would remove") == len(doomed) and all(str(path) in listed for path in doomed)
+    assert "gmm.tol is 0.001, this is for 0.1" in listed and "image.size is 32, this is for 64" in listed
+    assert main(["clean", "--unused", str(results)]) == 0
+    assert snapshot(results) == everything - {p for path in doomed for p in (path, *snapshot(path))} - {
+        p for p in everything for path in doomed if path in p.parents
+    }
+    assert all(path.is_dir() for path in kept) and not any(path.exists() for path in doomed)
+    assert main(["clean", "--unused", str(results)]) == 0
+    assert "0.00 MB freed" in capsys.readouterr().out
+
+
+def test_a_raised_version_and_an_input_made_anew_free_a_state(results, monkeypatch, capsys):
+    gmm, listing = results / "gmm.safetensors", results / "listing.safetensors"
+    old = store.write_arrays(gmm, {"means": np.zeros(3)}, {})
+    same = store.write_arrays(listing, {"labels": np.zeros(2)}, {})
+    inputs, files = {"listing": same, "gmm": old}, {"listing": listing, "gmm": gmm}
+    state = make(results / "train" / "x", "train", inputs=inputs, files=files)
+    absent = make(results / "other" / "x", "train", inputs={"gmm": old}, files={"gmm": results / "later.safetensors"})
+    silent = make(results / "third" / "x", "train", inputs={"gmm": "of unknown place"})
+    assert main(["clean", "--unused", str(results)]) == 0
+    assert state.is_dir()
+    store.write_arrays(gmm, {"means": np.ones(3)}, {})
+    assert main(["clean", "--unused", str(results)]) == 0
+    assert not state.exists() and absent.is_dir() and silent.is_dir()
+    assert "made from another gmm than '../gmm.safetensors'" in capsys.readouterr().out
+    monkeypatch.setitem(config.VERSIONS, "train", config.VERSIONS["train"] + 1)
+    assert main(["clean", "--unused", str(results)]) == 0
+    assert not absent.exists() and not silent.exists() and "train is at version" in capsys.readouterr().out
+
+
+def test_everything_else_stays(results, capsys):
+    """Running stages, other runs, folders without a record, and what only looks like state."""
+    other = change("gmm", tol=0.1)
+    running = make(results / "running" / "x", "fit_gmm", other)
+    store._lock(running, "fit_gmm")
+    unused.remember(other, results / "run2", FOLDERS)
+    of_other_run = make(results / "run2" / "gmm" / "x", "fit_gmm", other)
+    of_older_run = make(results / "run3" / "gmm" / "x", "fit_gmm", other)
+    alike = results / "state-0123456789abcdef"
+    alike.mkdir()
+    (alike / "about.json").write_text((running / "about.json").read_text())
+    link = results / "linked" / running.name
+    link.parent.mkdir()
+    unrecorded = make(results.parent / "unrecorded" / "x", "fit_gmm", other)
+    link.symlink_to(unrecorded, target_is_directory=True)
+    everything = snapshot(results.parent)
+    try:
+        assert main(["clean", "--unused", str(results)]) == 0
+        assert f"in use, kept:   {running}" in capsys.readouterr().out
+        assert main(["clean", "--unused", str(unrecorded.parent)]) == 0
+        assert snapshot(results.parent) == everything and of_other_run.is_dir()
+        assert of_older_run.is_dir()
+    finally:
+        store._locks.pop(running).close()
+
+
+def test_bad_calls_are_one_line(results, capsys):
+    assert main(["clean", "--unused", str(results / "absent")]) == 2
+    (results / unused.RECORD).write_text("{}")
+    make(results / "gmm" / "x", "fit_gmm")
+    assert main(["clean", "--unused", str(results)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "no folder" in lines[0] and "is no configuration" in lines[1]
+    with pytest.raises(SystemExit):
+        main(["clean"])
