@@ -38,7 +38,7 @@ rule list_images:
         "<benchmarks>/list_images.tsv"
     conda:
         "../envs/mmfm.yaml"
-    threads: 1
+    threads: max(1, min(C.data.workers, ALL_CORES)) if C.data.unreadable == "skip" else 1
     resources:
         operation=OPERATION["list_images"],
         mem_mb=2000,

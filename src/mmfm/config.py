@@ -37,6 +37,13 @@ class Data:
     root: str = key("ImageFolder with one folder per class; `demo` unpacks the embedded images")
     holdout: int = key("images kept out of training, chosen by a hash of their path", unit="images", minimum=0)
     seed: int = key("seed of the choice of held-out images", minimum=0)
+    unreadable: str = key(
+        "a damaged image stops the stage that meets it, or is found when listing (every image is decoded) and left out",
+        choices=("error", "skip"),
+    )
+    workers: int = operation(
+        "image-decoding processes for `unreadable: skip`; 0 decodes in the stage itself", minimum=0
+    )
 
 
 @dataclass(frozen=True)

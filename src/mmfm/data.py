@@ -1,6 +1,8 @@
 """Images: the listing, the crop, and batches by global index."""
 
+import contextlib
 import hashlib
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -12,6 +14,7 @@ import torch
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from mmfm.infra import store
+from mmfm.infra.progress import Progress
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -133,9 +136,15 @@ def choose_heldout(paths: Sequence[str], count: int, seed: int) -> np.ndarray:
 
 def write_listing(
     path: str | Path, root: str | Path, split: str, classes: list[str], paths: list[str], labels: np.ndarray,
-    sizes: np.ndarray,
+    sizes: np.ndarray, skipped: int = 0,
 ) -> str:  # fmt: skip
-    """Write a listing and return its digest. ``labels`` (N,) int32, ``sizes`` (N,) int64; layout in docs/stages.md."""
+    """Write a listing and return its digest; layout in docs/stages.md.
+
+    Args:
+        labels: (N,) int32.
+        sizes: (N,) int64, bytes.
+        skipped: files left out of the folder as unreadable, a note.
+    """
     encoded = [p.encode("utf-8", "surrogateescape") for p in paths]
     offsets = np.zeros(len(paths) + 1, np.int64)
     np.cumsum([len(p) for p in encoded], out=offsets[1:])
@@ -145,29 +154,77 @@ def write_listing(
         "labels": labels.astype(np.int32),
         "sizes": sizes.astype(np.int64),
     }
-    metadata = {"root": str(Path(root).absolute()), "split": split, "classes": classes}
+    metadata = {"root": str(Path(root).absolute()), "split": split, "classes": classes, "skipped": skipped}
     return store.write_arrays(path, arrays, metadata)
+
+
+def find_readable(root: str | Path, paths: Sequence[str], workers: int = 0) -> np.ndarray:
+    """Decode every image and say which ones :func:`read_image` will read.
+
+    Args:
+        root: folder that ``paths`` are relative to.
+        workers: processes; 0 decodes here. Their number changes nothing.
+
+    Returns:
+        (N,) bool. The others are named on standard error.
+    """
+    readable = np.ones(len(paths), bool)
+    files = [Path(root) / path for path in paths]
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress("list_images", len(files), "images"))
+        if workers:
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers))
+            faults = pool.imap(_fault, files, chunksize=64)
+        else:
+            faults = map(_fault, files)
+        for index, fault in enumerate(faults):
+            if fault:
+                readable[index] = False
+                progress.say(f"left out: {fault}")
+            progress.advance()
+    return readable
+
+
+def _fault(path: Path) -> str:
+    """Why an image can't be read; empty if it can."""
+    try:
+        with Image.open(path) as image:
+            _refuse_float(image)
+            image.draft("RGB", (1, 1))  # a JPEG then reads all its data but computes an eighth of each side
+            image.load()
+    except _UNREADABLE as error:
+        return f"'{path}': {error}"
+    return ""
+
+
+_UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def _refuse_float(image: Image.Image) -> None:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; convert it to 8 or 16 bits")
 
 
 def read_image(path: str | Path) -> Image.Image:
     """Read an image as RGB: EXIF rotation applied, grey, palette, 16-bit, CMYK and transparent images converted.
 
-    Transparency is laid over white.
+    Transparency is laid over white; 16-bit values are divided by 257 and rounded.
 
     Raises:
-        ValueError: the file is missing, truncated or no image; the message names it.
+        ValueError: the file is missing, truncated, no image, or of floating-point pixels; the message names it.
     """
     try:
         with Image.open(path) as image:
+            _refuse_float(image)
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):  # 16-bit grey; Pillow's own conversion would clip at 255
-                array = np.asarray(image, np.float32)
-                image = Image.fromarray((array / (257.0 if array.max() > 255 else 1.0)).round().astype(np.uint8))
+            if image.mode.startswith("I"):  # 16-bit grey, also where the mode has room for more; convert() would clip
+                array = np.asarray(image, np.float32).clip(0, 65535)
+                image = Image.fromarray((array / 257).round().astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except _UNREADABLE as error:
         raise ValueError(
             f"cannot read image '{path}': {error}; replace or remove it, then list the images again"
         ) from error
@@ -198,8 +255,19 @@ class _Images(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
         if self.listing is None:
             self.listing = Listing.open(self.listing_path)
+        _check_size(self.listing, index)
         image = center_crop(read_image(self.listing.path(index)), self.size)
         return index, torch.from_numpy(np.asarray(image, np.uint8).copy()).permute(2, 0, 1)
+
+
+def _check_size(listing: Listing, index: int) -> None:
+    """Refuse a file that was replaced since the images were listed: no digest would tell."""
+    path = listing.path(index)
+    if path.is_file() and path.stat().st_size != listing.sizes[index]:
+        raise ValueError(
+            f"image '{path}' has {path.stat().st_size:,} bytes, but had {listing.sizes[index]:,} when it was listed; "
+            "list the images again (snakemake TARGET --cores all -R list_images)"
+        )
 
 
 def _collate(items: list[tuple[int, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,10 @@ from mmfm.cli.common import StageParser
 
 DESCRIPTION = """\
 List an ImageFolder (one subfolder per class; a flat folder is one class), hold some images out, and write the two
-listings that number the images for every later stage. Only names and sizes are read; images are opened later.
+listings that number the images for every later stage. Only names and sizes are read; images are opened later, and a
+damaged one stops the stage that meets it. With data.unreadable=skip every image is decoded here, and damaged ones get
+no row: they are named, counted in the listings' metadata, and no later stage knows of them. That reads the whole folder
+(ImageNet: 140 GB) and takes 1.1 ms of a core for a JPEG of 110 KB: 25 minutes for 1.28 million, shared by data.workers.
 
   mmfm list_images --config config/config.yaml --train listing.train.safetensors \\
       --heldout listing.heldout.safetensors data.root=photos
@@ -28,10 +31,21 @@ def main(arguments: list[str]) -> int:
     settings = sections["data"]
     root = options.root or settings.root
     classes, paths, labels, sizes = data.scan(root)
+    skipped = 0
+    if settings.unreadable == "skip":
+        readable = data.find_readable(root, paths, settings.workers)
+        skipped = len(paths) - int(readable.sum())
+        if missing := sorted(set(labels.tolist()) - set(labels[readable].tolist())):
+            raise ValueError(
+                f"no readable image in class folder '{classes[missing[0]]}' of '{root}'; mend or remove it"
+            )
+        rows = np.flatnonzero(readable)
+        paths, labels, sizes = [paths[row] for row in rows], labels[rows], sizes[rows]
+        print(f"list_images: {skipped:,} unreadable images left out")
     heldout = data.choose_heldout(paths, settings.holdout, settings.seed)
     for path, split, chosen in ((options.train, "train", ~heldout), (options.heldout, "heldout", heldout)):
         rows = np.flatnonzero(chosen)
         chosen_paths = [paths[row] for row in rows]
-        digest = data.write_listing(path, root, split, classes, chosen_paths, labels[rows], sizes[rows])
+        digest = data.write_listing(path, root, split, classes, chosen_paths, labels[rows], sizes[rows], skipped)
         print(f"list_images: {len(rows):,} {split} images in {len(classes):,} classes, digest {digest[:12]}")
     return 0
