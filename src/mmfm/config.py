@@ -81,10 +81,13 @@ class Gmm:
 
 @dataclass(frozen=True)
 class SpatialGmm:
-    """Mean latent and spherical variance of every mode."""
+    """Mean latent and variance of every mode."""
 
     batch_size: int = operation("images per encoder call", unit="images", minimum=1)
     workers: int = operation("image-reading processes per rank", minimum=0)
+    covariance_type: str = key(
+        "one variance a mode, as published, or one for every position of its latent", choices=("spherical", "diag")
+    )
 
 
 @dataclass(frozen=True)

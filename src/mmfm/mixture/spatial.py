@@ -1,4 +1,4 @@
-"""The stage spatial_gmm: mean latent and one variance of every mode, streamed image by image.
+"""The stage spatial_gmm: mean latent and variance of every mode, streamed image by image.
 
 The images are read sorted by mode through one continuous loader, in batches that hang on the modes' counts alone, and
 nothing of a latent is kept but its contribution to the moments of its mode. At [768, 16, 16] these take 3 MB.
@@ -19,10 +19,18 @@ from mmfm import config, data
 from mmfm.infra import store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
+from mmfm.mixture.coupling import CouplingCost
 from mmfm.mixture.plan import Plan, deal
+from mmfm.mixture.rows import MappedRows
 from mmfm.statistics import Moments
 
 VERSION = 1
+
+RELATIVE_FLOOR = 1e-3
+"""Smallest variance of a position with ``diag``, as a share of the mode's variance averaged over all positions."""
+
+ABSOLUTE_FLOOR = 1e-6
+"""Smallest variance of a position with ``diag`` in any case; the data's own variance is 1."""
 
 Encode = Callable[[Tensor], Tensor]
 """Images (B, 3, h, w) float32 in [0, 1] -> normalised latents (B, C, H, W) float32."""
@@ -30,25 +38,25 @@ Encode = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SpatialMixture:
-    """Mixture of K spherical Gaussians over latents (C, H, W), opened from ``spatial_gmm.zarr``.
+    """Mixture of K Gaussians over latents (C, H, W), opened from ``spatial_gmm.zarr``.
 
     Attributes:
         means: zarr array (K, C, H, W) float32, one chunk a mode; 6.4 GB at K = 8192 and [768, 16, 16].
-        variances: (K,) float64.
+        variances: ``spherical``: (K,) float64; ``diag``: zarr array (K, C, H, W) float32, as large as the means.
         weights: (K,) float64, sum 1.
         counts: (K,) int64, images of each mode (flips not counted).
         attributes: ``digest`` and the digests of what it was made from.
     """
 
     means: Any
-    variances: np.ndarray
+    variances: Any
     weights: np.ndarray
     counts: np.ndarray
     attributes: dict[str, Any]
 
     @classmethod
     def open(cls, path: str | Path) -> "SpatialMixture":
-        """Open a finished store read-only; the means are not read.
+        """Open a finished store read-only; arrays (K, C, H, W) are not read.
 
         Raises:
             FileNotFoundError: there is none.
@@ -59,11 +67,12 @@ class SpatialMixture:
             raise FileNotFoundError(f"no spatial mixture at '{path}'; run the stage spatial_gmm")
         try:
             group = zarr.open_group(path, mode="r")
-            small = (group[name][:] for name in ("variances", "weights", "counts"))
-            result = cls(group["means"], *small, dict(group.attrs))
+            variances = group["variances"] if group["variances"].ndim == 4 else group["variances"][:]
+            result = cls(group["means"], variances, group["weights"][:], group["counts"][:], dict(group.attrs))
         except (KeyError, ValueError, OSError, TypeError) as error:
             raise ValueError(f"'{path}' is no spatial mixture ({error}); delete it, run spatial_gmm again") from error
-        if "digest" not in result.attributes or result.means.nchunks_initialized != result.means.shape[0]:
+        large = [result.means] + [result.variances] * (result.covariance_type == "diag")
+        if "digest" not in result.attributes or any(a.nchunks_initialized < a.shape[0] for a in large):
             raise ValueError(f"spatial mixture '{path}' is not whole; delete it and run spatial_gmm again")
         return result
 
@@ -71,6 +80,15 @@ class SpatialMixture:
     def n_components(self) -> int:
         """Number of modes K."""
         return self.means.shape[0]
+
+    @property
+    def covariance_type(self) -> str:
+        """``spherical`` (one variance a mode) or ``diag`` (one a position)."""
+        return "diag" if self.variances.ndim == 4 else "spherical"
+
+    def load_variances(self) -> Tensor | MappedRows:
+        """Return the variances: (K,) float64, or with ``diag`` rows (C, H, W) that are read batch by batch."""
+        return MappedRows(self.variances) if self.covariance_type == "diag" else torch.as_tensor(self.variances)
 
     def load_means(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """Read the means (K, C, H, W) onto a device, 256 MB at a time."""
@@ -90,6 +108,20 @@ def union_with_flips(moments: Moments) -> tuple[Tensor, float]:
     mean, flipped = moments.mean, moments.mean.flip(-1)
     variance = moments.variance().mean() + (mean - flipped).square().mean() / 4
     return (mean + flipped) / 2, float(variance)
+
+
+def position_variances(moments: Moments) -> tuple[Tensor, int]:
+    """Return the variance (C, H, W) float64 of latents and their flips at every position, and how many were raised.
+
+    The union's variance at a position is (v + flip v) / 2 + ((m - flip m) / 2)^2. A mode of one image has none where
+    its latent is symmetric, and modes of a few images have too little here and there. A source without variance
+    collapses many latents to one value, so what is below the larger of :data:`ABSOLUTE_FLOOR` and
+    :data:`RELATIVE_FLOOR` times the mode's average variance is raised to it.
+    """
+    mean, variance = moments.mean, moments.variance()
+    union = (variance + variance.flip(-1)) / 2 + (mean - mean.flip(-1)).square() / 4
+    floor = max(ABSOLUTE_FLOOR, RELATIVE_FLOOR * float(union.mean()))
+    return union.clamp(min=floor), int((union < floor).sum())
 
 
 @dataclass
@@ -154,17 +186,22 @@ def fit(
     settings: config.SpatialGmm = sections["spatial_gmm"]
     identity = config.identity(sections)
     plan = Plan.make(labels, k, settings.batch_size)
-    state, done = ranks.from_main(lambda: _open_state(out, identity, digests, (k, *latent_shape)))
-    means = zarr.open_group(state / "spatial.zarr", mode="r+")["means"]
+    diag = settings.covariance_type == "diag"
+    state, done = ranks.from_main(lambda: _open_state(out, identity, digests, (k, *latent_shape), diag))
+    group = zarr.open_group(state / "spatial.zarr", mode="r+")
 
     def finish(mode: int, moments: Moments) -> None:
         mean, variance = union_with_flips(moments)
         if not math.isfinite(variance):
             raise ValueError(f"latents of images in mode {mode} are not finite; check the encoder and the statistics")
-        row = mean.float().cpu().numpy()
-        means[mode] = row
+        rows = {"means": mean.float().cpu().numpy()}
         arrays = {"variance": np.array([variance]), "count": np.array([moments.count], np.int64)}
-        store.write_arrays(_marker(state, mode), arrays, {"row_digest": store.array_digest(row)})
+        if diag:
+            positions, raised = position_variances(moments)
+            rows["variances"], arrays["raised"] = positions.float().cpu().numpy(), np.array([raised], np.int64)
+        for name, row in rows.items():
+            group[name][mode] = row
+        store.write_arrays(_marker(state, mode), arrays, {"row_digest": store.array_digest(*rows.values())})
 
     left = [plan.batches(group, done) for group in plan.groups]
     mine = deal([sum(map(len, batches)) for batches in left], ranks.world)[ranks.rank]
@@ -191,7 +228,7 @@ def _marker(state: Path, mode: int) -> Path:
 
 
 def _open_state(
-    out: Path, identity: dict[str, Any], digests: dict[str, str], shape: tuple[int, ...]
+    out: Path, identity: dict[str, Any], digests: dict[str, str], shape: tuple[int, ...], diag: bool
 ) -> tuple[Path, set[int]]:
     """Return the state directory with its partial store, and the modes that are finished."""
     state = store.state_directory(out, "spatial_gmm", VERSION, identity, digests)
@@ -203,7 +240,8 @@ def _open_state(
         fresh = state / ".spatial.partial"
         group = zarr.open_group(fresh, mode="w")
         # One chunk a mode and no shards: processes then never write to the same file.
-        group.create_array("means", shape=shape, dtype="float32", chunks=(1, *shape[1:]), compressors=None)
+        for name in ("means", "variances") if diag else ("means",):
+            group.create_array(name, shape=shape, dtype="float32", chunks=(1, *shape[1:]), compressors=None)
         store.publish_directory(fresh, partial)
     return state, {int(path.stem.split("-")[1]) for path in state.glob("component-*.safetensors")}
 
@@ -213,39 +251,56 @@ def _publish(
 ) -> dict[str, Any]:
     """Check every row against its marker, fill in the modes without images, move the store into place."""
     group = zarr.open_group(state / "spatial.zarr", mode="r+")
-    means, variances, row_digests = group["means"], np.empty(len(counts)), []
-    filled = np.flatnonzero(counts)
-    total = np.zeros(means.shape[1:])
+    large = [group[name] for name in ("means", "variances") if name in group and group[name].ndim == 4]
+    weights, cost = np.asarray(weights, np.float64), CouplingCost(weights, counts)
+    filled, empty = np.flatnonzero(counts), np.flatnonzero(counts == 0)
+    variances, raised, row_digests = np.empty(len(counts)), 0, []
+    totals = [np.zeros(array.shape[1:]) for array in large]
     for k in filled:
-        arrays, metadata = store.map_arrays(_marker(state, k))
-        row = means[int(k)]
-        if metadata["row_digest"] != store.array_digest(row) or arrays["count"][0] != counts[k]:
-            _marker(state, k).unlink()
-            raise ValueError(f"the row of mode {k} was damaged on disk; run the same command again to make it anew")
-        variances[k] = arrays["variance"][0]
-        row_digests.append(metadata["row_digest"])
-        total += row
-    empty = np.flatnonzero(counts == 0)
-    for k in empty:
-        means[int(k)] = (total / len(filled)).astype(np.float32)
+        rows = [array[int(k)] for array in large]
+        variances[k], floored = _check_rows(_marker(state, k), rows, counts[k])
+        raised += floored
+        row_digests.append(store.array_digest(*rows))
+        for total, row in zip(totals, rows, strict=True):
+            total += row
+        cost.add(k, rows[0], float(rows[-1].mean(dtype=np.float64)) if len(large) > 1 else variances[k], variances[k])
     variances[empty] = variances[filled].mean()
-    for name, values in (("variances", variances), ("weights", np.asarray(weights, np.float64)), ("counts", counts)):
+    for k in empty:
+        for array, total in zip(large, totals, strict=True):
+            array[int(k)] = (total / len(filled)).astype(np.float32)
+        cost.add(k, large[0][int(k)], float(totals[-1].mean() / len(filled)) if len(large) > 1 else variances[k], 0.0)
+    small = {"weights": weights, "counts": counts} | ({"variances": variances} if len(large) == 1 else {})
+    for name, values in small.items():
         group.create_array(name, data=values, chunks=values.shape, overwrite=True)
-    rows = np.frombuffer("".join(row_digests).encode(), np.uint8)
-    digest = store.array_digest(rows, variances, np.asarray(weights, np.float64), counts)
+    digest = store.array_digest(np.frombuffer("".join(row_digests).encode(), np.uint8), variances, weights, counts)
     group.attrs.update({**digests, "digest": digest})
     report = {
         "digest": digest,
+        "covariance_type": "diag" if len(large) > 1 else "spherical",
         "n_images": int(counts.sum()),
         "n_components": len(counts),
         "empty_components": len(empty),
         "components_of_one_image": int((counts == 1).sum()),
-        "latent_shape": list(means.shape[1:]),
+        "latent_shape": list(large[0].shape[1:]),
         "variance": {"min": variances.min(), "median": float(np.median(variances)), "max": variances.max()},
         "mean_variance_by_images": float(variances @ counts / counts.sum()),
+        "share_of_positions_raised_to_the_floor": raised / (len(filled) * totals[0].size),
+        "coupling_cost": cost.result(),
         **digests,
     }
     store.write_json(out.with_name("report.json"), report)
     store.publish_directory(state / "spatial.zarr", out)
     store.remove_state(state)
     return report
+
+
+def _check_rows(marker: Path, rows: list[np.ndarray], count: int) -> tuple[float, int]:
+    """Return a mode's average variance and its number of raised positions, after comparing its rows with its marker."""
+    arrays, metadata = store.map_arrays(marker)
+    if metadata["row_digest"] != store.array_digest(*rows) or arrays["count"][0] != count:
+        marker.unlink()
+        raise ValueError(
+            f"the row of mode {int(marker.stem.split('-')[1])} was damaged on disk; run the same command again to make "
+            "it anew"
+        )
+    return float(arrays["variance"][0]), int(arrays["raised"][0]) if "raised" in arrays else 0
