@@ -15,6 +15,7 @@ COMMANDS = {
     "sample": "generate images",
     "fid_reference": "feature moments of the real images",
     "fid": "Frechet distance of generated images",
+    "sweep": "fits with several numbers of modes side by side",
     "doctor": "say what this installation can and can't do",
 }
 
