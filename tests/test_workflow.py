@@ -128,6 +128,7 @@ def test_a_second_call_has_nothing_to_do(finished):
         ({"sample": {"solver": "heun"}}, FROM_SAMPLE),
         ({"train": {"epochs": 11}}, FROM_TRAIN),
         ({"gmm": {"tol": 0.01}}, {"fit_gmm", "spatial_gmm"} | FROM_TRAIN),
+        ({"spatial_gmm": {"covariance_type": "diag"}}, {"spatial_gmm"} | FROM_TRAIN),
         # Another number of modes is another name: nothing of the present one is touched.
         ({"gmm": {"n_components": 32}}, {"fit_gmm", "spatial_gmm"} | FROM_TRAIN),
         ({"sample": {"batch_size": 10}, "train": {"workers": 3, "preview": {"every": 7}}, "processes": 2}, set()),
@@ -151,6 +152,13 @@ def test_comments_and_the_order_of_keys_rerun_nothing(finished):
 def test_a_variant_reuses_what_it_shares(finished):
     assert finished.jobs("results/fid/dinov2_mode.t4.txt") == FROM_SAMPLE
     assert finished.jobs("results/fid/dinov2_uncond.txt") == FROM_TRAIN
+
+
+def test_a_sweep_reuses_the_tokens_and_the_fit_that_is_there(finished):
+    sweep = "results/gmm/dinov2/sweep.png"
+    assert finished.jobs(sweep) == {"fit_gmm", "spatial_gmm", "sweep"}
+    assert finished.jobs(sweep, keys={"sweep": {"modes": [64]}}) == {"sweep"}
+    assert finished.jobs(keys={"sweep": {"modes": [64]}}) == set()
 
 
 def test_a_wrong_target_lists_the_valid_ones(finished):

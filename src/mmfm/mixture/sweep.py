@@ -12,6 +12,12 @@ _FROM_FIT = (
     "n_iter", "converged", "seconds_per_iteration", "gmm_digest",
 )  # fmt: skip
 
+_COUPLINGS = {
+    "gaussian": ("Gaussian source", {"color": "0.8", "linewidth": 5}),
+    "mixture_independent": ("mixture, independent of the image", {"color": "C1", "linestyle": "--", "marker": "s"}),
+    "mode_coupled": ("mixture, mode-coupled", {"color": "C0", "marker": "o"}),
+}
+
 
 def collect(
     fits: Sequence[dict[str, Any]], spatial: Sequence[dict[str, Any]], modes: Sequence[int]
@@ -58,48 +64,38 @@ def plot(path: str | Path, table: Sequence[dict[str, Any]]) -> None:
     """Draw BIC, coupling cost and seconds of EM against the number of modes, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullLocator
+    from matplotlib.ticker import NullLocator
 
-    figure = Figure(figsize=(11, 3.4), dpi=130, layout="constrained")
+    figure = Figure(figsize=(11, 3.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    modes = [row["n_components"] for row in table]
-    likelihood, coupling, seconds = figure.subplots(1, 3)
-    n = table[0]["n_images"]
-    likelihood.plot(modes, [row["bic"] / n for row in table], marker="o", markersize=4, label="BIC")
-    likelihood.plot(modes, [row["aic"] / n for row in table], marker="s", markersize=4, linestyle="--", label="AIC")
-    likelihood.set_title("information criteria per image (small is good)", fontsize=10)
-    likelihood.set_ylabel("nats, times 2")
-    names = {
-        "gaussian": "Gaussian source",
-        "mixture_independent": "mixture, independent",
-        "mode_coupled": "mode-coupled",
-    }
-    for (name, label), style in zip(names.items(), (":", "--", "-"), strict=True):
-        coupling.plot(
-            modes, [row["coupling_cost"][name] for row in table], style, marker="o", markersize=4, label=label
-        )
+    modes, n = [row["n_components"] for row in table], table[0]["n_images"]
+    criteria, coupling, seconds = figure.subplots(1, 3)
+    for name, style in (("BIC", "o-"), ("AIC", "s--")):
+        criteria.plot(modes, [row[name.lower()] / n for row in table], style, markersize=4, label=name)
+    criteria.set(title="information criteria: small is good", ylabel="per image (nats, times 2)")
+    # Gaussian and independent source often cost the same: the first is a broad line below the others.
+    for name, (label, style) in _COUPLINGS.items():
+        coupling.plot(modes, [row["coupling_cost"][name] for row in table], label=label, **style)
     coupling.set_ylim(bottom=0)
-    coupling.set_title("coupling cost", fontsize=10)
-    coupling.set_ylabel(r"E$\,\Vert x_{source} - x_{data}\Vert^2$ per dimension")
-    timed = [row for row in table if row["em_seconds"] is not None]
-    seconds.plot([row["n_components"] for row in timed], [row["em_seconds"] for row in timed], marker="o", markersize=4)
-    for row in timed:
-        text = f"{row['n_iter']} iterations" + ("" if row["converged"] else ", stopped")
-        seconds.annotate(text, (row["n_components"], row["em_seconds"]), xytext=(0, 7), textcoords="offset points",
-                         fontsize=8, ha="center")  # fmt: skip
-    seconds.set_ylim(bottom=0)
-    seconds.margins(x=0.15, y=0.15)
-    seconds.set_title("time of EM", fontsize=10)
-    seconds.set_ylabel("seconds")
-    for axes in (likelihood, coupling, seconds):
+    coupling.set(title="coupling cost: small is good", ylabel=r"E$\,\Vert x_{source} - x_{data}\Vert^2$ per dimension")
+    timed = [(row, row["em_seconds"]) for row in table if row["em_seconds"] is not None]
+    seconds.plot([row["n_components"] for row, _ in timed], [time for _, time in timed], "o-", markersize=4)
+    for row, time in timed:
+        text = f"{row['n_iter']} iterations" + ("" if row["converged"] else ",\nstopped")
+        place = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
+        seconds.annotate(text, (row["n_components"], time), fontsize=8, **place)
+    seconds.set_xmargin(0.18)
+    seconds.set_ylim(0, 1.25 * max((time for _, time in timed), default=1.0))
+    seconds.set(title="time of EM", ylabel="seconds")
+    for axes in (criteria, coupling, seconds):
+        axes.set_title(axes.get_title(), fontsize=10)
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_locator(FixedLocator(modes))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xticks(modes, [f"{k:,}" for k in modes])
-        axes.set_xlabel("modes K")
+        axes.set_xticks(modes, [f"{k:,}\n({n / k:,.0f})" for k in modes])
+        axes.set_xlabel("modes K (images per mode)")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in (likelihood, coupling):
+    for axes in (criteria, coupling):
         axes.legend(frameon=False, fontsize=8)
     with store.whole_file(path) as partial:
         figure.savefig(partial)
