@@ -225,11 +225,11 @@ def test_a_kill_between_row_and_marker_is_repaired(listing, tmp_path, monkeypatc
 @pytest.mark.parametrize("array", ["means", "variances"])
 def test_a_damaged_row_is_found_and_made_anew(listing, tmp_path, monkeypatch, array):
     out = tmp_path / "s.zarr"
-    publish = spatial._publish
-    monkeypatch.setattr(spatial, "_publish", lambda *_: (_ for _ in ()).throw(Killed))
+    publish = spatial.publish
+    monkeypatch.setattr(spatial, "publish", lambda *_: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         fit(listing, out, covariance_type="diag")
-    monkeypatch.setattr(spatial, "_publish", publish)
+    monkeypatch.setattr(spatial, "publish", publish)
     rows = zarr.open_group(next(tmp_path.glob("state-*")) / "spatial.zarr", mode="r+")[array]
     rows[3] = rows[3] + 1
     with pytest.raises(ValueError, match="row of mode 3 was damaged"):

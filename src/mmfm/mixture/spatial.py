@@ -19,9 +19,9 @@ from mmfm import config, data
 from mmfm.infra import store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
-from mmfm.mixture.coupling import CouplingCost
 from mmfm.mixture.plan import Plan, deal
 from mmfm.mixture.rows import MappedRows
+from mmfm.mixture.spatial_publish import marker, publish
 from mmfm.statistics import Moments
 
 VERSION = 1
@@ -201,7 +201,7 @@ def fit(
             rows["variances"], arrays["raised"] = positions.float().cpu().numpy(), np.array([raised], np.int64)
         for name, row in rows.items():
             group[name][mode] = row
-        store.write_arrays(_marker(state, mode), arrays, {"row_digest": store.array_digest(*rows.values())})
+        store.write_arrays(marker(state, mode), arrays, {"row_digest": store.array_digest(*rows.values())})
 
     left = [plan.batches(group, done) for group in plan.groups]
     mine = deal([sum(map(len, batches)) for batches in left], ranks.world)[ranks.rank]
@@ -218,13 +218,9 @@ def fit(
             accumulator.add(batch, encode(data.to_float(pixels, ranks.device)))
             progress.advance(len(batch), note=f"{len(accumulator.done):,} modes")
     ranks.barrier()
-    report = _publish(state, out, np.diff(plan.offsets), weights, digests) if ranks.is_main else {}
+    report = publish(state, out, np.diff(plan.offsets), weights, digests) if ranks.is_main else {}
     ranks.barrier()
     return report
-
-
-def _marker(state: Path, mode: int) -> Path:
-    return state / f"component-{mode:05d}.safetensors"
 
 
 def _open_state(
@@ -244,63 +240,3 @@ def _open_state(
             group.create_array(name, shape=shape, dtype="float32", chunks=(1, *shape[1:]), compressors=None)
         store.publish_directory(fresh, partial)
     return state, {int(path.stem.split("-")[1]) for path in state.glob("component-*.safetensors")}
-
-
-def _publish(
-    state: Path, out: Path, counts: np.ndarray, weights: np.ndarray, digests: dict[str, str]
-) -> dict[str, Any]:
-    """Check every row against its marker, fill in the modes without images, move the store into place."""
-    group = zarr.open_group(state / "spatial.zarr", mode="r+")
-    large = [group[name] for name in ("means", "variances") if name in group and group[name].ndim == 4]
-    weights, cost = np.asarray(weights, np.float64), CouplingCost(weights, counts)
-    filled, empty = np.flatnonzero(counts), np.flatnonzero(counts == 0)
-    variances, raised, row_digests = np.empty(len(counts)), 0, []
-    totals = [np.zeros(array.shape[1:]) for array in large]
-    for k in filled:
-        rows = [array[int(k)] for array in large]
-        variances[k], floored = _check_rows(_marker(state, k), rows, counts[k])
-        raised += floored
-        row_digests.append(store.array_digest(*rows))
-        for total, row in zip(totals, rows, strict=True):
-            total += row
-        cost.add(k, rows[0], float(rows[-1].mean(dtype=np.float64)) if len(large) > 1 else variances[k], variances[k])
-    variances[empty] = variances[filled].mean()
-    for k in empty:
-        for array, total in zip(large, totals, strict=True):
-            array[int(k)] = (total / len(filled)).astype(np.float32)
-        cost.add(k, large[0][int(k)], float(totals[-1].mean() / len(filled)) if len(large) > 1 else variances[k], 0.0)
-    small = {"weights": weights, "counts": counts} | ({"variances": variances} if len(large) == 1 else {})
-    for name, values in small.items():
-        group.create_array(name, data=values, chunks=values.shape, overwrite=True)
-    digest = store.array_digest(np.frombuffer("".join(row_digests).encode(), np.uint8), variances, weights, counts)
-    group.attrs.update({**digests, "digest": digest})
-    report = {
-        "digest": digest,
-        "covariance_type": "diag" if len(large) > 1 else "spherical",
-        "n_images": int(counts.sum()),
-        "n_components": len(counts),
-        "empty_components": len(empty),
-        "components_of_one_image": int((counts == 1).sum()),
-        "latent_shape": list(large[0].shape[1:]),
-        "variance": {"min": variances.min(), "median": float(np.median(variances)), "max": variances.max()},
-        "mean_variance_by_images": float(variances @ counts / counts.sum()),
-        "share_of_positions_raised_to_the_floor": raised / (len(filled) * totals[0].size),
-        "coupling_cost": cost.result(),
-        **digests,
-    }
-    store.write_json(out.with_name("report.json"), report)
-    store.publish_directory(state / "spatial.zarr", out)
-    store.remove_state(state)
-    return report
-
-
-def _check_rows(marker: Path, rows: list[np.ndarray], count: int) -> tuple[float, int]:
-    """Return a mode's average variance and its number of raised positions, after comparing its rows with its marker."""
-    arrays, metadata = store.map_arrays(marker)
-    if metadata["row_digest"] != store.array_digest(*rows) or arrays["count"][0] != count:
-        marker.unlink()
-        raise ValueError(
-            f"the row of mode {int(marker.stem.split('-')[1])} was damaged on disk; run the same command again to make "
-            "it anew"
-        )
-    return float(arrays["variance"][0]), int(arrays["raised"][0]) if "raised" in arrays else 0
