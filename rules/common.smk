@@ -129,7 +129,7 @@ def mixture_inputs(wildcards):
     names = {"encoder": wildcards.encoder, "k": k}
     return {
         "gmm": rules.fit_gmm.output.gmm.format(**names),
-        "spatial_gmm": rules.spatial_gmm.output[0].format(**names),
+        "spatial_gmm": rules.spatial_gmm.output.mixture.format(**names),
     }
 
 

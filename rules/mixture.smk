@@ -4,6 +4,7 @@
 rule fit_gmm:
     input:
         tokens=rules.extract.output.tokens,
+        listing=LISTING,
     output:
         gmm="<results>/gmm/{encoder}/k{k}/gmm.safetensors",
         assignment="<results>/gmm/{encoder}/k{k}/assignment.safetensors",
@@ -19,6 +20,12 @@ rule fit_gmm:
             caption="../workflow/report/weights.rst",
             category="Mixture",
             labels={"encoder": "{encoder}", "modes": "{k}", "picture": "weights"},
+        ),
+        modes=report(
+            "<results>/gmm/{encoder}/k{k}/modes.png",
+            caption="../workflow/report/modes.rst",
+            category="Mixture",
+            labels={"encoder": "{encoder}", "modes": "{k}", "picture": "nearest images"},
         ),
     log:
         "<logs>/fit_gmm.{encoder}.k{k}.log",
@@ -38,7 +45,7 @@ rule fit_gmm:
     shell:
         "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
         " -- fit_gmm --settings {params.settings:q}"
-        ' --tokens {input.tokens:q} --out-dir "$(dirname {output.gmm:q})" {resources.operation} 2>&1 | tee {log:q}'
+        ' --tokens {input.tokens:q} --listing {input.listing:q} --out-dir "$(dirname {output.gmm:q})" {resources.operation} 2>&1 | tee {log:q}'
 
 
 rule spatial_gmm:
@@ -50,7 +57,8 @@ rule spatial_gmm:
         gmm=rules.fit_gmm.output.gmm,
         assignment=rules.fit_gmm.output.assignment,
     output:
-        directory("<results>/spatial_gmm/{encoder}/k{k}/spatial_gmm.zarr"),
+        mixture=directory("<results>/spatial_gmm/{encoder}/k{k}/spatial_gmm.zarr"),
+        about="<results>/spatial_gmm/{encoder}/k{k}/report.json",
     log:
         "<logs>/spatial_gmm.{encoder}.k{k}.log",
     benchmark:
@@ -71,4 +79,34 @@ rule spatial_gmm:
         "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
         " -- spatial_gmm --settings {params.settings:q}"
         ' --listing {input.listing:q} --encoder-weights "$(dirname {input.encoder[0]:q})" --stats {input.stats:q} --gmm {input.gmm:q}'
-        " --assignment {input.assignment:q} --out {output:q} {resources.operation} 2>&1 | tee {log:q}"
+        " --assignment {input.assignment:q} --out {output.mixture:q} {resources.operation} 2>&1 | tee {log:q}"
+
+
+# The fits share the tokens; a spatial mixture each is needed for the coupling cost.
+rule sweep:
+    input:
+        fits=expand(rules.fit_gmm.output.about, k=C.sweep.modes, allow_missing=True),
+        spatial=expand(rules.spatial_gmm.output.about, k=C.sweep.modes, allow_missing=True),
+    output:
+        picture=report(
+            "<results>/gmm/{encoder}/sweep.png",
+            caption="../workflow/report/sweep.rst",
+            category="Mixture",
+            labels={"encoder": "{encoder}", "modes": "all", "picture": "sweep"},
+        ),
+        table="<results>/gmm/{encoder}/sweep.json",
+    log:
+        "<logs>/sweep.{encoder}.log",
+    benchmark:
+        "<benchmarks>/sweep.{encoder}.tsv"
+    conda:
+        "../envs/mmfm.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=5,
+    params:
+        settings=parameter("sweep"),
+    shell:
+        "python -m mmfm.cli sweep --settings {params.settings:q} --fits {input.fits:q} --spatial {input.spatial:q}"
+        ' --out-dir "$(dirname {output.picture:q})" 2>&1 | tee {log:q}'

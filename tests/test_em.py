@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import normalized_mutual_info_score
+from sklearn.metrics import davies_bouldin_score, normalized_mutual_info_score
 from sklearn.mixture import GaussianMixture
 
 from mmfm import tokens
@@ -207,6 +207,7 @@ def test_the_stage_writes_what_the_contract_says(store_of_tokens, tmp_path):
     data = store_of_tokens.read(0, 512).astype(np.float64)
     assert summary["bic"] == pytest.approx(mixture.to_sklearn().bic(data), rel=1e-9)
     assert summary["aic"] == pytest.approx(mixture.to_sklearn().aic(data), rel=1e-9)
+    assert summary["davies_bouldin"] == pytest.approx(davies_bouldin_score(data, labels), rel=1e-9)
     assert {"likelihood.png", "weights.png"} <= {path.name for path in (tmp_path / "gmm").iterdir()}
 
 

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+import zarr
 
 from mmfm.flow.source import SETTINGS, GaussianSource, MixtureSource, couple_modes, source_for
 from mmfm.infra import rng
 from mmfm.mixture.gaussian import Mixture
+from mmfm.mixture.rows import MappedRows
 
 K, SHAPE = 3, (2, 2, 2)
 MEANS = torch.arange(K * 8, dtype=torch.float32).reshape(K, *SHAPE)
@@ -37,6 +39,32 @@ def test_a_draw_is_mean_plus_sigma_times_noise():
     noise = rng.normal(1, "noise", torch.arange(2), SHAPE)
     x = MixtureSource(MEANS, VARIANCES, WEIGHTS).draw(torch.tensor([2, 0]), noise)
     torch.testing.assert_close(x, torch.stack([MEANS[2] + 2 * noise[0], MEANS[0] + 0.5 * noise[1]]))
+
+
+def test_a_diagonal_source_scales_every_position():
+    noise = rng.normal(1, "noise", torch.arange(3), SHAPE)
+    variances = torch.arange(1.0, 1 + K * 8).reshape(K, *SHAPE)
+    modes = torch.tensor([2, 0, 2])
+    x = MixtureSource(MEANS, variances, WEIGHTS).draw(modes, noise)
+    torch.testing.assert_close(x, MEANS[modes] + variances[modes].sqrt() * noise)
+    same = MixtureSource(MEANS, VARIANCES.reshape(K, 1, 1, 1).expand(K, *SHAPE), WEIGHTS).draw(modes, noise)
+    assert torch.equal(same, MixtureSource(MEANS, VARIANCES, WEIGHTS).draw(modes, noise))
+
+
+def test_rows_on_disk_are_read_as_they_are(tmp_path):
+    group = zarr.open_group(tmp_path / "s.zarr", mode="w")
+    values = np.random.default_rng(0).uniform(0.1, 1, (5, *SHAPE)).astype(np.float32)
+    layout = {"shape": values.shape, "dtype": "float32", "chunks": (1, *SHAPE)}
+    group.create_array("variances", compressors=None, **layout)[:] = values
+    rows, wanted = MappedRows(group["variances"]), torch.tensor([4, 0, 4])
+    assert len(rows) == 5 and rows.shape == values.shape
+    assert torch.equal(rows[wanted], torch.from_numpy(values[wanted]))
+    means, noise = torch.zeros(5, *SHAPE), rng.normal(1, "noise", torch.arange(3), SHAPE)
+    loaded, mapped = (MixtureSource(means, v, torch.full((5,), 0.2)) for v in (torch.from_numpy(values), rows))
+    assert torch.equal(mapped.draw(wanted, noise), loaded.draw(wanted, noise))
+    group.create_array("packed", **layout)
+    with pytest.raises(ValueError, match=r"'packed' has dtype float32.*make the store again"):
+        MappedRows(group["packed"])
 
 
 def test_half_precision_means_give_float32_near_the_exact_ones():

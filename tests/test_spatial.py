@@ -3,18 +3,23 @@
 import json
 import shutil
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import zarr
 from conftest import SECTIONS, Pipeline, write_images, write_listing
+from conftest import settings as json_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmfm import config, data
+from mmfm.cli import sample as sample_command
 from mmfm.cli import spatial_gmm
-from mmfm.infra import store
+from mmfm.cli.__main__ import main
+from mmfm.flow.source import source_for
+from mmfm.infra import rng, store
 from mmfm.infra.distributed import Ranks
 from mmfm.mixture import spatial
 from mmfm.mixture.plan import Plan, deal
@@ -34,11 +39,11 @@ def encode(images):
     return pooled.tanh() + 1e-6 * images.mean()
 
 
-def sections(batch_size=4):
+def sections(batch_size=4, covariance_type="spherical"):
     values = {
         "image": {"size": SIZE},
         "encoder": SECTIONS["encoder"],
-        "spatial_gmm": {"batch_size": batch_size, "workers": 0},
+        "spatial_gmm": {"batch_size": batch_size, "workers": 0, "covariance_type": covariance_type},
     }
     return {name: config.build(config.SECTIONS[name], value, name) for name, value in values.items()}
 
@@ -49,8 +54,9 @@ def listing(tmp_path_factory):
     return write_listing(folder / "listing.safetensors", write_images(folder / "images", N, size=SIZE))
 
 
-def fit(listing, out, encode=encode, ranks=ALONE, batch_size=4, labels=LABELS):
-    return spatial.fit(listing, encode, (3, 4, 4), labels, WEIGHTS, out, sections(batch_size), DIGESTS, ranks)
+def fit(listing, out, encode=encode, ranks=ALONE, batch_size=4, labels=LABELS, covariance_type="spherical"):
+    built = sections(batch_size, covariance_type)
+    return spatial.fit(listing, encode, (3, 4, 4), labels, WEIGHTS, out, built, DIGESTS, ranks)
 
 
 def contents(path):
@@ -58,16 +64,16 @@ def contents(path):
     return {name: array[:].tobytes() for name, array in group.arrays()}, dict(group.attrs)
 
 
-def brute_force(listing):
+def unions_with_flips(listing, encode=encode):
+    """Latents of every mode's images and their flips, (2 n, C, H, W) float64; modes without images left out."""
     images = torch.cat([images for _, images in data.image_batches(listing, SIZE, [range(N)])])
     latents = encode(data.to_float(images, torch.device("cpu"))).double().numpy()
-    result = {}
-    for k in range(len(WEIGHTS)):
-        own = latents[np.equal(LABELS, k)]
-        if len(own):
-            both = np.concatenate([own, own[..., ::-1]])
-            result[k] = (both.mean(0), both.var(0).mean())
-    return result
+    own = {k: latents[np.equal(LABELS, k)] for k in range(len(WEIGHTS))}
+    return {k: np.concatenate([x, x[..., ::-1]]) for k, x in own.items() if len(x)}
+
+
+def brute_force(listing):
+    return {k: (both.mean(0), both.var(0).mean()) for k, both in unions_with_flips(listing).items()}
 
 
 def test_means_and_variances_are_those_of_images_and_flips(listing, tmp_path):
@@ -91,6 +97,69 @@ def test_means_and_variances_are_those_of_images_and_flips(listing, tmp_path):
     assert mixture.load_means(dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_diag_variances_are_those_of_images_and_flips_at_every_position(listing, tmp_path):
+    out = tmp_path / "spatial_gmm.zarr"
+    report = fit(listing, out, covariance_type="diag")
+    mixture, raised = SpatialMixture.open(out), 0
+    assert mixture.covariance_type == report["covariance_type"] == "diag"
+    assert mixture.variances.dtype == np.float32 and mixture.variances.chunks == (1, 3, 4, 4)
+    expected = {}
+    for k, both in unions_with_flips(listing).items():
+        floor = max(1e-6, 1e-3 * both.var(0).mean())
+        raised += (both.var(0) < floor).sum()
+        expected[k] = np.maximum(both.var(0), floor)
+        np.testing.assert_allclose(mixture.variances[k], expected[k], rtol=3e-4, atol=1e-6)
+    assert report["share_of_positions_raised_to_the_floor"] == raised / (4 * 48)
+    for k in (1, 4):
+        np.testing.assert_allclose(mixture.variances[k], np.mean(list(expected.values()), 0), rtol=3e-4, atol=1e-6)
+    assert (mixture.variances[:] == mixture.variances[:][..., ::-1]).all()
+    spherical = fit(listing, tmp_path / "spherical" / "s.zarr")
+    assert report["variance"] == spherical["variance"]
+    np.testing.assert_array_equal(mixture.means[:], SpatialMixture.open(tmp_path / "spherical" / "s.zarr").means[:])
+
+
+def test_a_position_without_variance_gets_the_floor(listing, tmp_path):
+    def symmetric_channel(images):
+        latents = encode(images)
+        latents[:, 0] = latents[:, 0] + latents[:, 0].flip(-1)
+        latents[:, 1] = 2.0
+        return latents
+
+    report = fit(listing, tmp_path / "s.zarr", symmetric_channel, covariance_type="diag")
+    variances = SpatialMixture.open(tmp_path / "s.zarr").variances
+    one_image = unions_with_flips(listing, symmetric_channel)[2]
+    floor = max(1e-6, 1e-3 * one_image.var(0).mean())
+    np.testing.assert_allclose(variances[2][:2], floor, rtol=1e-4)  # its own flip, and the same in all images
+    np.testing.assert_allclose(variances[2][2], one_image.var(0)[2].clip(min=floor), rtol=1e-3)
+    assert (variances[3][0] > variances[3][1]).all() and (variances[3][1] > 0).all()
+    assert 0.3 < report["share_of_positions_raised_to_the_floor"] < 1
+
+
+@pytest.mark.parametrize("covariance_type", ["spherical", "diag"])
+def test_coupling_costs_are_those_of_pairs(listing, tmp_path, covariance_type):
+    """Monte Carlo over the real latents and flips, source drawn from the published store."""
+    cost = fit(listing, tmp_path / "s.zarr", covariance_type=covariance_type)["coupling_cost"]
+    source = source_for("gmm", tmp_path / "s.zarr", "cpu")
+    unions = unions_with_flips(listing)
+    x_data = torch.from_numpy(np.concatenate(list(unions.values())))
+    own = torch.from_numpy(np.repeat(list(unions), [len(x) for x in unions.values()]))
+    n, repeats = len(x_data), 1500
+    x_data, own = x_data.repeat(repeats, 1, 1, 1), own.repeat(repeats)
+    index = torch.arange(n * repeats)
+    noise = rng.normal(0, "test", index, (3, 4, 4))
+    drawn = {
+        "gaussian": noise,
+        "mixture_independent": source.draw(source.draw_modes(rng.uniform(0, "test", index)), noise),
+        "mode_coupled": source.draw(own, noise),
+    }
+    for name, x_source in drawn.items():
+        distances = (x_source - x_data).square().mean((1, 2, 3))
+        error = distances.std().item() / len(distances) ** 0.5
+        assert cost[name] == pytest.approx(distances.mean().item(), abs=5 * error), name
+        assert error < 0.005 * cost[name]
+    assert cost["mode_coupled"] < cost["mixture_independent"] < cost["gaussian"]
+
+
 @settings(max_examples=20, deadline=None)
 @given(n=st.integers(1, 6), seed=st.integers(0, 1000))
 def test_flip_algebra(n, seed):
@@ -99,6 +168,10 @@ def test_flip_algebra(n, seed):
     mean, variance = spatial.union_with_flips(Moments.zeros((2, 3, 5)).update(latents))
     np.testing.assert_allclose(mean, both.mean(0), rtol=1e-12)
     assert variance == pytest.approx(both.var(0).mean(), rel=1e-12)
+    positions, raised = spatial.position_variances(Moments.zeros((2, 3, 5)).update(latents))
+    floor = max(1e-6, 1e-3 * both.var(0).mean())
+    np.testing.assert_allclose(positions, np.maximum(both.var(0), floor), rtol=1e-12)
+    assert raised == (both.var(0) < floor * (1 - 1e-9)).sum()
 
 
 def test_the_batch_size_changes_rounding_only(listing, tmp_path):
@@ -110,9 +183,9 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("calls", [0, 1, 4, 7])
-def test_a_killed_run_ends_with_the_same_bits_and_encodes_only_what_is_missing(listing, tmp_path, calls):
-    fit(listing, tmp_path / "undisturbed" / "s.zarr")
+@pytest.mark.parametrize(("calls", "kind"), [(0, "spherical"), (1, "spherical"), (4, "diag"), (7, "spherical")])
+def test_a_killed_run_ends_with_the_same_bits_and_encodes_only_what_is_missing(listing, tmp_path, calls, kind):
+    fit(listing, tmp_path / "undisturbed" / "s.zarr", covariance_type=kind)
     batches = []
 
     def encode_and_die(images):
@@ -123,11 +196,11 @@ def test_a_killed_run_ends_with_the_same_bits_and_encodes_only_what_is_missing(l
 
     out = tmp_path / "killed" / "s.zarr"
     with pytest.raises(Killed):
-        fit(listing, out, encode_and_die)
+        fit(listing, out, encode_and_die, covariance_type=kind)
     assert not out.exists()
     finished = len(list(out.parent.glob("state-*/component-*")))
     again = []
-    fit(listing, out, lambda images: again.append(len(images)) or encode(images))
+    fit(listing, out, lambda images: again.append(len(images)) or encode(images), covariance_type=kind)
     assert contents(out) == contents(tmp_path / "undisturbed" / "s.zarr")
     assert (sum(again) < N) == (finished > 0)
 
@@ -149,18 +222,19 @@ def test_a_kill_between_row_and_marker_is_repaired(listing, tmp_path, monkeypatc
     assert contents(out) == contents(tmp_path / "undisturbed" / "s.zarr")
 
 
-def test_a_damaged_row_is_found_and_made_anew(listing, tmp_path, monkeypatch):
+@pytest.mark.parametrize("array", ["means", "variances"])
+def test_a_damaged_row_is_found_and_made_anew(listing, tmp_path, monkeypatch, array):
     out = tmp_path / "s.zarr"
-    publish = spatial._publish
-    monkeypatch.setattr(spatial, "_publish", lambda *_: (_ for _ in ()).throw(Killed))
+    publish = spatial.publish
+    monkeypatch.setattr(spatial, "publish", lambda *_: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
-        fit(listing, out)
-    monkeypatch.setattr(spatial, "_publish", publish)
-    rows = zarr.open_group(next(tmp_path.glob("state-*")) / "spatial.zarr", mode="r+")["means"]
+        fit(listing, out, covariance_type="diag")
+    monkeypatch.setattr(spatial, "publish", publish)
+    rows = zarr.open_group(next(tmp_path.glob("state-*")) / "spatial.zarr", mode="r+")[array]
     rows[3] = rows[3] + 1
     with pytest.raises(ValueError, match="row of mode 3 was damaged"):
-        fit(listing, out)
-    fit(listing, out)
+        fit(listing, out, covariance_type="diag")
+    fit(listing, out, covariance_type="diag")
     np.testing.assert_allclose(SpatialMixture.open(out).means[3], brute_force(listing)[3][0], atol=3e-6)
 
 
@@ -232,6 +306,25 @@ def test_dealing_is_balanced_and_complete():
     assert deal([5], 3) == [[0], [], []]
 
 
+def test_modes_are_dealt_by_their_counts_at_full_size():
+    """ImageNet's numbers with sizes falling as 1 / sqrt(rank): no process has 1 % more images than the mean."""
+    generator, k, n, world = np.random.default_rng(0), 8192, 1_281_167, 8
+    shares = 1 / np.sqrt(np.arange(1, k + 1))
+    counts = generator.multinomial(n, generator.permutation(shares / shares.sum()))
+    plan = Plan.make(np.repeat(np.arange(k), counts), k, 256)
+    sizes = [sum(map(len, plan.batches(group, set()))) for group in plan.groups]
+    hands = deal(sizes, world)
+    loads = [sum(sizes[g] for g in hand) for hand in hands]
+    assert sum(loads) == n
+    assert max(loads) < 1.01 * n / world
+    modes = [sum(len(plan.groups[g]) for g in hand) for hand in hands]
+    assert max(modes) > 1.02 * min(modes)  # dealt by images, not by modes
+    # What a restart finds done weighs nothing.
+    done = {k for g in hands[0] for k in plan.groups[g]}
+    left = [sum(map(len, plan.batches(group, done))) for group in plan.groups]
+    assert max(sum(left[g] for g in hand) for hand in deal(left, world)) < 1.01 * sum(left) / world
+
+
 def test_latents_that_are_not_finite_are_refused(listing, tmp_path):
     with pytest.raises(ValueError, match="latents of images in mode 0 are not finite"):
         fit(listing, tmp_path / "s.zarr", lambda images: encode(images) / 0)
@@ -255,16 +348,20 @@ def test_an_unfinished_store_is_refused(listing, tmp_path):
         SpatialMixture.open(tmp_path / "s.zarr")
     with pytest.raises(FileNotFoundError, match="run the stage spatial_gmm"):
         SpatialMixture.open(tmp_path / "none.zarr")
+    fit(listing, tmp_path / "diag" / "s.zarr", covariance_type="diag")
+    shutil.rmtree(tmp_path / "diag" / "s.zarr" / "variances" / "c" / "3")
+    with pytest.raises(ValueError, match="is not whole; delete it and run spatial_gmm again"):
+        SpatialMixture.open(tmp_path / "diag" / "s.zarr")
 
 
 # The command
 
 
-def arguments(pipeline: Pipeline, out, assignment):
+def arguments(pipeline: Pipeline, out, assignment, covariance_type="spherical"):
     values = {
         "image": SECTIONS["image"],
         "encoder": SECTIONS["encoder"],
-        "spatial_gmm": {"batch_size": 16, "workers": 0},
+        "spatial_gmm": {"batch_size": 16, "workers": 0, "covariance_type": covariance_type},
     }
     return [
         "--settings", json.dumps(values), "--listing", str(pipeline.listing), "--encoder-weights",
@@ -313,3 +410,19 @@ def test_the_command_refuses_statistics_of_another_encoder(tiny_pipeline, tmp_pa
     given[given.index("--stats") + 1] = str(tmp_path / "stats.pt")
     with pytest.raises(ValueError, match="the latent statistics were not made from this encoder"):
         spatial_gmm.main(given)
+
+
+def test_training_and_sampling_draw_from_a_diag_mixture(tiny_pipeline, tmp_path):
+    assignment = write_assignment(tmp_path / "assignment.safetensors", tiny_pipeline)
+    path = tmp_path / "spatial_gmm.zarr"
+    assert spatial_gmm.main(arguments(tiny_pipeline, path, assignment, "diag")) == 0
+    files = replace(tiny_pipeline, spatial_gmm=path)
+    given = ["--setting", "mode", "--settings", json_of(config.STAGES["train"], train={"epochs": 1})]
+    assert main(["train", *given, "--out-dir", str(tmp_path), *files.train_arguments]) == 0
+    sample = {"n_images": 6, "time_points": 2, "solver": "euler", "precision": "auto", "shard_size": 3, "batch_size": 3}
+    values = json.dumps({"image": SECTIONS["image"], "encoder": SECTIONS["encoder"], "sample": sample})
+    given = ["--settings", values, "--ema", str(tmp_path / "ema.safetensors"), "--encoder-weights", str(files.encoder)]
+    given += ["--stats", str(files.stats), "--decoder", str(files.decoder), "--spatial-gmm"]
+    assert main(["sample", *given, str(path), "--out-dir", str(tmp_path / "samples")]) == 0
+    with pytest.raises(ValueError, match="not trained with the spatial mixture"):
+        sample_command.main([*given, str(tiny_pipeline.spatial_gmm), "--out-dir", str(tmp_path / "other")])

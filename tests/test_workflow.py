@@ -144,6 +144,13 @@ def test_a_variant_reuses_what_it_shares(finished):
     assert finished.jobs("results/fid/dinov2_uncond.txt") == FROM_TRAIN
 
 
+def test_a_sweep_reuses_the_tokens_and_the_fit_that_is_there(finished):
+    sweep = "results/gmm/dinov2/sweep.png"
+    assert finished.jobs(sweep) == {"fit_gmm", "spatial_gmm", "sweep"}
+    assert finished.jobs(sweep, keys={"sweep": {"modes": [64]}}) == {"sweep"}
+    assert finished.jobs(keys={"sweep": {"modes": [64]}}) == set()
+
+
 def test_a_wrong_target_lists_the_valid_ones(finished):
     result = finished.run("results/fid/dinov2_moed.txt", "-n")
     message = result.stdout + result.stderr

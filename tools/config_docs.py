@@ -23,13 +23,14 @@ DEPENDENTS = {
     "list_images": ("extract", "spatial_gmm", "train_decoder", "train", "fid_reference"),
     "extract": ("latent_stats", "fit_gmm"),
     "latent_stats": ("spatial_gmm", "train", "sample"),
-    "fit_gmm": ("spatial_gmm", "train"),
-    "spatial_gmm": ("train", "sample"),
+    "fit_gmm": ("spatial_gmm", "train", "sweep"),
+    "spatial_gmm": ("train", "sample", "sweep"),
     "train_decoder": ("sample",),
     "train": ("sample",),
     "sample": ("fid",),
     "fid_reference": ("fid",),
     "fid": (),
+    "sweep": (),
 }
 """Which stages read a stage's outputs."""
 
@@ -134,6 +135,8 @@ def _property(hint: Any, metadata: Any) -> dict[str, Any]:
     names = {int: "integer", float: "number", bool: "boolean", str: "string"}
     if origin is tuple:
         item = {"type": names[arguments[0]]}
+        if arguments[-1] is Ellipsis:
+            return {"type": "array", "items": item | {"minimum": metadata["minimum"]}, "minItems": 1}
         return {"type": "array", "items": item, "minItems": len(arguments), "maxItems": len(arguments)}
     kinds = [names[k] for k in (arguments or (hint,))]
     entry: dict[str, Any] = {"type": kinds[0] if len(kinds) == 1 else kinds, "description": metadata["help"]}

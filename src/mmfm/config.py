@@ -88,10 +88,13 @@ class Gmm:
 
 @dataclass(frozen=True)
 class SpatialGmm:
-    """Mean latent and spherical variance of every mode."""
+    """Mean latent and variance of every mode."""
 
     batch_size: int = operation("images per encoder call", unit="images", minimum=1)
     workers: int = operation("image-reading processes per rank", minimum=0)
+    covariance_type: str = key(
+        "one variance a mode, as published, or one for every position of its latent", choices=("spherical", "diag")
+    )
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,13 @@ class Fid:
     workers: int = operation("image-reading processes per rank", minimum=0)
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """Fits with several numbers of modes side by side."""
+
+    modes: tuple[int, ...] = key("numbers of modes K", minimum=1)
+
+
 SECTIONS: dict[str, type] = {
     "data": Data,
     "image": Image,
@@ -199,6 +209,7 @@ SECTIONS: dict[str, type] = {
     "train": Train,
     "sample": Sample,
     "fid": Fid,
+    "sweep": Sweep,
 }
 
 STAGES: dict[str, tuple[str, ...]] = {
@@ -212,6 +223,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "sample": ("image", "encoder", "sample"),
     "fid_reference": ("image", "fid"),
     "fid": ("fid",),
+    "sweep": ("sweep",),
 }
 """The sections that each stage reads, and so what makes it run again."""
 
@@ -226,6 +238,7 @@ VERSIONS: dict[str, int] = {
     "sample": 1,
     "fid_reference": 1,
     "fid": 1,
+    "sweep": 1,
 }
 """Raised whenever a stage's code changes its results. Part of the rule's parameter and of the state's fingerprint."""
 
@@ -248,6 +261,7 @@ class Config:
     train: Train = field(metadata={"help": "", "kind": "section"})
     sample: Sample = field(metadata={"help": "", "kind": "section"})
     fid: Fid = field(metadata={"help": "", "kind": "section"})
+    sweep: Sweep = field(metadata={"help": "", "kind": "section"})
 
     def section(self, name: str, encoder: str = "", model: str = "") -> Any:
         """Return a section; ``encoder`` and ``model`` pick the entry of those that are configured by name."""
@@ -307,6 +321,10 @@ def _value(hint: Any, value: Any, where: str, metadata: Mapping[str, Any]) -> An
             raise ValueError(f"'{where}' must map at least one name to its keys, got {value!r}")
         return {str(k): build(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            if not isinstance(value, (list, tuple)) or not value:
+                raise ValueError(f"'{where}' must be a list of at least one number, got {value!r}")
+            return tuple(_value(arguments[0], v, where, metadata) for v in value)
         if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
             raise ValueError(f"'{where}' must be a list of {len(arguments)} numbers, got {value!r}")
         return tuple(_value(a, v, where, {}) for a, v in zip(arguments, value, strict=True))

@@ -6,8 +6,8 @@ from mmfm.cli.common import StageParser
 
 DESCRIPTION = """\
 For every mode of the mixture: the mean latent of its images and their horizontal flips, and one variance for the whole
-latent. This is the source of the flow in the settings `gmm` and `mode`. The images are encoded once, sorted by mode;
-latents are never stored.
+latent (spatial_gmm.covariance_type=spherical, as published) or one for every position (diag). This is the source of the
+flow in the settings `gmm` and `mode`. The images are encoded once, sorted by mode; latents are never stored.
 
   mmfm spatial_gmm --config config/config.yaml --listing listing.train.safetensors \\
       --encoder-weights resources/demo/encoder --stats stats.pt --gmm gmm/gmm.safetensors \\
@@ -15,7 +15,7 @@ latents are never stored.
 
 reads   the images of the listing, the encoder, the latent statistics, the mixture and its assignment
 writes  spatial_gmm.zarr  means (K, C, H, W), variances, weights, counts
-        report.json       beside it: empty modes, range of the variances
+        report.json       beside it: empty modes, range of the variances, coupling cost of three sources
 
 A mode without images gets the average of the others. Inputs that were not made from one another are refused.
 
@@ -65,9 +65,10 @@ def main(arguments: list[str]) -> int:
         )
         if ranks.is_main:
             low, high = report["variance"]["min"], report["variance"]["max"]
+            costs = ", ".join(f"{name} {cost:.3f}" for name, cost in report["coupling_cost"].items())
             print(
                 f"spatial_gmm: {report['n_components']:,} modes ({report['empty_components']:,} empty) from "
-                f"{report['n_images']:,} images, variances {low:.3f} to {high:.3f}"
+                f"{report['n_images']:,} images, variances {low:.3f} to {high:.3f}; coupling cost: {costs}"
             )
     return 0
 

@@ -1,7 +1,7 @@
 """Sources of the flow: what x_source (t = 1) is, and which mode of it an image is coupled to.
 
 Unconditional flow matching starts from N(0, I). Mixture-modelling flow matching starts from the spatial mixture, one
-spherical Gaussian per mode, and couples every image to noise of its own mode (Luo et al. 2026, "Mixture-Modeling Flow
+Gaussian per mode, and couples every image to noise of its own mode (Luo et al. 2026, "Mixture-Modeling Flow
 Matching"). A source turns modes and standard noise into x_source; who draws the noise decides how it is keyed.
 """
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmfm.mixture.gaussian import Mixture, draw_from_weights, draw_modes
+from mmfm.mixture.rows import MappedRows
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,14 @@ class GaussianSource:
 
 
 class MixtureSource:
-    """Mixture of spherical Gaussians in latent space: x_source = mean_k + sigma_k * noise.
+    """Mixture of spherical or diagonal Gaussians in latent space: x_source = mean_k + sigma_k * noise.
 
     Args:
         means: (K, C, H, W), any floating dtype. They may lie on another device than the noise (8192 means of
             [768, 16, 16] are 6.4 GB in float32): the rows of a batch are then gathered there and moved, which costs a
             wait for the modes.
-        variances: (K,), one scalar per mode.
+        variances: (K,), one scalar per mode, or (K, C, H, W), one for every position; these may be rows that are read
+            from disk batch by batch.
         weights: (K,), their probabilities up to a factor.
         device: where modes are drawn and x_source is made; None: where the means are.
 
@@ -79,22 +81,32 @@ class MixtureSource:
     """
 
     def __init__(
-        self, means: Tensor, variances: Tensor, weights: Tensor, device: torch.device | str | None = None
+        self,
+        means: Tensor,
+        variances: Tensor | MappedRows,
+        weights: Tensor,
+        device: torch.device | str | None = None,
     ) -> None:
         k = len(means)
-        if means.ndim != 4 or tuple(variances.shape) != (k,) or tuple(weights.shape) != (k,):
+        if means.ndim != 4 or tuple(variances.shape) not in ((k,), tuple(means.shape)) or tuple(weights.shape) != (k,):
             raise ValueError(
                 f"means {tuple(means.shape)}, variances {tuple(variances.shape)} and weights {tuple(weights.shape)} "
-                "must be (K, C, H, W), (K,) and (K,); make the spatial mixture again"
+                "must be (K, C, H, W), (K,) or (K, C, H, W), and (K,); make the spatial mixture again"
             )
         for name, values in (("variances", variances), ("weights", weights)):
-            if not values.isfinite().all() or (values < 0).any():
+            # Rows on disk are looked at when they are used: all of them are gigabytes.
+            if isinstance(values, Tensor) and (not values.isfinite().all() or (values < 0).any()):
                 raise ValueError(f"the spatial mixture has negative or non-finite {name}; make it again")
         if weights.sum() <= 0:
             raise ValueError("the weights of the spatial mixture are all 0; make it again")
         self.device = means.device if device is None else torch.device(device)
         self.means = means
-        self.sigma = variances.double().sqrt().float().to(self.device)
+        self.sigma: Tensor | None = None
+        self.mapped_variances: MappedRows | None = None
+        if isinstance(variances, Tensor):
+            self.sigma = variances.double().sqrt().float().to(self.device if variances.ndim == 1 else means.device)
+        else:
+            self.mapped_variances = variances
         # Drawing cumulates them, and a GPU's parallel scan may round differently from run to run.
         self.weights = weights.double().cpu()
 
@@ -119,8 +131,14 @@ class MixtureSource:
         if modes is None:
             raise ValueError("a mixture source needs the modes (B,); draw them with draw_modes or couple_modes")
         means = self.means.index_select(0, modes.to(self.means.device)).to(noise.device, torch.float32)
-        sigma = self.sigma.index_select(0, modes.to(self.sigma.device)).to(noise.device)
-        return torch.addcmul(means, sigma.view(-1, 1, 1, 1), noise)
+        return torch.addcmul(means, self._sigma(modes).to(noise.device), noise)
+
+    def _sigma(self, modes: Tensor) -> Tensor:
+        """Standard deviations (B, 1, 1, 1) or (B, C, H, W) float32 of modes (B,)."""
+        if self.sigma is None:
+            return self.mapped_variances[modes.cpu()].double().sqrt_().float()
+        sigma = self.sigma.index_select(0, modes.to(self.sigma.device))
+        return sigma.view(-1, 1, 1, 1) if sigma.ndim == 1 else sigma
 
 
 def couple_modes(mixture: Mixture, tokens: Tensor, uniforms: Tensor, assignment: str) -> Tensor:
@@ -174,4 +192,4 @@ def source_for(
 
     spatial = SpatialMixture.open(spatial_gmm)
     means = spatial.load_means(torch.device(means_device or device), dtype)
-    return MixtureSource(means, torch.as_tensor(spatial.variances), torch.as_tensor(spatial.weights), device)
+    return MixtureSource(means, spatial.load_variances(), torch.as_tensor(spatial.weights), device)

@@ -13,7 +13,7 @@ from mmfm.config import Gmm
 from mmfm.infra import store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
-from mmfm.mixture import initial, report
+from mmfm.mixture import initial, report, validity
 from mmfm.mixture.em import EMState, Rows, em_iterations
 from mmfm.mixture.gaussian import Mixture
 from mmfm.tokens import TokenStore
@@ -55,12 +55,13 @@ def fit(tokens: TokenStore, settings: Gmm, out_dir: str | Path, ranks: Ranks) ->
     dtype = getattr(torch, settings.precision)
     state, seconds = _run_em(tokens, rows, settings, state_dir, dtype)
     labels, log_likelihood = predict_all(rows, state.mixture, dtype)
+    separation = validity.indices(rows, labels, state.mixture.means, settings.seed, ranks)
     if not ranks.is_main:
         ranks.barrier()
         return {}
     counts = np.bincount(labels, minlength=settings.n_components).astype(np.int64)
     summary = report.summarise(state.mixture, labels, counts, log_likelihood, np.asarray(tokens.labels[:]))
-    summary |= {
+    summary |= separation | {
         "n_iter": state.n_iter,
         "converged": state.converged,
         "lower_bounds": list(state.lower_bounds),

@@ -14,10 +14,15 @@ def n_parameters(mixture: Mixture) -> int:
     return mixture.means.numel() + mixture.variances.numel() + mixture.n_components - 1
 
 
+def entropy(shares: np.ndarray) -> float:
+    """Return the entropy of non-negative shares (K,), nats: log K where all are equal, 0 where one has everything."""
+    p = shares[shares > 0] / shares.sum()
+    return float(-(p * np.log(p)).sum())
+
+
 def effective_number(shares: np.ndarray) -> float:
     """Return exp(entropy) of non-negative shares (K,): K where all are equal, 1 where one has everything."""
-    p = shares[shares > 0] / shares.sum()
-    return float(np.exp(-(p * np.log(p)).sum()))
+    return float(np.exp(entropy(shares)))
 
 
 def agreement_with_classes(labels: np.ndarray, classes: np.ndarray) -> tuple[float, float]:
@@ -59,6 +64,8 @@ def summarise(
         "images_per_active_component": {
             "min": int(active.min()), "median": float(np.median(active)), "max": int(active.max())
         },
+        "entropy_of_weights": entropy(weights),
+        "entropy_of_counts": entropy(counts),
         "effective_number_by_weights": effective_number(weights),
         "effective_number_by_counts": effective_number(counts),
         "log_likelihood": log_likelihood,

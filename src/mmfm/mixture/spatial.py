@@ -1,4 +1,4 @@
-"""The stage spatial_gmm: mean latent and one variance of every mode, streamed image by image.
+"""The stage spatial_gmm: mean latent and variance of every mode, streamed image by image.
 
 The images are read sorted by mode through one continuous loader, in batches that hang on the modes' counts alone, and
 nothing of a latent is kept but its contribution to the moments of its mode. At [768, 16, 16] these take 3 MB.
@@ -20,9 +20,17 @@ from mmfm.infra import space, store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
 from mmfm.mixture.plan import Plan, deal
+from mmfm.mixture.rows import MappedRows
+from mmfm.mixture.spatial_publish import marker, publish
 from mmfm.statistics import Moments
 
 VERSION = config.VERSIONS["spatial_gmm"]
+
+RELATIVE_FLOOR = 1e-3
+"""Smallest variance of a position with ``diag``, as a share of the mode's variance averaged over all positions."""
+
+ABSOLUTE_FLOOR = 1e-6
+"""Smallest variance of a position with ``diag`` in any case; the data's own variance is 1."""
 
 Encode = Callable[[Tensor], Tensor]
 """Images (B, 3, h, w) float32 in [0, 1] -> normalised latents (B, C, H, W) float32."""
@@ -30,25 +38,25 @@ Encode = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SpatialMixture:
-    """Mixture of K spherical Gaussians over latents (C, H, W), opened from ``spatial_gmm.zarr``.
+    """Mixture of K Gaussians over latents (C, H, W), opened from ``spatial_gmm.zarr``.
 
     Attributes:
         means: zarr array (K, C, H, W) float32, one chunk a mode; 6.4 GB at K = 8192 and [768, 16, 16].
-        variances: (K,) float64.
+        variances: ``spherical``: (K,) float64; ``diag``: zarr array (K, C, H, W) float32, as large as the means.
         weights: (K,) float64, sum 1.
         counts: (K,) int64, images of each mode (flips not counted).
         attributes: ``digest`` and the digests of what it was made from.
     """
 
     means: Any
-    variances: np.ndarray
+    variances: Any
     weights: np.ndarray
     counts: np.ndarray
     attributes: dict[str, Any]
 
     @classmethod
     def open(cls, path: str | Path) -> "SpatialMixture":
-        """Open a finished store read-only; the means are not read.
+        """Open a finished store read-only; arrays (K, C, H, W) are not read.
 
         Raises:
             FileNotFoundError: there is none.
@@ -59,11 +67,12 @@ class SpatialMixture:
             raise FileNotFoundError(f"no spatial mixture at '{path}'; run the stage spatial_gmm")
         try:
             group = zarr.open_group(path, mode="r")
-            small = (group[name][:] for name in ("variances", "weights", "counts"))
-            result = cls(group["means"], *small, dict(group.attrs))
+            variances = group["variances"] if group["variances"].ndim == 4 else group["variances"][:]
+            result = cls(group["means"], variances, group["weights"][:], group["counts"][:], dict(group.attrs))
         except (KeyError, ValueError, OSError, TypeError) as error:
             raise ValueError(f"'{path}' is no spatial mixture ({error}); delete it, run spatial_gmm again") from error
-        if "digest" not in result.attributes or result.means.nchunks_initialized != result.means.shape[0]:
+        large = [result.means] + [result.variances] * (result.covariance_type == "diag")
+        if "digest" not in result.attributes or any(a.nchunks_initialized < a.shape[0] for a in large):
             raise ValueError(f"spatial mixture '{path}' is not whole; delete it and run spatial_gmm again")
         return result
 
@@ -71,6 +80,15 @@ class SpatialMixture:
     def n_components(self) -> int:
         """Number of modes K."""
         return self.means.shape[0]
+
+    @property
+    def covariance_type(self) -> str:
+        """``spherical`` (one variance a mode) or ``diag`` (one a position)."""
+        return "diag" if self.variances.ndim == 4 else "spherical"
+
+    def load_variances(self) -> Tensor | MappedRows:
+        """Return the variances: (K,) float64, or with ``diag`` rows (C, H, W) that are read batch by batch."""
+        return MappedRows(self.variances) if self.covariance_type == "diag" else torch.as_tensor(self.variances)
 
     def load_means(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """Read the means (K, C, H, W) onto a device, 256 MB at a time."""
@@ -90,6 +108,20 @@ def union_with_flips(moments: Moments) -> tuple[Tensor, float]:
     mean, flipped = moments.mean, moments.mean.flip(-1)
     variance = moments.variance().mean() + (mean - flipped).square().mean() / 4
     return (mean + flipped) / 2, float(variance)
+
+
+def position_variances(moments: Moments) -> tuple[Tensor, int]:
+    """Return the variance (C, H, W) float64 of latents and their flips at every position, and how many were raised.
+
+    The union's variance at a position is (v + flip v) / 2 + ((m - flip m) / 2)^2. A mode of one image has none where
+    its latent is symmetric, and modes of a few images have too little here and there. A source without variance
+    collapses many latents to one value, so what is below the larger of :data:`ABSOLUTE_FLOOR` and
+    :data:`RELATIVE_FLOOR` times the mode's average variance is raised to it.
+    """
+    mean, variance = moments.mean, moments.variance()
+    union = (variance + variance.flip(-1)) / 2 + (mean - mean.flip(-1)).square() / 4
+    floor = max(ABSOLUTE_FLOOR, RELATIVE_FLOOR * float(union.mean()))
+    return union.clamp(min=floor), int((union < floor).sum())
 
 
 @dataclass
@@ -156,18 +188,23 @@ def fit(
     settings: config.SpatialGmm = sections["spatial_gmm"]
     identity = config.identity(sections)
     plan = Plan.make(labels, k, settings.batch_size)
+    diag = settings.covariance_type == "diag"
     files = {"listing_digest": listing, **(files or {})}
-    state, done = ranks.from_main(lambda: _open_state(out, identity, digests, (k, *latent_shape), files))
-    means = zarr.open_group(state / "spatial.zarr", mode="r+")["means"]
+    state, done = ranks.from_main(lambda: _open_state(out, identity, digests, (k, *latent_shape), diag, files))
+    group = zarr.open_group(state / "spatial.zarr", mode="r+")
 
     def finish(mode: int, moments: Moments) -> None:
         mean, variance = union_with_flips(moments)
         if not math.isfinite(variance):
             raise ValueError(f"latents of images in mode {mode} are not finite; check the encoder and the statistics")
-        row = mean.float().cpu().numpy()
-        means[mode] = row
+        rows = {"means": mean.float().cpu().numpy()}
         arrays = {"variance": np.array([variance]), "count": np.array([moments.count], np.int64)}
-        store.write_arrays(_marker(state, mode), arrays, {"row_digest": store.array_digest(row)})
+        if diag:
+            positions, raised = position_variances(moments)
+            rows["variances"], arrays["raised"] = positions.float().cpu().numpy(), np.array([raised], np.int64)
+        for name, row in rows.items():
+            group[name][mode] = row
+        store.write_arrays(marker(state, mode), arrays, {"row_digest": store.array_digest(*rows.values())})
 
     left = [plan.batches(group, done) for group in plan.groups]
     mine = deal([sum(map(len, batches)) for batches in left], ranks.world)[ranks.rank]
@@ -184,17 +221,18 @@ def fit(
             accumulator.add(batch, encode(data.to_float(pixels, ranks.device)))
             progress.advance(len(batch), note=f"{len(accumulator.done):,} modes")
     ranks.barrier()
-    report = _publish(state, out, np.diff(plan.offsets), weights, digests) if ranks.is_main else {}
+    report = publish(state, out, np.diff(plan.offsets), weights, digests) if ranks.is_main else {}
     ranks.barrier()
     return report
 
 
-def _marker(state: Path, mode: int) -> Path:
-    return state / f"component-{mode:05d}.safetensors"
-
-
 def _open_state(
-    out: Path, identity: dict[str, Any], digests: dict[str, str], shape: tuple[int, ...], files: dict[str, Path]
+    out: Path,
+    identity: dict[str, Any],
+    digests: dict[str, str],
+    shape: tuple[int, ...],
+    diag: bool,
+    files: dict[str, Path],
 ) -> tuple[Path, set[int]]:
     """Return the state directory with its partial store, and the modes that are finished."""
     state = store.state_directory(out, "spatial_gmm", VERSION, identity, digests, files)
@@ -206,50 +244,8 @@ def _open_state(
         fresh = state / ".spatial.partial"
         group = zarr.open_group(fresh, mode="w")
         # One chunk a mode and no shards: processes then never write to the same file.
-        group.create_array("means", shape=shape, dtype="float32", chunks=(1, *shape[1:]), compressors=None)
+        for name in ("means", "variances") if diag else ("means",):
+            group.create_array(name, shape=shape, dtype="float32", chunks=(1, *shape[1:]), compressors=None)
         store.publish_directory(fresh, partial)
-    space.require(state, "spatial_gmm", 4 * math.prod(shape))
+    space.require(state, "spatial_gmm", (8 if diag else 4) * math.prod(shape))
     return state, {int(path.stem.split("-")[1]) for path in state.glob("component-*.safetensors")}
-
-
-def _publish(
-    state: Path, out: Path, counts: np.ndarray, weights: np.ndarray, digests: dict[str, str]
-) -> dict[str, Any]:
-    """Check every row against its marker, fill in the modes without images, move the store into place."""
-    group = zarr.open_group(state / "spatial.zarr", mode="r+")
-    means, variances, row_digests = group["means"], np.empty(len(counts)), []
-    filled = np.flatnonzero(counts)
-    total = np.zeros(means.shape[1:])
-    for k in filled:
-        arrays, metadata = store.map_arrays(_marker(state, k))
-        row = means[int(k)]
-        if metadata["row_digest"] != store.array_digest(row) or arrays["count"][0] != counts[k]:
-            _marker(state, k).unlink()
-            raise ValueError(f"the row of mode {k} was damaged on disk; run the same command again to make it anew")
-        variances[k] = arrays["variance"][0]
-        row_digests.append(metadata["row_digest"])
-        total += row
-    empty = np.flatnonzero(counts == 0)
-    for k in empty:
-        means[int(k)] = (total / len(filled)).astype(np.float32)
-    variances[empty] = variances[filled].mean()
-    for name, values in (("variances", variances), ("weights", np.asarray(weights, np.float64)), ("counts", counts)):
-        group.create_array(name, data=values, chunks=values.shape, overwrite=True)
-    rows = np.frombuffer("".join(row_digests).encode(), np.uint8)
-    digest = store.array_digest(rows, variances, np.asarray(weights, np.float64), counts)
-    group.attrs.update({**digests, "digest": digest})
-    report = {
-        "digest": digest,
-        "n_images": int(counts.sum()),
-        "n_components": len(counts),
-        "empty_components": len(empty),
-        "components_of_one_image": int((counts == 1).sum()),
-        "latent_shape": list(means.shape[1:]),
-        "variance": {"min": variances.min(), "median": float(np.median(variances)), "max": variances.max()},
-        "mean_variance_by_images": float(variances @ counts / counts.sum()),
-        **digests,
-    }
-    store.write_json(out.with_name("report.json"), report)
-    store.publish_directory(state / "spatial.zarr", out)
-    store.remove_state(state)
-    return report

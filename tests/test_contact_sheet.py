@@ -1,0 +1,76 @@
+"""The contact sheet: which modes, which images, and a picture that says it."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images, write_listing
+from PIL import Image
+
+from mmfm.cli import fit_gmm
+from mmfm.data import Listing
+from mmfm.mixture import contact_sheet
+from mmfm.mixture.gaussian import Mixture
+
+GENERATOR = np.random.default_rng(0)
+
+
+def test_modes_are_chosen_by_size():
+    counts = np.array([5, 0, 90, 7, 7, 30, 1, 2, 3, 4, 0, 8, 60])
+    assert contact_sheet.choose_modes(counts, 2) == {
+        "largest modes": [2, 12],
+        "modes of median size": [3, 4],  # of 11 with images, largest first: 2 12 5 11 [3 4] 0 9 8 7 6
+        "smallest modes": [7, 6],
+    }
+    assert contact_sheet.choose_modes(counts, 4) == {"all modes with images": [2, 12, 5, 11, 3, 4, 0, 9, 8, 7, 6]}
+
+
+@pytest.mark.parametrize("covariance_type", ["diag", "spherical"])
+def test_the_nearest_images_are_the_likeliest_of_the_mode(covariance_type):
+    tokens = GENERATOR.normal(size=(200, 3)).astype(np.float32)
+    means = GENERATOR.normal(size=(5, 3))
+    variances = GENERATOR.uniform(0.1, 2, (5, 3) if covariance_type == "diag" else 5)
+    mixture = Mixture(np.full(5, 0.2), means, variances)
+    labels = np.where(np.arange(200) < 180, GENERATOR.integers(4, size=200), 4).astype(np.int32)
+    labels[7] = 4
+    read = []
+
+    def rows(start, stop):
+        read.append(start)
+        return tokens[start:stop]
+
+    found = contact_sheet.nearest_images(rows, labels, mixture, [4, 1], 30)
+    density = mixture.log_joint(torch.from_numpy(tokens)).numpy()
+    for k in (1, 4):
+        own = np.flatnonzero(labels == k)
+        np.testing.assert_array_equal(found[k], own[np.argsort(-density[own, k])][: contact_sheet.COLUMNS])
+    read.clear()
+    contact_sheet.nearest_images(rows, labels, mixture, [4], 30)
+    assert read == [0, 180]  # blocks without an image of the mode are not read
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sheet")
+    listing = write_listing(folder / "listing.safetensors", write_images(folder / "images", 40))
+    return listing, GENERATOR.normal(size=(40, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("k", [1, 4, 12])
+def test_the_picture_is_drawn_for_few_and_many_modes(images, tmp_path, k):
+    listing, tokens = images
+    labels = np.minimum(np.arange(40), k - 1).astype(np.int32)  # all but the last have one image
+    mixture = Mixture(np.full(k, 1 / k), np.zeros((k, 3)), np.ones((k, 3)))
+    path = tmp_path / "modes.png"
+    contact_sheet.draw(path, Listing.open(listing), lambda a, b: tokens[a:b], labels, mixture, 16)
+    with Image.open(path) as picture:
+        assert picture.width > 64 * min(12, 40 - k + 1) and picture.height > 64 * min(k, 9)
+
+
+def test_tokens_of_another_listing_are_refused(images, tmp_path, monkeypatch):
+    class Tokens:
+        listing_digest = "other"
+
+    monkeypatch.setattr("mmfm.tokens.TokenStore.open", lambda path: Tokens())
+    given = ["--config", "config/config.yaml", "--tokens", "t", "--listing", str(images[0]), "--out-dir", str(tmp_path)]
+    with pytest.raises(ValueError, match="tokens were not made from the listing"):
+        fit_gmm.main(given)
