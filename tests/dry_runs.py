@@ -1,6 +1,6 @@
 """Dry runs of the workflow, many in one process: a process of its own for each would take seconds instead of 0.2 s.
 
-Reads a list of ``{"keys": {...}, "target": ..., "touch": bool, "version": stage or null}`` as JSON from standard input
+Reads a list of ``{"keys": {...}, "targets": [...], "touch": bool, "version": stage or null}`` as JSON from standard input
 and prints the list of the rules that would run, each a sorted list of names.
 """
 
@@ -18,7 +18,7 @@ from mmfm import config
 OVERLAY = Path("overlay.yaml")
 
 
-def plan(keys: dict, target: str, touch: bool = False, version: str | None = None) -> list[str]:
+def plan(keys: dict, targets: list[str], touch: bool = False, version: str | None = None) -> list[str]:
     """Return the rules that a call would run; with ``touch`` its outputs are made, empty, and recorded as up to date.
 
     Args:
@@ -36,7 +36,7 @@ def plan(keys: dict, target: str, touch: bool = False, version: str | None = Non
                 snakefile=Path("Snakefile"),
                 workdir=Path(),
             )
-            dag = api_call.dag(DAGSettings(targets={target}, forceall=touch))
+            dag = api_call.dag(DAGSettings(targets=set(targets), forceall=touch))
             dag.execute_workflow(executor="dryrun")
             jobs = list(api_call._workflow.dag.needrun_jobs(exclude_finished=False))
             if touch:

@@ -14,7 +14,7 @@ import yaml
 from mmfm import config
 
 ROOT = Path(__file__).parent.parent
-TARGET = "results/fid/dinov2_mode.txt"
+TARGETS = ["results/fid/dinov2_mode.txt", "results/gmm/dinov2/sweep.png"]
 BASE = {"gpus": 0, "decoder": {"weights": "train"}}
 """The decoder's keys count where it is trained."""
 
@@ -32,24 +32,27 @@ OTHER = {
     "models.*.depth": [2, 1],
     "models.*.num_heads": [3, 6],
     "train.betas": [0.9, 0.99],
+    "sweep.modes": [16, 64],
     "gpus": 1,
     "run": "other",
 }
 """Other valid values of the keys that have neither choices nor a number one higher."""
 
 FROM_TRAIN = {"train", "sample", "fid"}
-FROM_MIXTURE = {"fit_gmm", "spatial_gmm"} | FROM_TRAIN
+FROM_SPATIAL = {"spatial_gmm", "sweep"} | FROM_TRAIN
+FROM_MIXTURE = {"fit_gmm"} | FROM_SPATIAL
 BELOW = {
     "list_images": set(config.STAGES),
     "extract": {"extract", "latent_stats"} | FROM_MIXTURE,
-    "latent_stats": {"latent_stats", "spatial_gmm"} | FROM_TRAIN,
+    "latent_stats": {"latent_stats"} | FROM_SPATIAL,
     "fit_gmm": FROM_MIXTURE,
-    "spatial_gmm": {"spatial_gmm"} | FROM_TRAIN,
+    "spatial_gmm": FROM_SPATIAL,
     "train_decoder": {"train_decoder", "sample", "fid"},
     "train": FROM_TRAIN,
     "sample": {"sample", "fid"},
     "fid_reference": {"fid_reference", "fid"},
     "fid": {"fid"},
+    "sweep": {"sweep"},
 }
 """A stage and those that read, directly or not, what it makes."""
 
@@ -119,7 +122,7 @@ def checkout(tmp_path_factory):
         (folder / "other" / "encoder" / name).touch()
     for name in ("decoder.safetensors", "detector.safetensors", "reference.npz"):
         (folder / "other" / name).touch()
-    made = plans(folder, [{"keys": BASE, "target": TARGET, "touch": True}])
+    made = plans(folder, [{"keys": BASE, "targets": TARGETS, "touch": True}])
     assert stages(made[0]) == set(config.STAGES)
     return folder
 
@@ -139,7 +142,7 @@ def test_the_document_names_every_key_with_its_kind():
 
 def test_every_key_reruns_what_its_document_says(checkout):
     table, fields = documented(), configured()
-    calls = [{"keys": changed(name, f), "target": TARGET} for name, f in fields.items() if name != "run"]
+    calls = [{"keys": changed(name, f), "targets": TARGETS} for name, f in fields.items() if name != "run"]
     found = dict(zip((name for name in fields if name != "run"), plans(checkout, calls), strict=True))
     wrong = {
         name: f"would run {sorted(stages(rules))}, documented {sorted(table[name][1])}"
@@ -150,13 +153,13 @@ def test_every_key_reruns_what_its_document_says(checkout):
 
 
 def test_another_run_makes_everything_and_going_back_costs_nothing(checkout):
-    other = {"keys": {**BASE, "run": "other"}, "target": TARGET.replace("results", "results/other")}
-    base = {"keys": BASE, "target": TARGET}
+    other = {"keys": {**BASE, "run": "other"}, "targets": [t.replace("results", "results/other") for t in TARGETS]}
+    base = {"keys": BASE, "targets": TARGETS}
     before, made, again, back = plans(checkout, [other, {**other, "touch": True}, other, base])
     assert stages(before) == documented()["run"][1] == set(config.STAGES)
     assert before == made and again == back == []
 
 
 def test_a_raised_version_reruns_its_stage_and_what_lies_below(checkout):
-    calls = [{"keys": BASE, "target": TARGET, "version": name} for name in BELOW]
+    calls = [{"keys": BASE, "targets": TARGETS, "version": name} for name in BELOW]
     assert [stages(rules) for rules in plans(checkout, calls)] == list(BELOW.values())

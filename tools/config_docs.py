@@ -34,6 +34,9 @@ DEPENDENTS = {
 }
 """Which stages read a stage's outputs."""
 
+NOT_RERUN = {("gmm", "n_components"): "sweep"}
+"""Stages that a section's keys rerun, but not this one: the sweep has numbers of modes of its own."""
+
 INTRODUCTION = """\
 # Configuration
 
@@ -89,7 +92,7 @@ def readme(values: dict[str, Any]) -> str:
         entry = next(iter(values[f.name].values())) if kind is not hint else values[f.name]
         again = reruns(section)
         lines += [f"## {name}", "", (kind.__doc__ or "").strip(), ""]
-        lines += [*TABLE_HEAD, *rows(kind, entry, "", again), ""]
+        lines += [*TABLE_HEAD, *rows(kind, entry, section, "", again), ""]
     top = [f for f in dataclasses.fields(config.Config) if f.metadata["kind"] != "section"]
     lines += ["## Top level", "", *TABLE_HEAD]
     lines += [row(f, values[f.name], "", list(config.STAGES)) for f in top]
@@ -97,15 +100,15 @@ def readme(values: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def rows(kind: type, values: dict[str, Any], prefix: str, again: list[str]) -> list[str]:
+def rows(kind: type, values: dict[str, Any], section: str, prefix: str, again: list[str]) -> list[str]:
     """Return the table rows of a section, nested ones included; ``again`` are the stages that its keys rerun."""
     result = []
     for f in dataclasses.fields(kind):
         hint = typing.get_type_hints(kind)[f.name]
         if dataclasses.is_dataclass(hint):
-            result += rows(hint, values[f.name], f"{prefix}{f.name}.", again)
+            result += rows(hint, values[f.name], section, f"{prefix}{f.name}.", again)
         else:
-            result.append(row(f, values[f.name], prefix, again))
+            result.append(row(f, values[f.name], prefix, [s for s in again if NOT_RERUN.get((section, f.name)) != s]))
     return result
 
 
