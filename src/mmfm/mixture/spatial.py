@@ -24,6 +24,8 @@ from mmfm.statistics import Moments
 
 VERSION = 1
 
+_STORE, _REPORT = "spatial_gmm.zarr", "report.json"
+
 Encode = Callable[[Tensor], Tensor]
 """Images (B, 3, h, w) float32 in [0, 1] -> normalised latents (B, C, H, W) float32."""
 
@@ -154,7 +156,11 @@ def fit(
     settings: config.SpatialGmm = sections["spatial_gmm"]
     identity = config.identity(sections)
     plan = Plan.make(labels, k, settings.batch_size)
-    state, done = ranks.from_main(lambda: _open_state(out, identity, digests, (k, *latent_shape)))
+    outputs = {_STORE: out, _REPORT: out.with_name("report.json")}
+    state, done = ranks.from_main(lambda: _open_state(outputs, identity, digests, (k, *latent_shape)))
+    if done is None:
+        Progress("spatial_gmm", n, "images", done=n, enabled=ranks.is_main)
+        return ranks.from_main(lambda: store.read_json(outputs[_REPORT]))
     means = zarr.open_group(state / "spatial.zarr", mode="r+")["means"]
 
     def finish(mode: int, moments: Moments) -> None:
@@ -181,9 +187,7 @@ def fit(
             accumulator.add(batch, encode(data.to_float(pixels, ranks.device)))
             progress.advance(len(batch), note=f"{len(accumulator.done):,} modes")
     ranks.barrier()
-    report = _publish(state, out, np.diff(plan.offsets), weights, digests) if ranks.is_main else {}
-    ranks.barrier()
-    return report
+    return ranks.from_main(lambda: _publish(state, outputs, np.diff(plan.offsets), weights, digests))
 
 
 def _marker(state: Path, mode: int) -> Path:
@@ -191,13 +195,15 @@ def _marker(state: Path, mode: int) -> Path:
 
 
 def _open_state(
-    out: Path, identity: dict[str, Any], digests: dict[str, str], shape: tuple[int, ...]
-) -> tuple[Path, set[int]]:
-    """Return the state directory with its partial store, and the modes that are finished."""
-    state = store.state_directory(out, "spatial_gmm", VERSION, identity, digests)
+    outputs: dict[str, Path], identity: dict[str, Any], digests: dict[str, str], shape: tuple[int, ...]
+) -> tuple[Path, set[int] | None]:
+    """Return the state directory with its partial store, and the modes that are finished; None when everything is."""
+    state = store.state_directory(outputs[_STORE], "spatial_gmm", VERSION, identity, digests)
+    if store.restore(state, outputs):
+        return state, None
     partial = state / "spatial.zarr"
     if not (partial / "zarr.json").exists():
-        # Markers without a store: the kill came after the store was published. They speak of rows that are gone.
+        # Markers without a store speak of rows that are gone.
         for stale in state.glob("component-*.safetensors"):
             stale.unlink()
         fresh = state / ".spatial.partial"
@@ -209,9 +215,9 @@ def _open_state(
 
 
 def _publish(
-    state: Path, out: Path, counts: np.ndarray, weights: np.ndarray, digests: dict[str, str]
+    state: Path, outputs: dict[str, Path], counts: np.ndarray, weights: np.ndarray, digests: dict[str, str]
 ) -> dict[str, Any]:
-    """Check every row against its marker, fill in the modes without images, move the store into place."""
+    """Check every row against its marker, fill in the modes without images, publish store and report."""
     group = zarr.open_group(state / "spatial.zarr", mode="r+")
     means, variances, row_digests = group["means"], np.empty(len(counts)), []
     filled = np.flatnonzero(counts)
@@ -245,7 +251,7 @@ def _publish(
         "mean_variance_by_images": float(variances @ counts / counts.sum()),
         **digests,
     }
-    store.write_json(out.with_name("report.json"), report)
-    store.publish_directory(state / "spatial.zarr", out)
-    store.remove_state(state)
+    with store.finishing(state, outputs) as finished:
+        store.write_json(finished / _REPORT, report)
+        store.place_linked(state / "spatial.zarr", finished / _STORE)
     return report
