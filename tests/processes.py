@@ -44,10 +44,8 @@ class Watch:
         return self.folder.with_name(f"{self.folder.name}.events")
 
     def events(self) -> list[list[str]]:
-        """Words of every event since the last call, and an empty log."""
-        lines = [line.split() for line in self.log.read_text().splitlines()] if self.log.exists() else []
-        self.log.unlink(missing_ok=True)
-        return lines
+        """Words of every event of the last command that was started with this watch."""
+        return [line.split() for line in self.log.read_text().splitlines()]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -121,6 +119,8 @@ def start(
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    if watch is not None:
+        watch.log.write_text("")
     for rank in range(world):
         own = {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else variables
         group = command.group if rank else 0

@@ -34,6 +34,25 @@ SMALL = {
 """Sizes that divide neither the number of images nor each other."""
 
 
+_FOLDER = {"--out-dir": "."}
+_OUTPUTS = {
+    "extract": {"--out-tokens": "cls_tokens.zarr", "--out-moments": "moments.safetensors"},
+    "latent_stats": {"--out": "stats.pt", "--out-json": "stats.json"},
+    "fit_gmm": _FOLDER,
+    "spatial_gmm": {"--out": "spatial_gmm.zarr"},
+    "train_decoder": _FOLDER,
+    "train": _FOLDER,
+    "sample": _FOLDER,
+    "fid_reference": {"--out": "reference.safetensors"},
+    "fid": {"--out-txt": "fid.txt", "--out-json": "fid.json"},
+}
+_UNITS = {
+    "extract": "shard-", "fit_gmm": "iteration-", "spatial_gmm": "component-", "train_decoder": "step-",
+    "train": "step-", "sample": "shard-", "fid_reference": "shard-",
+}  # fmt: skip
+_CONSTANTS = {"fid_reference": {"mmfm.evaluation.reference._SHARD_IMAGES": 8}}
+
+
 @dataclass(frozen=True)
 class Stage:
     """A stage's command and where its results lie.
@@ -41,13 +60,15 @@ class Stage:
     Attributes:
         inputs: arguments that name the inputs.
         outputs: arguments that name the outputs, by file name in the output folder; ``.`` is the folder itself.
-        units: start of the names of the files that mark finished units.
+        made: folder of the results of an undisturbed run, whose events were watched.
+        units: start of the names of the files or folders that are finished units of work.
         constants: module constants of small sizes, see :func:`processes.start`.
     """
 
     name: str
     inputs: dict[str, Path | str]
     outputs: dict[str, str]
+    made: Path
     units: str = ""
     constants: dict[str, object] = field(default_factory=dict)
 
@@ -57,18 +78,29 @@ class Stage:
         named = {**self.inputs, **{flag: out / name for flag, name in self.outputs.items()}}
         return [self.name, "--settings", json.dumps(sections), *(str(x) for pair in named.items() for x in pair)]
 
+    def finished_units(self, out: Path) -> dict[str, tuple[int, int]]:
+        """Return the finished units in a folder's state, with what changes if one is made again."""
+        found = (path for path in out.glob(f"state-*/{self.units}*") if self.units)
+        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
+
+    def units_made(self, watch: processes.Watch) -> list[str]:
+        """Return the units that a watched command finished, in order."""
+        places = [Path(words[-1]) for words in watch.events() if words[0] == "os.rename"]
+        return [p.name for p in places if p.parent.name.startswith("state-") and p.name.startswith(self.units)]
+
     def run(self, out: Path, *, world: int = 1, watch: processes.Watch | None = None, **changes: dict) -> str:
         """Run the command to its good end and return its standard error."""
         return processes.run(
-            self.command(out, **changes), _errors(out), world=world, watch=watch, constants=self.constants
+            self.command(out, **changes), errors_file(out), world=world, watch=watch, constants=self.constants
         )
 
     def start(self, out: Path, *, world: int = 1, watch: processes.Watch | None = None) -> processes.Command:
         """Start the command."""
-        return processes.start(self.command(out), _errors(out), world=world, watch=watch, constants=self.constants)
+        return processes.start(self.command(out), errors_file(out), world=world, watch=watch, constants=self.constants)
 
 
-def _errors(out: Path) -> Path:
+def errors_file(out: Path) -> Path:
+    """Return the place of a command's standard error, beside its output folder; both are made ready."""
     out.mkdir(parents=True, exist_ok=True)
     path = out.with_name(f"{out.name}.errors")
     path.unlink(missing_ok=True)
@@ -112,39 +144,26 @@ def make(root: Path, encoder: Path) -> dict[str, Stage]:
     spatial = {"--spatial-gmm": root / "spatial_gmm" / "spatial_gmm.zarr"}
     decoder = {"--decoder": root / "train_decoder" / "decoder.safetensors"}
     detector = {"--detector-weights": DETECTOR}
-    stages = [
-        Stage("extract", images, {"--out-tokens": "cls_tokens.zarr", "--out-moments": "moments.safetensors"}, "shard-"),
-        Stage(
-            "latent_stats", {"--moments": root / "extract" / "moments.safetensors"},
-            {"--out": "stats.pt", "--out-json": "stats.json"},
-        ),
-        Stage("fit_gmm", {"--tokens": root / "extract" / "cls_tokens.zarr"}, {"--out-dir": "."}, "iteration-"),
-        Stage(
-            "spatial_gmm",
-            {**images, **stats, **gmm, "--assignment": root / "fit_gmm" / "assignment.safetensors"},
-            {"--out": "spatial_gmm.zarr"}, "component-",
-        ),
-        Stage("train_decoder", images, {"--out-dir": "."}, "step-"),
-        Stage("train", {"--setting": "mode", **images, **stats, **gmm, **spatial}, {"--out-dir": "."}, "step-"),
-        Stage(
-            "sample",
-            {"--ema": root / "train" / "ema.safetensors", "--encoder-weights": encoder, **decoder, **stats, **spatial},
-            {"--out-dir": "."}, "shard-",
-        ),
-        Stage(
-            "fid_reference", {"--train-listing": listing, "--heldout-listing": heldout, **detector},
-            {"--out": "reference.safetensors"}, "shard-",
-            {"mmfm.evaluation.reference._SHARD_IMAGES": 8},
-        ),
-        Stage(
-            "fid",
-            {
-                "--images": root / "sample" / "images.npz", "--samples": root / "sample" / "samples.json",
-                "--reference": root / "fid_reference" / "reference.safetensors", **detector,
-            },
-            {"--out-txt": "fid.txt", "--out-json": "fid.json"},
-        ),
-    ]  # fmt: skip
-    for stage in stages:
-        stage.run(root / stage.name)
-    return {stage.name: stage for stage in stages}
+    sources = {
+        "extract": images,
+        "latent_stats": {"--moments": root / "extract" / "moments.safetensors"},
+        "fit_gmm": {"--tokens": root / "extract" / "cls_tokens.zarr"},
+        "spatial_gmm": {**images, **stats, **gmm, "--assignment": root / "fit_gmm" / "assignment.safetensors"},
+        "train_decoder": images,
+        "train": {"--setting": "mode", **images, **stats, **gmm, **spatial},
+        "sample": {
+            "--ema": root / "train" / "ema.safetensors", "--encoder-weights": encoder, **decoder, **stats, **spatial,
+        },
+        "fid_reference": {"--train-listing": listing, "--heldout-listing": heldout, **detector},
+        "fid": {
+            "--images": root / "sample" / "images.npz", "--samples": root / "sample" / "samples.json",
+            "--reference": root / "fid_reference" / "reference.safetensors", **detector,
+        },
+    }  # fmt: skip
+    stages = {
+        name: Stage(name, source, _OUTPUTS[name], root / name, _UNITS.get(name, ""), _CONSTANTS.get(name, {}))
+        for name, source in sources.items()
+    }
+    for name, stage in stages.items():
+        stage.run(root / name, watch=processes.Watch(root / name))
+    return stages
