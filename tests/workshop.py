@@ -24,8 +24,8 @@ SMALL = {
         "seed": 42, "precision": "float32", "chunk_size": 7,
     },
     "spatial_gmm": {"batch_size": 3, "workers": 0},
-    "decoder": {**SECTIONS["decoder"], "global_batch": 6, "steps": 8, "checkpoint_every": 3},
-    "train": {**SECTIONS["train"], "global_batch": 6, "epochs": 1, "checkpoint_every": 3},
+    "decoder": {**SECTIONS["decoder"], "global_batch": 7, "steps": 7, "checkpoint_every": 2},
+    "train": {**SECTIONS["train"], "global_batch": 7, "epochs": 1, "checkpoint_every": 2},
     "sample": {
         "n_images": 23, "time_points": 3, "solver": "euler", "precision": "auto", "shard_size": 5, "batch_size": 3,
     },
@@ -93,6 +93,11 @@ class Stage:
         return processes.run(
             self.command(out, **changes), errors_file(out), world=world, watch=watch, constants=self.constants
         )
+
+    def history(self, out: Path, column: str) -> dict[int, float]:
+        """Return a column of a training stage's history by step."""
+        lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+        return {line["step"]: line[column] for line in lines}
 
     def start(self, out: Path, *, world: int = 1, watch: processes.Watch | None = None) -> processes.Command:
         """Start the command."""
