@@ -169,3 +169,11 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, 
         root, listing_path, tiny_encoder, root / "stats.pt", root / "gmm.safetensors", root / "spatial_gmm.zarr",
         root / "decoder.safetensors", len(listing),
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict:
+    """Every stage's command with the results of an undisturbed run, each stage on those of the stages before it."""
+    import workshop
+
+    return workshop.make(tmp_path_factory.mktemp("stages"), tiny_encoder)

@@ -1,7 +1,7 @@
 """Dry runs of the workflow, many in one process: a process of its own for each would take seconds instead of 0.2 s.
 
-Reads a list of ``{"keys": {...}, "targets": [...], "touch": bool, "version": stage or null}`` as JSON from standard input
-and prints the list of the rules that would run, each a sorted list of names.
+Reads a list of ``{"keys": {...}, "targets": [...], "touch": bool, "version": stage or null}`` as JSON from standard
+input and prints the list of the rules that would run, each a sorted list of names.
 """
 
 import contextlib

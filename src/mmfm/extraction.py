@@ -16,6 +16,8 @@ from mmfm.statistics import Moments
 
 VERSION = config.VERSIONS["extract"]
 
+_TOKENS, _MOMENTS = "tokens.zarr", "latent_moments.safetensors"
+
 Encode = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Images (B, 3, h, w) float32 in [0, 1] -> latent (B, C, H, W) and global token (B, C), float32."""
 
@@ -47,12 +49,15 @@ def extract(
     settings: config.Extract = sections["extract"]
     identity = config.identity(sections)
     inputs = {"listing": listing.digest, "encoder": encoder_digest}
+    outputs = {_TOKENS: out_tokens, _MOMENTS: out_moments}
     shards = data.ranges(0, len(listing), settings.shard_size)
 
-    def _open_state() -> tuple[Path, list[int]]:
+    def _open_state() -> tuple[Path, list[int] | None]:
         state = store.state_directory(out_tokens, "extract", VERSION, identity, inputs, {"listing": listing_path})
+        if store.restore(state, outputs):
+            return state, None
         if not (state / "tokens.zarr" / "zarr.json").exists():
-            # Markers without a store: the kill came after the store was published. They speak of rows that are gone.
+            # Markers without a store speak of rows that are gone.
             for stale in state.glob("shard-*.safetensors"):
                 stale.unlink()
             fresh = state / ".tokens.partial"
@@ -64,6 +69,9 @@ def extract(
 
     # One process looks at the disk, so that all deal from the same list.
     state, missing = ranks.from_main(_open_state)
+    if missing is None:
+        Progress("extract", len(listing), "images", done=len(listing), enabled=ranks.is_main)
+        return
     mine = missing[ranks.rank :: ranks.world]
     partial = state / "tokens.zarr"
     array = tokens.open_for_writing(partial)
@@ -78,9 +86,7 @@ def extract(
             _encode_shard(images, shards[number], encode, latent_shape, array, _marker(state, number), listing, ranks,
                           progress)  # fmt: skip
     ranks.barrier()
-    if ranks.is_main:
-        _publish(state, shards, partial, Path(out_tokens), Path(out_moments), listing, encoder_digest, identity)
-    ranks.barrier()
+    ranks.from_main(lambda: _publish(state, outputs, shards, partial, listing, encoder_digest, identity))
 
 
 def _marker(state: Path, shard: int) -> Path:
@@ -111,10 +117,10 @@ def _encode_shard(
 
 
 def _publish(
-    state: Path, shards: list[range], partial: Path, out_tokens: Path, out_moments: Path, listing: data.Listing,
+    state: Path, outputs: dict[str, str | Path], shards: list[range], partial: Path, listing: data.Listing,
     encoder_digest: str, identity: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Check every shard against its marker, merge the moments in order, move store and moments into place."""
+    """Check every shard against its marker, merge the moments in order, and publish both results."""
     merged, digests, written = None, [], tokens.open_for_writing(partial)
     for number, rows in enumerate(shards):
         arrays, metadata = store.map_arrays(_marker(state, number))
@@ -125,7 +131,7 @@ def _publish(
         part = Moments.from_arrays(arrays)
         merged = part if merged is None else merged.merge(part)
     provenance = {"listing_digest": listing.digest, "encoder_digest": encoder_digest, "settings": identity}
-    store.write_arrays(out_moments, merged.to_arrays(), provenance)
     tokens.finish(partial, {"digest": store.fingerprint([listing.digest, *digests]), **provenance})
-    store.publish_directory(partial, out_tokens)
-    store.remove_state(state)
+    with store.finishing(state, outputs) as finished:
+        store.write_arrays(finished / _MOMENTS, merged.to_arrays(), provenance)
+        store.place_linked(partial, finished / _TOKENS)

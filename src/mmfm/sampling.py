@@ -46,19 +46,26 @@ def sample(sampler: Sampler, out_dir: str | Path, sections: dict[str, Any], rank
             out_dir / "images.npz", "sample", VERSION, identity, sampler.digests, sampler.files
         )
     )
+    outputs = {name: out_dir / name for name in ("images.npz", "grid.png", "samples.json")}
+    if ranks.from_main(lambda: store.restore(state, outputs)):
+        Progress("sample", settings.n_images, "images", done=settings.n_images, enabled=ranks.is_main)
+        return
     shards = data.ranges(0, settings.n_images, settings.shard_size)
     shape = _shape(sampler, range(settings.n_images))
     # Every image lies in its shard and, once all are there, in the set.
     ranks.from_main(lambda: space.require(state, "sample", 2 * math.prod(shape)))
     _make_shards(sampler, shards, state, settings, source_only, ranks)
-    if ranks.is_main:
-        # The old description goes first: it must never stand beside other images.
-        (out_dir / "samples.json").unlink(missing_ok=True)
-        digest = npz.write_parts(out_dir / "images.npz", shape, np.uint8, _read_shards(state, len(shards)))
-        save_picture(draw_grid(sampler, out_dir / "images.npz", source_only), out_dir / "grid.png")
-        store.write_json(out_dir / "samples.json", describe(sampler, digest, source_only))
-        store.remove_state(state)
-    ranks.barrier()
+    ranks.from_main(lambda: _publish(sampler, state, outputs, len(shards), source_only))
+
+
+def _publish(sampler: Sampler, state: Path, outputs: dict[str, Path], n_shards: int, source_only: bool) -> None:
+    """Put the shards together, draw the grid, publish both with their description."""
+    with store.finishing(state, outputs) as finished:
+        images = finished / "images.npz"
+        shape = _shape(sampler, range(sampler.settings.n_images))
+        digest = npz.write_parts(images, shape, np.uint8, _read_shards(state, n_shards))
+        save_picture(draw_grid(sampler, images, source_only), finished / "grid.png")
+        store.write_json(finished / "samples.json", describe(sampler, digest, source_only))
 
 
 def _shape(sampler: Sampler, numbers: range) -> tuple[int, int, int, int]:

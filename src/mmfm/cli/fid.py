@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     with process_group() as ranks:
         detector = load_detector(settings.detector, options.detector_weights or settings.weights, ranks.device)
         result = measure(options.images, options.samples, options.reference, detector, settings.batch_size, ranks)
+        ranks.from_main(lambda: write_result(result, options.out_txt, options.out_json))
         if ranks.is_main:
-            write_result(result, options.out_txt, options.out_json)
             print(render(result), end="")
     return 0

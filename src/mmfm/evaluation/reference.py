@@ -86,9 +86,7 @@ def make_reference(
     """
     settings: config.Fid = sections["fid"]
     if settings.reference != "train":
-        if ranks.is_main:
-            import_npz(settings.reference, detector, out)
-        ranks.barrier()
+        ranks.from_main(lambda: import_npz(settings.reference, detector, out))
         return
     if train_listing is None:
         raise ValueError("fid.reference is 'train', so the training images are needed: give --train-listing")
@@ -100,16 +98,24 @@ def make_reference(
     identity = config.identity(sections)
     files = {"listing": train_listing, "heldout": heldout_listing}
     state = ranks.from_main(lambda: store.state_directory(out, "fid_reference", VERSION, identity, inputs, files))
+    outputs = {"reference.safetensors": out}
     shards = {name: _shards(name, path, state) for name, path in listings.items()}
+    if ranks.from_main(lambda: store.restore(state, outputs)):
+        total = sum(len(shard.rows) for group in shards.values() for shard in group)
+        Progress("fid_reference", total, "images", done=total, enabled=ranks.is_main)
+        return
     moments = 8 * detector.dimension * (detector.dimension + 1)
-    total = moments * (1 + sum(map(len, shards.values())))
-    ranks.from_main(lambda: space.require(state, "fid_reference", total))
+    bytes_written = moments * (1 + sum(map(len, shards.values())))
+    ranks.from_main(lambda: space.require(state, "fid_reference", bytes_written))
     _take_moments([s for group in shards.values() for s in group], detector, sections, ranks)
-    if ranks.is_main:
+
+    def finish() -> None:
         merged = {name: _merge(group) for name, group in shards.items()}
-        _publish(out, merged["shard"], merged.get("heldout"), detector, inputs, sections["image"].size)
-        store.remove_state(state)
-    ranks.barrier()
+        with store.finishing(state, outputs) as finished:
+            file = finished / "reference.safetensors"
+            _publish(file, merged["shard"], merged.get("heldout"), detector, inputs, sections["image"].size)
+
+    ranks.from_main(finish)
 
 
 def _shards(name: str, listing: Path, state: Path) -> list[_Shard]:

@@ -4,6 +4,7 @@ Stages see a :class:`Ranks` and a ``torch.device``. With one process nothing is 
 identity.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,12 @@ def choose_device(local_rank: int = 0) -> torch.device:
     return torch.device("cpu")
 
 
+def _end_with_torchrun() -> None:
+    """Have the kernel end this process if torchrun is killed, which starts its processes in sessions of their own."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 @contextmanager
 def process_group() -> Iterator[Ranks]:
     """Join the process group that torchrun announces in the environment, and leave it at the end.
@@ -82,6 +91,7 @@ def process_group() -> Iterator[Ranks]:
     Backend: nccl for CUDA tensors and gloo for the others. Threads: torch takes what the launcher put into
     OMP_NUM_THREADS.
     """
+    _end_with_torchrun()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":

@@ -28,6 +28,9 @@ MODEL_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
 _METADATA = "mmfm"
 """Key of the one string of metadata in our safetensors files."""
 
+_FINISHED = "finished"
+_MANIFEST = "manifest.json"
+
 # The umask can only be read by setting it, so it is read once, before there are threads.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -248,7 +251,7 @@ _locks: dict[Path, IO[str]] = {}
 def _lock(directory: Path, stage: str) -> None:
     if directory in _locks:
         return
-    handle = open(directory / "lock", "a+")  # noqa: SIM115 - held until remove_state or the end of the process
+    handle = open(directory / "lock", "a+")  # noqa: SIM115 - held until the work is done or the process ends
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -265,9 +268,114 @@ def _lock(directory: Path, stage: str) -> None:
     _locks[directory] = handle
 
 
+@contextmanager
+def finishing(state: Path, outputs: Mapping[str, str | Path]) -> Iterator[Path]:
+    """Yield a folder for the finished results of a stage, and put them in their places when the block ends.
+
+    The folder becomes ``finished/`` of the state, and from then on :func:`restore` puts the results in their places
+    again, whatever happens to those. The rest of the state, what the results were made from, is removed.
+
+    Args:
+        outputs: see :func:`restore`.
+    """
+    partial = state / ".finished.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    yield partial
+    write_json(partial / _MANIFEST, {name: file_digest(partial / name) for name in _files(partial)})
+    publish_directory(partial, state / _FINISHED)
+    _place_all(state, outputs)
+
+
+def restore(state: Path, outputs: Mapping[str, str | Path]) -> bool:
+    """Put the finished results of a stage in their places, if it is finished.
+
+    They are hard links to what the state keeps (copies where the file system has no links), so they cost no disk, and
+    Snakemake may delete them before it runs the stage again. Outputs that are in place get a new time of change alone.
+
+    Args:
+        outputs: place of every result by its name in the folder that :func:`finishing` gave. The first is replaced in
+            one step; the others, which describe it, are never there beside another one.
+
+    Returns:
+        Whether the stage is finished. A damaged result is removed, and the stage is not.
+    """
+    finished = state / _FINISHED
+    if not finished.is_dir():
+        return False
+    manifest = read_json(finished / _MANIFEST)
+    if {name: file_digest(finished / name) for name in _files(finished) if name != _MANIFEST} != manifest:
+        os.replace(finished, state / f".{_FINISHED}.damaged")
+        shutil.rmtree(state / f".{_FINISHED}.damaged")
+        return False
+    _place_all(state, outputs)
+    return True
+
+
+def _place_all(state: Path, outputs: Mapping[str, str | Path]) -> None:
+    finished = state / _FINISHED
+    places = {name: Path(output) for name, output in outputs.items()}
+    wrong = [name for name, output in places.items() if not _same(finished / name, output)]
+    for name in reversed(wrong):
+        if name != next(iter(places)) and places[name].is_file():
+            places[name].unlink()
+    for name in wrong:
+        place_linked(finished / name, places[name])
+    for output in places.values():
+        os.utime(output)  # Snakemake takes results older than their inputs for outdated
+    _remove_units(state)
+    _unlock(state)
+
+
+def place_linked(source: Path, output: Path) -> None:
+    """Make ``output``, a file or folder, of hard links to ``source``, whole, in the place of what is there."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.linked")
+    if source.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial, copy_function=_link)
+        publish_directory(partial, output)
+    else:
+        partial.unlink(missing_ok=True)
+        _link(source, partial)
+        os.replace(partial, output)
+        _sync(output.parent)
+
+
+def _link(source: str | Path, output: str | Path) -> None:
+    try:
+        os.link(source, output)
+    except OSError:
+        shutil.copy2(source, output)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _same(source: Path, output: Path) -> bool:
+    """Whether ``output`` consists of links to ``source``."""
+    pairs = [(source / name, output / name) for name in _files(source)] if source.is_dir() else [(source, output)]
+    return all(theirs.is_file() and ours.samefile(theirs) for ours, theirs in pairs)
+
+
+def _remove_units(state: Path) -> None:
+    for path in state.iterdir():
+        if path.name in (_FINISHED, "about.json", "lock"):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def remove_state(directory: Path) -> None:
     """Remove a state directory whose work is published, and release its lock."""
     shutil.rmtree(directory)
+    _unlock(directory)
+
+
+def _unlock(directory: Path) -> None:
     if handle := _locks.pop(directory, None):
         handle.close()
 

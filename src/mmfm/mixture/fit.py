@@ -1,5 +1,6 @@
 """The stage fit_gmm: start, EM with a checkpoint every iteration, labels of all images, report."""
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -29,7 +30,7 @@ def fit(tokens: TokenStore, settings: Gmm, out_dir: str | Path, ranks: Ranks) ->
     iteration; with a lowered one from the newest that is within it. A collective call; the main process writes.
 
     Returns:
-        The report.
+        The report, on every process.
 
     Raises:
         ValueError: fewer images than components, or a token that is not finite.
@@ -56,21 +57,21 @@ def fit(tokens: TokenStore, settings: Gmm, out_dir: str | Path, ranks: Ranks) ->
     state, seconds = _run_em(tokens, rows, settings, state_dir, dtype)
     labels, log_likelihood = predict_all(rows, state.mixture, dtype)
     separation = validity.indices(rows, labels, state.mixture.means, settings.seed, ranks)
-    if not ranks.is_main:
-        ranks.barrier()
-        return {}
-    counts = np.bincount(labels, minlength=settings.n_components).astype(np.int64)
-    summary = report.summarise(state.mixture, labels, counts, log_likelihood, np.asarray(tokens.labels[:]))
-    summary |= separation | {
-        "n_iter": state.n_iter,
-        "converged": state.converged,
-        "lower_bounds": list(state.lower_bounds),
-        "seconds_per_iteration": float(np.mean(seconds)) if seconds else None,
-        "settings": config.keys_of_kind(settings, "identity", "budget"),
-    }
-    _publish(out_dir, state, labels, counts, summary, tokens)
-    ranks.barrier()
-    return summary
+
+    def publish() -> dict[str, Any]:
+        counts = np.bincount(labels, minlength=settings.n_components).astype(np.int64)
+        summary = report.summarise(state.mixture, labels, counts, log_likelihood, np.asarray(tokens.labels[:]))
+        summary |= separation | {
+            "n_iter": state.n_iter,
+            "converged": state.converged,
+            "lower_bounds": list(state.lower_bounds),
+            "seconds_per_iteration": float(np.mean(seconds)) if seconds else None,
+            "settings": config.keys_of_kind(settings, "identity", "budget"),
+        }
+        _publish(out_dir, state, labels, counts, summary, tokens)
+        return summary
+
+    return ranks.from_main(publish)
 
 
 def _run_em(
@@ -80,8 +81,7 @@ def _run_em(
     newest = ranks.from_main(lambda: newest_iteration(state_dir, settings.max_iter))
     if newest is None:
         state = EMState(initial.start(tokens.read, rows, settings))
-        if ranks.is_main:
-            save_iteration(state_dir, state)
+        ranks.from_main(functools.partial(save_iteration, state_dir, state))
     else:
         state = load_iteration(newest, ranks.device)
     seconds, begin = [], time.perf_counter()
@@ -90,8 +90,7 @@ def _run_em(
     )
     with Progress("fit_gmm", settings.max_iter, "iterations", done=state.n_iter, enabled=ranks.is_main) as progress:
         for state in iterations:
-            if ranks.is_main:
-                save_iteration(state_dir, state)
+            ranks.from_main(functools.partial(save_iteration, state_dir, state))
             seconds.append(time.perf_counter() - begin)
             begin = time.perf_counter()
             progress.advance(note=f"log-likelihood {state.lower_bounds[-1]:.4f}")

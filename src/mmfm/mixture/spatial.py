@@ -21,7 +21,7 @@ from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
 from mmfm.mixture.plan import Plan, deal
 from mmfm.mixture.rows import MappedRows
-from mmfm.mixture.spatial_publish import marker, publish
+from mmfm.mixture.spatial_publish import REPORT, STORE, marker, publish
 from mmfm.statistics import Moments
 
 VERSION = config.VERSIONS["spatial_gmm"]
@@ -190,7 +190,11 @@ def fit(
     plan = Plan.make(labels, k, settings.batch_size)
     diag = settings.covariance_type == "diag"
     files = {"listing_digest": listing, **(files or {})}
-    state, done = ranks.from_main(lambda: _open_state(out, identity, digests, (k, *latent_shape), diag, files))
+    outputs = {STORE: out, REPORT: out.with_name("report.json")}
+    state, done = ranks.from_main(lambda: _open_state(outputs, identity, digests, (k, *latent_shape), diag, files))
+    if done is None:
+        Progress("spatial_gmm", n, "images", done=n, enabled=ranks.is_main)
+        return ranks.from_main(lambda: store.read_json(outputs[REPORT]))
     group = zarr.open_group(state / "spatial.zarr", mode="r+")
 
     def finish(mode: int, moments: Moments) -> None:
@@ -221,24 +225,24 @@ def fit(
             accumulator.add(batch, encode(data.to_float(pixels, ranks.device)))
             progress.advance(len(batch), note=f"{len(accumulator.done):,} modes")
     ranks.barrier()
-    report = publish(state, out, np.diff(plan.offsets), weights, digests) if ranks.is_main else {}
-    ranks.barrier()
-    return report
+    return ranks.from_main(lambda: publish(state, outputs, np.diff(plan.offsets), weights, digests))
 
 
 def _open_state(
-    out: Path,
+    outputs: dict[str, Path],
     identity: dict[str, Any],
     digests: dict[str, str],
     shape: tuple[int, ...],
     diag: bool,
     files: dict[str, Path],
-) -> tuple[Path, set[int]]:
-    """Return the state directory with its partial store, and the modes that are finished."""
-    state = store.state_directory(out, "spatial_gmm", VERSION, identity, digests, files)
+) -> tuple[Path, set[int] | None]:
+    """Return the state directory with its partial store, and the modes that are finished; None when everything is."""
+    state = store.state_directory(outputs[STORE], "spatial_gmm", VERSION, identity, digests, files)
+    if store.restore(state, outputs):
+        return state, None
     partial = state / "spatial.zarr"
     if not (partial / "zarr.json").exists():
-        # Markers without a store: the kill came after the store was published. They speak of rows that are gone.
+        # Markers without a store speak of rows that are gone.
         for stale in state.glob("component-*.safetensors"):
             stale.unlink()
         fresh = state / ".spatial.partial"

@@ -9,18 +9,23 @@ import zarr
 from mmfm.infra import store
 from mmfm.mixture.coupling import CouplingCost
 
+STORE, REPORT = "spatial_gmm.zarr", "report.json"
+"""Names of the results in the stage's state."""
+
 
 def marker(state: Path, mode: int) -> Path:
     """Return the file whose existence says that a mode's rows are finished."""
     return state / f"component-{mode:05d}.safetensors"
 
 
-def publish(state: Path, out: Path, counts: np.ndarray, weights: np.ndarray, digests: dict[str, str]) -> dict[str, Any]:
-    """Check every row against its marker, fill in the modes without images, report, move the store into place.
+def publish(
+    state: Path, outputs: dict[str, Path], counts: np.ndarray, weights: np.ndarray, digests: dict[str, str]
+) -> dict[str, Any]:
+    """Check every row against its marker, fill in the modes without images, report, put both into their places.
 
     Args:
         state: the stage's state directory, with the partial store and a marker for every mode with images.
-        out: the final store; ``report.json`` is written beside it.
+        outputs: places of store and report, by their names in the state.
         counts: (K,) images of each mode.
         weights: (K,).
         digests: of the inputs; become attributes.
@@ -69,9 +74,9 @@ def publish(state: Path, out: Path, counts: np.ndarray, weights: np.ndarray, dig
         "coupling_cost": cost.result(),
         **digests,
     }
-    store.write_json(out.with_name("report.json"), report)
-    store.publish_directory(state / "spatial.zarr", out)
-    store.remove_state(state)
+    with store.finishing(state, outputs) as finished:
+        store.write_json(finished / REPORT, report)
+        store.place_linked(state / "spatial.zarr", finished / STORE)
     return report
 
 

@@ -98,7 +98,8 @@ def train_decoder(
             stage="train_decoder", workers=settings.workers, cache_gb=settings.latent_cache_gb, keep_images=True,
         )  # fmt: skip
         trainer.run(settings.steps, feed)
-    if ranks.is_main:
+
+    def publish() -> None:
         publish_history(state, trainer.step, out_dir, "train_decoder")
         save_picture(_reconstructions(listing, size, encoder, model), out_dir / "reconstruction.png")
         last = read_history(out_dir / "history.jsonl")[-1]
@@ -113,7 +114,8 @@ def train_decoder(
             "loss": last["loss"],
         }
         save_decoder(model, out_dir / "decoder.safetensors", provenance)
-    ranks.barrier()
+
+    ranks.from_main(publish)
 
 
 def _sizes(settings: config.Decoder, encoder: Encoder, size: int) -> DecoderConfig:

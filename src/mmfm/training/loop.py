@@ -134,10 +134,8 @@ def train(setting: str, files: TrainFiles, sections: dict[str, Any], version: in
             stage="train", workers=settings.workers, cache_gb=settings.latent_cache_gb,
         )  # fmt: skip
         trainer.run(target, feed)
-    if ranks.is_main:
-        provenance = _provenance(setting, sections, latent_shape, digests, plan, trainer.step)
-        _publish(out_dir, state, trainer, provenance, preview if files.decoder else None)
-    ranks.barrier()
+    provenance = _provenance(setting, sections, latent_shape, digests, plan, trainer.step)
+    ranks.from_main(lambda: _publish(out_dir, state, trainer, provenance, preview if files.decoder else None))
 
 
 def _load_autoencoder(files: TrainFiles, encoder: config.Encoder, device: torch.device) -> rae.RAE:

@@ -147,7 +147,7 @@ class Trainer:
             KeyboardInterrupt: a signal asked to stop; a checkpoint of this very step was written before.
         """
         routine, first = self.routine, self.step
-        history = History(self.state / "history.jsonl", first) if self.ranks.is_main else None
+        history = self._history(first)
         batches, forward = feed.batches(first, target), self._wrapped()
         self.good_steps.fill_(first)
         self._clock = (time.perf_counter(), first, self.seconds)
@@ -175,6 +175,12 @@ class Trainer:
         trained = sum(p.numel() * p.element_size() for p in self.parameters)
         one = (1 if self.ema is None else 2) * weights + 2 * trained
         return (self.routine.keep_checkpoints + 2) * one + weights
+
+    def _history(self, step: int) -> History | None:
+        """The history that is appended to from ``step`` on; None but on the main process."""
+        made: list[History] = []
+        self.ranks.from_main(lambda: made.append(History(self.state / "history.jsonl", step)))
+        return made[0] if made else None
 
     def _wrapped(self) -> nn.Module:
         """The model as the forward pass calls it: compiled, and distributed; its parameters are the model's own."""
@@ -225,18 +231,16 @@ class Trainer:
         now = time.perf_counter()
         self.seconds = self._clock[2] + now - self._clock[0]
         rate = (self.step - self._last_log[1]) * self.plan.global_batch / max(now - self._last_log[0], 1e-9)
-        if history is not None:
-            history.append(
-                {
-                    "step": self.step,
-                    "epoch": round(self.step / self.plan.steps_per_epoch, 4),
-                    "loss": loss,
-                    "grad_norm": norm,
-                    "lr": self.recipe.lr(self.step - 1),
-                    "images_per_second": round(rate, 2),
-                    "seconds": round(self.seconds, 3),
-                }
-            )
+        line = {
+            "step": self.step,
+            "epoch": round(self.step / self.plan.steps_per_epoch, 4),
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": self.recipe.lr(self.step - 1),
+            "images_per_second": round(rate, 2),
+            "seconds": round(self.seconds, 3),
+        }
+        self.ranks.from_main(lambda: history.append(line))
         self.loss_sum.zero_()
         self.logged_step, self._last_log = self.step, (now, self.step)
         return f"loss {loss:.4f}"
@@ -245,7 +249,8 @@ class Trainer:
         """Write a checkpoint, of finite weights only."""
         self._check(feed)
         self.seconds = self._clock[2] + time.perf_counter() - self._clock[0]
-        if self.ranks.is_main:
+
+        def save() -> None:
             tensors = {"model": self.model.state_dict()}
             if self.ema is not None:
                 tensors["ema"] = self.ema.module.state_dict()
@@ -254,12 +259,12 @@ class Trainer:
                 self.state, self.step, tensors, self.optimizer.state_dict(), values,
                 milestone=milestone, keep=self.routine.keep_checkpoints,
             )  # fmt: skip
-        self.ranks.barrier()
+
+        self.ranks.from_main(save)
 
     def _preview(self) -> None:
-        if self.preview is not None and self.ranks.is_main:
-            self.preview(self.step)
-        self.ranks.barrier()
+        if self.preview is not None:
+            self.ranks.from_main(lambda: self.preview(self.step))
 
     def _check(self, feed: Feed) -> None:
         """Raise ValueError if a step since the last check met a loss or gradient that is not finite."""

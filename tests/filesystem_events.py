@@ -1,0 +1,58 @@
+"""Watches, slows down or kills a process at the instants at which it changes the file system.
+
+Python announces every rename, removal and new folder to audit hooks before it happens, whoever asks for it. So kills
+before the n-th of these events, for every n, leave behind every state that a real kill can leave, but for files that
+are half written under a temporary name.
+"""
+
+import os
+import signal
+import sys
+import time
+
+EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link")
+
+
+def install(folder: str, log: str, kill_at: int = 0, pause: float = 0.0, at: str = "") -> None:
+    """Add the hook to this process, for good.
+
+    Args:
+        folder: only events with a path below it count.
+        log: file that gets a line ``event path [path]`` per event, relative to ``folder``.
+        kill_at: SIGKILL to the own process group before this event, counted from 1; 0 for never.
+        pause: seconds to sleep after each event that names ``at``.
+        at: part of a path.
+    """
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    folder = os.path.abspath(folder) + "/"
+    count = 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal count
+        if event not in EVENTS:
+            return
+        paths = _paths(event, arguments)
+        if not any(path.startswith(folder) for path in paths):
+            return
+        count += 1
+        if count == kill_at:
+            os.killpg(0, signal.SIGKILL)
+        os.write(descriptor, " ".join([event, *(path.removeprefix(folder) for path in paths)]).encode() + b"\n")
+        if pause and any(at in path for path in paths):
+            time.sleep(pause)
+
+    sys.addaudithook(hook)
+
+
+def _paths(event: str, arguments: tuple) -> list[str]:
+    names = [os.fsdecode(p) for p in arguments[:2] if isinstance(p, (str, bytes, os.PathLike))]
+    if event in ("os.remove", "os.rmdir") and arguments[-1] >= 0:  # shutil.rmtree names entries of an open folder
+        names = [os.path.join(os.readlink(f"/proc/self/fd/{arguments[-1]}"), name) for name in names]
+    return [os.path.abspath(name) for name in names]
+
+
+def install_from_environment() -> None:
+    """Do what MMFM_TEST_EVENTS says: arguments of :func:`install` separated by tabs."""
+    if text := os.environ.get("MMFM_TEST_EVENTS"):
+        folder, log, kill_at, pause, at = text.split("\t")
+        install(folder, log, int(kill_at), float(pause), at)

@@ -1,0 +1,190 @@
+"""Stage commands in real processes of their own, without the seconds that importing PyTorch takes each time.
+
+A server that has imported everything is started once; every command is a fork of it, in its own process group.
+"""
+
+import importlib
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import filesystem_events
+
+_PRELOADED = [
+    "mmfm.infra.torchvision_ops", "torch", "torch.distributed", "transformers.models.auto.modeling_auto",
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers", "zarr", "omegaconf", "scipy.linalg",
+    "matplotlib.pyplot", "mmfm.encoders", "mmfm.extraction", "mmfm.mixture.fit", "mmfm.mixture.spatial",
+    "mmfm.training.loop", "mmfm.training.decoder_loop", "mmfm.sampling", "mmfm.evaluation.reference",
+    "mmfm.evaluation.fid", "mmfm.cli.__main__",
+]  # fmt: skip
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(_PRELOADED)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What happens when a command changes files in ``folder``; see :func:`filesystem_events.install`."""
+
+    folder: Path
+    kill_at: int = 0
+    pause: float = 0.0
+    at: str = ""
+
+    @property
+    def log(self) -> Path:
+        """Where the events are written."""
+        return self.folder.with_name(f"{self.folder.name}.events")
+
+    def events(self) -> list[list[str]]:
+        """Words of every event of the last command that was started with this watch."""
+        return [line.split() for line in self.log.read_text().splitlines()]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables by which processes that import ``sitecustomize`` from :func:`site_folder` install the hook."""
+        values = (str(self.folder), str(self.log), str(self.kill_at), str(self.pause), self.at)
+        return {"MMFM_TEST_EVENTS": "\t".join(values)}
+
+
+def site_folder(root: Path) -> Path:
+    """Make a folder that, first on PYTHONPATH, installs the hook in every Python process."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "filesystem_events.py").write_text(Path(filesystem_events.__file__).read_text())
+    (root / "sitecustomize.py").write_text("import filesystem_events\nfilesystem_events.install_from_environment()\n")
+    return root
+
+
+@dataclass
+class Command:
+    """A running command of one process or several.
+
+    Attributes:
+        arguments: of ``mmfm``.
+        errors: file with its standard error.
+        memory: file with its peak memory, written at the end.
+    """
+
+    arguments: list[str]
+    errors: Path
+    processes: list = field(default_factory=list)
+
+    @property
+    def group(self) -> int:
+        """The process group, which is the first process's id."""
+        return self.processes[0].pid
+
+    def wait(self, timeout: float = 120) -> int:
+        """Return the exit status of the first process that failed, or 0."""
+        end = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        if any(process.exitcode is None for process in self.processes):
+            for process in self.processes:
+                process.kill()
+            raise AssertionError(f"still running: {self.arguments}\n{self.errors.read_text()}")
+        return next((p.exitcode for p in self.processes if p.exitcode), 0)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal to the whole group."""
+        os.killpg(self.group, number)
+
+
+def start(
+    arguments: list[str],
+    errors: Path,
+    *,
+    world: int = 1,
+    watch: Watch | None = None,
+    constants: dict[str, object] | None = None,
+    memory: Path | None = None,
+) -> Command:
+    """Start ``mmfm ARGUMENTS`` as ``world`` processes that meet as torchrun's do.
+
+    Args:
+        errors: file for standard error.
+        constants: module constants to set first, ``package.module.NAME`` to value.
+        memory: file for the peak memory above that at the start, bytes.
+    """
+    command, variables = Command(arguments, errors), {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if world > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    if watch is not None:
+        watch.log.write_text("")
+    for rank in range(world):
+        own = {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else variables
+        group = command.group if rank else 0
+        process = _context.Process(
+            target=_run, args=(arguments, str(errors), own, group, watch, constants or {}, memory), daemon=False
+        )
+        process.start()
+        command.processes.append(process)
+    return command
+
+
+def run(arguments: list[str], errors: Path, **options: object) -> str:
+    """Run a command to its end, which must be good, and return what it wrote to standard error."""
+    command = start(arguments, errors, **options)
+    status = command.wait()
+    text = errors.read_text()
+    assert status == 0, f"{arguments[0]} ended with {status}:\n{text}"
+    return text
+
+
+def peak_memory() -> int:
+    """Return this process's largest resident size so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _join_group(group: int) -> None:
+    """Become the leader of a process group (0), or join one whose leader may not have come so far."""
+    for _ in range(1000):
+        try:
+            return os.setpgid(0, group)
+        except OSError:
+            time.sleep(0.01)
+    raise TimeoutError(f"no process group {group}")
+
+
+def _run(arguments, errors, variables, group, watch, constants, memory) -> None:
+    _join_group(group)
+    for number in (signal.SIGINT, signal.SIGTERM):  # the server ignores the first
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    descriptor = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - the end of the process closes it
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    os.environ.update(variables)
+    status = 1
+    try:
+        import torch
+
+        torch.set_num_threads(1)
+        for name, value in constants.items():
+            module, _, constant = name.rpartition(".")
+            assert hasattr(importlib.import_module(module), constant), name
+            setattr(sys.modules[module], constant, value)
+        if watch is not None:
+            filesystem_events.install(str(watch.folder), str(watch.log), watch.kill_at, watch.pause, watch.at)
+        from mmfm.cli.__main__ import main
+
+        status = main(arguments)
+        if memory is not None:
+            Path(memory).write_text(str(peak_memory()))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
