@@ -1,9 +1,12 @@
 """Mistakes of users: each ends with one line that names the thing and the remedy, and loses nothing."""
 
+import http.server
 import json
 import os
 import shutil
 import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -448,3 +451,71 @@ def test_results_that_cannot_be_written(files, refused, tmp_path):
     finally:
         if not os.getuid():
             subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+# --- through Snakemake ---
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def snakemake(tmp_path):
+    """Call the workflow in a folder of its own with an overlay; return what it says."""
+    for name in ("Snakefile", "rules", "config", "profiles", "workflow", "envs", "resources"):
+        (tmp_path / name).symlink_to(ROOT / name)
+
+    def call(overlay: str, *arguments: str, **variables: str) -> list[str]:
+        (tmp_path / "overlay.yaml").write_text(overlay)
+        line = [sys.executable, "-m", "snakemake", *arguments, "--cores", "1", "--configfile", "overlay.yaml"]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **variables}
+        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode != 0
+        return (done.stdout + done.stderr).splitlines()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("overlay", "words"),
+    [
+        ("encoders: {dinov2: {weights: absent/encoder}}", ["encoders.dinov2.weights", "absent/encoder", "`hf:`"]),
+        ("fid: {weights: absent.pth}", ["'fid.weights'", "absent.pth", "fid_reference --help"]),
+        ("gmm: {tol: 1e-3}", ["'gmm.tol' must be a number", "write 1.0e-3"]),
+        ("gpus: 1", ["'gpus' is 1, but only 0 are available", "set it to auto"]),
+    ],
+)
+def test_workflow(snakemake, overlay, words):
+    said = snakemake(overlay, "results/fid/dinov2_mode.txt", "-n")
+    assert sum(all(word in line for word in words) for line in said) == 1, said
+    assert not any("most recent call last" in line for line in said)
+
+
+def test_a_stages_mistake_is_one_line_through_snakemake(snakemake):
+    said = snakemake("data: {root: absent}", "results/list_images/listing.train.safetensors")
+    assert sum("list_images: error: data.root 'absent' is no folder" in line for line in said) == 1, said
+    assert not any("most recent call last" in line for line in said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", [True, False])
+def test_an_encoder_that_cannot_be_fetched(snakemake, network, tmp_path):
+    class NotFound(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), NotFound) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port if network else 9}"
+        said = snakemake(
+            "encoders: {dinov2: {weights: 'hf:facebook/no-such-model'}}", "results/fetched/dinov2/config.json",
+            HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / "cache"), NO_PROXY="127.0.0.1",
+        )  # fmt: skip
+        server.shutdown()
+    errors = [line for line in said if line.startswith("fetch_encoder: error: ")]  # the rule's text is quoted, too
+    assert len(errors) == 1, said
+    assert "facebook/no-such-model can not be fetched" in errors[0] and "encoders.dinov2.weights" in errors[0]

@@ -54,7 +54,7 @@ class TokenStore:
             return self.tokens[start:stop]
         except (ValueError, RuntimeError) as error:
             raise ValueError(
-                f"token store '{self.path}' is damaged in rows {start} to {stop} ({error}); delete it, run extract again"
+                f"token store '{self.path}' is damaged in rows {start} to {stop} ({error}); delete it and run extract"
             ) from error
 
     @classmethod
