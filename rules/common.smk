@@ -106,7 +106,22 @@ def encoder_folder(wildcards):
 
 def encoder_files(wildcards):
     """Return the files of the encoder as declared inputs."""
-    return [f"{encoder_folder(wildcards)}/{name}" for name in MODEL_FILES]
+    folder = encoder_folder(wildcards)
+    if folder == C.encoders[wildcards.encoder].weights:
+        given(f"encoders.{wildcards.encoder}.weights", folder, "set it to such a folder, or to `hf:` and a model id")
+    return [f"{folder}/{name}" for name in MODEL_FILES]
+
+
+def given(key, path, remedy):
+    """Return a path that the configuration names; one line instead of Snakemake's list of rules if it is not there."""
+    if not Path(path).exists():
+        raise WorkflowError(f"'{key}' is '{path}', but nothing is there; {remedy}")
+    return path
+
+
+def detector_weights(wildcards):
+    """Return the detector's weights."""
+    return given("fid.weights", C.fid.weights, "see 'mmfm fid_reference --help' for how to get them")
 
 
 def training_variant(wildcards):

@@ -48,7 +48,11 @@ else:
 
     rule given_decoder:
         input:
-            lambda wildcards: C.decoder.weights.format(encoder=wildcards.encoder),
+            lambda wildcards: given(
+                "decoder.weights",
+                C.decoder.weights.format(encoder=wildcards.encoder),
+                "set it to a decoder's file, or to `train`",
+            ),
         output:
             decoder=DECODER,
         log:

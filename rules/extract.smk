@@ -24,8 +24,11 @@ rule fetch_encoder:
     params:
         model=lambda wildcards: C.encoders[wildcards.encoder].weights.removeprefix("hf:"),
     shell:
-        "hf download {params.model:q} config.json preprocessor_config.json model.safetensors"
-        ' --local-dir "$(dirname {output.config:q})" 2>&1 | tee {log:q}'
+        "(hf download {params.model:q} config.json preprocessor_config.json model.safetensors"
+        ' --local-dir "$(dirname {output.config:q})"'
+        " || (echo fetch_encoder: error: {params.model:q} can not be fetched: no network, or no such model."
+        " Fetch it where there is network, and set encoders.{wildcards.encoder}.weights to the folder. >&2; false))"
+        " 2>&1 | tee {log:q}"
 
 
 rule extract:

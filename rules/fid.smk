@@ -5,11 +5,15 @@ REFERENCE = "<results>/fid_reference/reference.safetensors"
 
 rule fid_reference:
     input:
-        branch(C.fid.reference == "train", then=[], otherwise=C.fid.reference),
+        lambda wildcards: (
+            []
+            if C.fid.reference == "train"
+            else given("fid.reference", C.fid.reference, "set it to `train` or an .npz")
+        ),
         branch(C.data.root == "demo", then=DEMO_IMAGES, otherwise=[]),
         listing=LISTING,
         heldout=HELDOUT,
-        detector=C.fid.weights,
+        detector=detector_weights,
     output:
         REFERENCE,
     log:
@@ -39,7 +43,7 @@ rule fid:
         images=rules.sample.output.images,
         about=rules.sample.output.about,
         reference=REFERENCE,
-        detector=C.fid.weights,
+        detector=detector_weights,
     output:
         text="<results>/fid/{encoder}_{setting}.{training}.t{t}.txt",
         json="<results>/fid/{encoder}_{setting}.{training}.t{t}.json",

@@ -374,15 +374,37 @@ def load(files: Iterable[str | Path], overrides: Iterable[str] = ()) -> Config:
     Raises:
         ValueError: see :func:`build`; also for a missing file or unreadable YAML.
     """
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     try:
-        merged = OmegaConf.merge(*(OmegaConf.load(file) for file in files), OmegaConf.from_dotlist(list(overrides)))
+        loaded = [(file, OmegaConf.load(file)) for file in files]
+        for file, content in loaded:
+            if not isinstance(content, DictConfig):
+                raise ValueError(f"the configuration file '{file}' holds no sections with keys")
+        merged = OmegaConf.merge(*(content for _, content in loaded), parse_overrides(overrides))
         values = OmegaConf.to_container(merged, resolve=True)
-    except (OSError, OmegaConfBaseException) as error:
+    except (OSError, OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"cannot read the configuration: {error}") from error
     return build(Config, values)
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """Return ``section.key=value`` arguments as nested mappings.
+
+    Raises:
+        ValueError: a value that is no YAML.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    overrides = list(overrides)
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"cannot read the settings {' '.join(overrides)}: {error}") from error
 
 
 def keys_of_kind(section: Any, *kinds: str) -> dict[str, Any]:

@@ -60,16 +60,19 @@ class Listing:
     def open(cls, path: str | Path) -> "Listing":
         """Open a listing that :func:`write_listing` made; see :func:`mmfm.infra.store.map_arrays` for errors."""
         arrays, metadata = store.map_arrays(path)
-        return cls(
-            root=Path(metadata["root"]),
-            classes=tuple(metadata["classes"]),
-            labels=arrays["labels"],
-            sizes=arrays["sizes"],
-            digest=metadata["digest"],
-            split=metadata["split"],
-            path_bytes=arrays["path_bytes"],
-            path_offsets=arrays["path_offsets"],
-        )
+        try:
+            return cls(
+                root=Path(metadata["root"]),
+                classes=tuple(metadata["classes"]),
+                labels=arrays["labels"],
+                sizes=arrays["sizes"],
+                digest=metadata["digest"],
+                split=metadata["split"],
+                path_bytes=arrays["path_bytes"],
+                path_offsets=arrays["path_offsets"],
+            )
+        except KeyError as error:
+            raise ValueError(f"'{path}' is no listing (it has no {error}); make it with list_images") from error
 
 
 def scan(root: str | Path) -> tuple[list[str], list[str], np.ndarray, np.ndarray]:

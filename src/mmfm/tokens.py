@@ -45,8 +45,17 @@ class TokenStore:
         return self.attributes["listing_digest"]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Return rows [start, stop) as float32 (stop - start, C)."""
-        return self.tokens[start:stop]
+        """Return rows [start, stop) as float32 (stop - start, C).
+
+        Raises:
+            ValueError: the store is damaged there.
+        """
+        try:
+            return self.tokens[start:stop]
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"token store '{self.path}' is damaged in rows {start} to {stop} ({error}); delete it and run extract"
+            ) from error
 
     @classmethod
     def open(cls, path: str | Path) -> "TokenStore":

@@ -64,13 +64,14 @@ class StageParser(argparse.ArgumentParser):
 
 
 def _sections(stage: str, options: argparse.Namespace) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
     if options.settings is None:
         loaded = config.load(options.config or ["config/config.yaml"], options.overrides)
         return {name: loaded.section(name, options.encoder) for name in config.STAGES[stage]}
-    values = json.loads(options.settings)
-    overrides = OmegaConf.to_container(OmegaConf.from_dotlist(options.overrides))
+    try:
+        values = json.loads(options.settings)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--settings takes JSON as Snakemake passes it ({error}); by hand give --config") from error
+    overrides = config.parse_overrides(options.overrides)
     for name in overrides:
         if name not in config.STAGES[stage]:
             raise ValueError(f"{stage} reads no section '{name}'{config.nearest(name, config.STAGES[stage])}")

@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> int:
     from mmfm.infra.distributed import process_group
 
     settings = sections["encoder"]
+    digest = store.folder_digest(options.encoder_weights)
     with process_group() as ranks:
         encoder = load_encoder(settings.family, options.encoder_weights, settings.input_size, ranks.device)
         extract(
@@ -39,7 +40,7 @@ def main(arguments: list[str]) -> int:
             options.out_tokens,
             options.out_moments,
             sections,
-            store.folder_digest(options.encoder_weights),
+            digest,
             ranks,
         )
     return 0

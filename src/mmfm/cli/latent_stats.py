@@ -33,6 +33,8 @@ def main(arguments: list[str]) -> int:
     from mmfm.statistics import Moments
 
     arrays, metadata = store.map_arrays(options.moments)
+    if not {"count", "mean", "m2"} <= set(arrays) or "listing_digest" not in metadata:
+        raise ValueError(f"'{options.moments}' holds no latent moments; make it with extract")
     moments = Moments.from_arrays(arrays)
     mean, var = (torch.as_tensor(np.asarray(a)).float() for a in (moments.mean, moments.variance()))
     content = io.BytesIO()  # torch.save writes a file's name into it: through memory, equal statistics are equal files

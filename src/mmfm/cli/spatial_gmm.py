@@ -43,6 +43,8 @@ def main(arguments: list[str]) -> int:
 
     mixture = Mixture.load(options.gmm)
     assignment, about_assignment = store.map_arrays(options.assignment)
+    if "labels" not in assignment:
+        raise ValueError(f"'{options.assignment}' is no assignment of images to modes; make it with fit_gmm")
     with process_group() as ranks:
         digests = ranks.from_main(
             lambda: check_inputs(options.listing, options.encoder_weights, options.stats, mixture, about_assignment)

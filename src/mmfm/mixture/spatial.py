@@ -46,6 +46,7 @@ class SpatialMixture:
         weights: (K,) float64, sum 1.
         counts: (K,) int64, images of each mode (flips not counted).
         attributes: ``digest`` and the digests of what it was made from.
+        path: where it lies.
     """
 
     means: Any
@@ -53,6 +54,7 @@ class SpatialMixture:
     weights: np.ndarray
     counts: np.ndarray
     attributes: dict[str, Any]
+    path: Path | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> "SpatialMixture":
@@ -68,7 +70,7 @@ class SpatialMixture:
         try:
             group = zarr.open_group(path, mode="r")
             variances = group["variances"] if group["variances"].ndim == 4 else group["variances"][:]
-            result = cls(group["means"], variances, group["weights"][:], group["counts"][:], dict(group.attrs))
+            result = cls(group["means"], variances, group["weights"][:], group["counts"][:], dict(group.attrs), path)
         except (KeyError, ValueError, OSError, TypeError) as error:
             raise ValueError(f"'{path}' is no spatial mixture ({error}); delete it, run spatial_gmm again") from error
         large = [result.means] + [result.variances] * (result.covariance_type == "diag")
@@ -91,11 +93,20 @@ class SpatialMixture:
         return MappedRows(self.variances) if self.covariance_type == "diag" else torch.as_tensor(self.variances)
 
     def load_means(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-        """Read the means (K, C, H, W) onto a device, 256 MB at a time."""
+        """Read the means (K, C, H, W) onto a device, 256 MB at a time.
+
+        Raises:
+            ValueError: the store is damaged.
+        """
         result = torch.empty(self.means.shape, dtype=dtype, device=device)
         block = max(1, (256 << 20) // (4 * math.prod(self.means.shape[1:])))
         for part in data.ranges(0, self.n_components, block):
-            result[part.start : part.stop] = torch.from_numpy(self.means[part.start : part.stop])
+            try:
+                result[part.start : part.stop] = torch.from_numpy(self.means[part.start : part.stop])
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"spatial mixture '{self.path}' is damaged ({error}); delete it and run spatial_gmm again"
+                ) from error
         return result
 
 

@@ -30,7 +30,7 @@ class RMSNorm(nn.RMSNorm):
 class PatchEmbed(nn.Module):
     """Non-overlapping patches (B, C, H, W) -> tokens (B, N, D), row by row (Dosovitskiy et al. 2021).
 
-    The same module as timm's, written out because importing timm costs every process some seconds.
+    The same as timm's, which would be the only thing to import from there: a dependency and seconds of every start.
     """
 
     def __init__(self, patch_size: int, in_channels: int, width: int) -> None:
