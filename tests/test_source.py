@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from mmfm.flow.source import SETTINGS, GaussianSource, MixtureSource, couple_modes, source_for
+from mmfm.flow.source import GaussianSource, MixtureSource, couple_modes, source_for
 from mmfm.infra import rng
 from mmfm.mixture.gaussian import Mixture
+from mmfm.settings import SETTINGS
 
 K, SHAPE = 3, (2, 2, 2)
 MEANS = torch.arange(K * 8, dtype=torch.float32).reshape(K, *SHAPE)
@@ -98,5 +99,5 @@ def test_source_for_every_setting(tiny_pipeline):
         assert (source.num_modes > 0) == setting.mixture
     with pytest.raises(ValueError, match="--spatial-gmm"):
         source_for("gmm", None, "cpu")
-    with pytest.raises(ValueError, match="uncond, gmm, mode"):
+    with pytest.raises(ValueError, match="uncond, gmm, mode, class, class_gmm"):
         source_for("gm", None, "cpu")

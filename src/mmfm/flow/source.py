@@ -5,7 +5,6 @@ spherical Gaussian per mode, and couples every image to noise of its own mode (L
 Matching"). A source turns modes and standard noise into x_source; who draws the noise decides how it is keyed.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -13,26 +12,7 @@ import torch
 from torch import Tensor
 
 from mmfm.mixture.gaussian import Mixture, draw_from_weights, draw_modes
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What distinguishes a training setting.
-
-    Attributes:
-        mixture: the source is the spatial mixture, not N(0, I).
-        condition: what the model sees: ``"mode"`` (the index of the source's mode) or None (no label term at all).
-    """
-
-    mixture: bool
-    condition: str | None
-
-
-SETTINGS: dict[str, Setting] = {
-    "uncond": Setting(mixture=False, condition=None),
-    "gmm": Setting(mixture=True, condition=None),
-    "mode": Setting(mixture=True, condition="mode"),
-}
+from mmfm.settings import SETTINGS
 
 
 class Source(Protocol):
@@ -155,7 +135,7 @@ def source_for(
     """Build the source of a setting.
 
     Args:
-        setting: a name in :data:`SETTINGS`.
+        setting: a name in :data:`mmfm.settings.SETTINGS`.
         spatial_gmm: the spatial mixture's store; needed by the settings with a mixture, refused by the others' None.
         device: where x_source is made.
         means_device: where the means are kept; None: ``device``. ``cpu`` spares GPU memory for a transfer per batch.

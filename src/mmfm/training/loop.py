@@ -11,27 +11,24 @@ from torch import Tensor, nn
 from mmfm import config, rae
 from mmfm.data import Listing
 from mmfm.decoder import load_decoder
+from mmfm.draws import class_labels
 from mmfm.encoders import load_encoder
 from mmfm.flow import path as flow
 from mmfm.flow.solver import euler
-from mmfm.flow.source import SETTINGS, Source, couple_modes, source_for
+from mmfm.flow.source import Source, couple_modes, source_for
 from mmfm.infra import rng, store
 from mmfm.infra.distributed import Ranks
+from mmfm.infra.precision import autocast, uses_bf16
 from mmfm.mixture.gaussian import Mixture
 from mmfm.models.dit import DiT, DiTConfig
 from mmfm.pictures import image_grid, save_picture
+from mmfm.settings import SETTINGS
 from mmfm.training import latents
 from mmfm.training.checkpoint import save_ema
 from mmfm.training.history import draw_curve, publish_history, read_history
-from mmfm.training.inputs import TrainFiles
+from mmfm.training.inputs import TrainFiles, image_classes
 from mmfm.training.schedule import ConstantThenLinear
 from mmfm.training.trainer import Recipe, Routine, Trainer
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The autocast of a ``precision`` key: bf16 for ``bf16``, and for ``auto`` on a GPU; otherwise switched off."""
-    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 @dataclass(frozen=True)
@@ -39,11 +36,12 @@ class FlowMatching:
     """The loss of flow matching from a source to the data (Lipman et al. 2023; Luo et al. 2026 for the mixture).
 
     Attributes:
-        setting: name in :data:`mmfm.flow.source.SETTINGS`.
+        setting: name in :data:`mmfm.settings.SETTINGS`.
         source: where paths start.
         mixture: of the global tokens; None for a Gaussian source.
         settings: the section ``train``.
         shift: of the times.
+        classes: class of every image, (N,) int64 on the CPU, and their number; None where no class is used.
     """
 
     setting: str
@@ -51,6 +49,7 @@ class FlowMatching:
     mixture: Mixture | None
     settings: config.Train
     shift: float
+    classes: tuple[Tensor, int] | None = None
 
     def losses(self, model: nn.Module, micro: latents.MicroBatch, inputs: latents.Inputs) -> Tensor:
         """Mean squared error of the velocity per image, (b,) float32."""
@@ -63,14 +62,37 @@ class FlowMatching:
         x_source = self.source.draw(modes, rng.normal(seed, "train/noise", keys, tuple(x_data.shape[1:])))
         t = flow.train_times(rng.uniform(seed, "train/time", keys), self.shift)
         x_t = flow.interpolate(x_data, x_source, t)
+        seen = self.drop_labels(self.labels(SETTINGS[self.setting].condition, modes, micro.images, keys.device), keys)
         with autocast(self.settings.precision, x_data.device):
-            velocity = model(x_t, t, self.condition(modes))
+            velocity = model(x_t, t, seen)
         error = velocity.float() - flow.target_velocity(x_data, x_source)
         return error.square().flatten(1).mean(1)
 
-    def condition(self, modes: Tensor | None) -> Tensor | None:
-        """What the model sees besides x_t and t: the modes (B,), or nothing."""
-        return modes if SETTINGS[self.setting].condition == "mode" else None
+    def labels(self, kind: str | None, modes: Tensor | None, images: Tensor, device: torch.device) -> Tensor | None:
+        """The modes (b,) for ``mode``, the classes of the images (b,) for ``class``, or None."""
+        if kind != "class":
+            return modes if kind == "mode" else None
+        return self.classes[0].index_select(0, images.cpu()).to(device, non_blocking=True)
+
+    @property
+    def num_labels(self) -> int:
+        """Labels that the model is conditioned on; 0 for none."""
+        return {"mode": self.source.num_modes, "class": self.classes[1] if self.classes else 0, None: 0}[
+            SETTINGS[self.setting].condition
+        ]
+
+    @property
+    def label_dropout(self) -> float:
+        """Probability with which the model does not see the label."""
+        dropout = {"mode": self.settings.mode_dropout, "class": self.settings.label_dropout, None: 0.0}
+        return dropout[SETTINGS[self.setting].condition]
+
+    def drop_labels(self, labels: Tensor | None, keys: Tensor) -> Tensor | None:
+        """Replace labels (b,) by the null label, the last row of the table; the source keeps its mode."""
+        if labels is None or not self.label_dropout:
+            return labels
+        dropped = rng.uniform(self.settings.seed, "train/dropout", keys) < self.label_dropout
+        return torch.where(dropped, self.num_labels, labels)
 
     @torch.no_grad()
     def sample(self, model: nn.Module, latent_shape: tuple[int, int, int], n: int, time_points: int) -> Tensor:
@@ -79,7 +101,9 @@ class FlowMatching:
         keys = torch.arange(n, device=device)
         modes = self.source.draw_modes(rng.uniform(self.settings.seed, "preview/mode", keys))
         x = self.source.draw(modes, rng.normal(self.settings.seed, "preview/noise", keys, latent_shape))
-        labels = self.condition(modes)
+        labels = modes if SETTINGS[self.setting].condition == "mode" else None
+        if SETTINGS[self.setting].condition == "class":
+            labels = class_labels(self.settings.seed, keys, self.num_labels, "equal", "preview/label")
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             with autocast(self.settings.precision, device):
@@ -92,7 +116,7 @@ def train(setting: str, files: TrainFiles, sections: dict[str, Any], version: in
     """Train the velocity model of one setting and publish its EMA weights; contract in docs/stages.md.
 
     Args:
-        setting: ``uncond``, ``gmm`` or ``mode``.
+        setting: name in :data:`mmfm.settings.SETTINGS`.
         sections: built sections ``image``, ``encoder``, ``model``, ``train``.
         version: of the stage.
         out_dir: gets ``ema.safetensors``, ``history.jsonl``, ``curve.png`` and, with a decoder, ``preview.png``.
@@ -104,8 +128,10 @@ def train(setting: str, files: TrainFiles, sections: dict[str, Any], version: in
     settings: config.Train = sections["train"]
     digests = ranks.from_main(lambda: files.digests(setting))
     identity = {"setting": setting, **config.identity(sections)}
-    if autocast(settings.precision, ranks.device)._enabled:  # `auto` must not continue a float32 run in bf16
+    if uses_bf16(settings.precision, ranks.device):  # `auto` must not continue a float32 run in bf16
         identity["autocast"] = "bf16"
+    if SETTINGS[setting].mixture and uses_bf16(settings.means_precision, ranks.device):
+        identity["means"] = "bf16"
     state = ranks.from_main(
         lambda: store.state_directory(out_dir / "ema.safetensors", "train", version, identity, digests)
     )
@@ -150,7 +176,13 @@ def _load_autoencoder(files: TrainFiles, encoder: config.Encoder, device: torch.
 def _build_task(
     setting: str, files: TrainFiles, settings: config.Train, latent_shape: tuple[int, int, int], device: torch.device
 ) -> FlowMatching:
-    source = source_for(setting, files.spatial_gmm, device)
+    source = source_for(
+        setting,
+        files.spatial_gmm,
+        device,
+        means_device="cpu" if settings.means_device == "host" else device,
+        dtype=torch.bfloat16 if uses_bf16(settings.means_precision, device) else torch.float32,
+    )
     mixture = Mixture.load(files.gmm, device) if SETTINGS[setting].mixture else None
     if mixture is not None:
         # Imported files carry no digests by which they could be told apart.
@@ -161,15 +193,15 @@ def _build_task(
                 f"{files.gmm} ({found[0]} modes, tokens of {found[1]}) and {files.spatial_gmm} ({wanted[0]} modes, "
                 f"latents {found[2]}) do not fit each other or the encoder's latents {latent_shape}; make both for it"
             )
-    return FlowMatching(setting, source, mixture, settings, flow.time_shift(latent_shape))
+    classes = image_classes(Listing.open(files.listing)) if SETTINGS[setting].condition == "class" else None
+    return FlowMatching(setting, source, mixture, settings, flow.time_shift(latent_shape), classes)
 
 
 def _build_model(task: FlowMatching, sizes: config.Model, latent_shape: tuple[int, int, int]) -> DiT:
     """The initial model: the same for every process, as its weights come from the seed."""
-    num_classes = task.source.num_modes if SETTINGS[task.setting].condition == "mode" else 0
     dit = DiTConfig(
         input_size=latent_shape[1], patch_size=1, in_channels=latent_shape[0], hidden_size=sizes.hidden_size,
-        depth=sizes.depth, num_heads=sizes.num_heads, num_classes=num_classes, label_dropout=0.0,
+        depth=sizes.depth, num_heads=sizes.num_heads, num_classes=task.num_labels, label_dropout=task.label_dropout,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(rng.derive_seed(task.settings.seed, "train/init"))
     return DiT(dit, generator=generator)
