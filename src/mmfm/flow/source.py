@@ -48,8 +48,8 @@ class MixtureSource:
 
     Args:
         means: (K, C, H, W), any floating dtype. They may lie on another device than the noise (8192 means of
-            [768, 16, 16] are 6.4 GB in float32): the rows of a batch are then gathered there and moved, which costs a
-            wait for the modes.
+            [768, 16, 16] are 6.4 GB in float32): the rows of a batch are then gathered there, into pinned memory, and
+            moved, which costs a wait for the modes.
         variances: (K,), one scalar per mode.
         weights: (K,), their probabilities up to a factor.
         device: where modes are drawn and x_source is made; None: where the means are.
@@ -98,9 +98,20 @@ class MixtureSource:
         """Return mean_k + sigma_k * noise, (B, C, H, W) float32, for modes (B,) int64 and standard normal noise."""
         if modes is None:
             raise ValueError("a mixture source needs the modes (B,); draw them with draw_modes or couple_modes")
-        means = self.means.index_select(0, modes.to(self.means.device)).to(noise.device, torch.float32)
+        means = self._rows(modes, noise.device).float()
         sigma = self.sigma.index_select(0, modes.to(self.sigma.device)).to(noise.device)
         return torch.addcmul(means, sigma.view(-1, 1, 1, 1), noise)
+
+    def _rows(self, modes: Tensor, device: torch.device) -> Tensor:
+        """Means of modes (B,) on ``device``, in the dtype that they are kept in."""
+        rows = modes.to(self.means.device)
+        if self.means.device == device or device.type != "cuda":
+            return self.means.index_select(0, rows).to(device)
+        # Gathered into pinned memory, from which the copy runs beside the GPU's work; the allocator keeps the block
+        # until the copy is over.
+        pinned = torch.empty((len(rows), *self.means.shape[1:]), dtype=self.means.dtype, pin_memory=True)
+        torch.index_select(self.means, 0, rows, out=pinned)
+        return pinned.to(device, non_blocking=True)
 
 
 def couple_modes(mixture: Mixture, tokens: Tensor, uniforms: Tensor, assignment: str) -> Tensor:
