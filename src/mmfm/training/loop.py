@@ -1,7 +1,7 @@
 """Flow matching in the latent space: the stage ``train``."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from mmfm.training.history import draw_curve, publish_history, read_history
 from mmfm.training.inputs import TrainFiles, image_classes
 from mmfm.training.schedule import ConstantThenLinear
 from mmfm.training.trainer import Recipe, Routine, Trainer
+from mmfm.training.weighting import LossWeighting
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class FlowMatching:
         settings: the section ``train``.
         shift: of the times.
         classes: class of every image, (N,) int64 on the CPU, and their number; None where no class is used.
+        weighting: of the losses by label; None for none.
     """
 
     setting: str
@@ -50,9 +52,10 @@ class FlowMatching:
     settings: config.Train
     shift: float
     classes: tuple[Tensor, int] | None = None
+    weighting: LossWeighting | None = None
 
     def losses(self, model: nn.Module, micro: latents.MicroBatch, inputs: latents.Inputs) -> Tensor:
-        """Mean squared error of the velocity per image, (b,) float32."""
+        """Mean squared error of the velocity per image, times its label's weight, (b,) float32."""
         seed, x_data = self.settings.seed, inputs.latent
         keys = micro.key_tensor(x_data.device)
         modes = None
@@ -66,7 +69,11 @@ class FlowMatching:
         with autocast(self.settings.precision, x_data.device):
             velocity = model(x_t, t, seen)
         error = velocity.float() - flow.target_velocity(x_data, x_source)
-        return error.square().flatten(1).mean(1)
+        values = error.square().flatten(1).mean(1)
+        if self.weighting is None:
+            return values
+        by = self.settings.loss_weighting.by
+        return self.weighting.weigh(values, self.labels(by, modes, micro.images, keys.device))
 
     def labels(self, kind: str | None, modes: Tensor | None, images: Tensor, device: torch.device) -> Tensor | None:
         """The modes (b,) for ``mode``, the classes of the images (b,) for ``class``, or None."""
@@ -142,6 +149,7 @@ def train(setting: str, files: TrainFiles, sections: dict[str, Any], version: in
     autoencoder = _load_autoencoder(files, sections["encoder"], ranks.device)
     latent_shape = (autoencoder.encoder.hidden_size, *autoencoder.encoder.grid)
     task = _build_task(setting, files, settings, latent_shape, ranks.device)
+    task = replace(task, weighting=_build_weighting(task, plan.steps_per_epoch, ranks.device))
     model = _build_model(task, sections["model"], latent_shape).to(ranks.device)
     preview = _previewer(task, autoencoder, latent_shape, settings.preview)
 
@@ -151,7 +159,7 @@ def train(setting: str, files: TrainFiles, sections: dict[str, Any], version: in
 
     trainer = Trainer(
         "train", model, task.losses, plan, _recipe(settings, plan.steps_per_epoch), _routine(settings), state, ranks,
-        draw_preview if files.decoder else None,
+        draw_preview if files.decoder else None, task.weighting,
     )  # fmt: skip
     target = settings.epochs * plan.steps_per_epoch
     if not trainer.resume(target):
@@ -193,8 +201,23 @@ def _build_task(
                 f"{files.gmm} ({found[0]} modes, tokens of {found[1]}) and {files.spatial_gmm} ({wanted[0]} modes, "
                 f"latents {found[2]}) do not fit each other or the encoder's latents {latent_shape}; make both for it"
             )
-    classes = image_classes(Listing.open(files.listing)) if SETTINGS[setting].condition == "class" else None
+    weighted = settings.loss_weighting.rule != "none" and settings.loss_weighting.by == "class"
+    needed = weighted or SETTINGS[setting].condition == "class"
+    classes = image_classes(Listing.open(files.listing)) if needed else None
     return FlowMatching(setting, source, mixture, settings, flow.time_shift(latent_shape), classes)
+
+
+def _build_weighting(task: FlowMatching, steps_per_epoch: int, device: torch.device) -> LossWeighting | None:
+    settings = task.settings.loss_weighting
+    if settings.rule == "none":
+        return None
+    labels = task.classes[1] if settings.by == "class" else task.source.num_modes
+    if not labels:
+        raise ValueError(
+            f"train.loss_weighting.by is mode, but the setting '{task.setting}' has no modes; set it to class, or "
+            "train.loss_weighting.rule to none"
+        )
+    return LossWeighting(settings, labels, settings.warmup_epochs * steps_per_epoch, device)
 
 
 def _build_model(task: FlowMatching, sizes: config.Model, latent_shape: tuple[int, int, int]) -> DiT:
