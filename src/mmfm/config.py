@@ -219,7 +219,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Guide:
-    """The weaker model of autoguidance, for the targets `..._ag`."""
+    """The weaker model of autoguidance, for the targets `..._ag`; no key touches any other target."""
 
     weights: str = key("`train`, or a file of weights, `{encoder}` and `{setting}` standing for the names")
     model: str = key("name of an entry of `models`")
