@@ -135,7 +135,7 @@ def guide_weights(wildcards):
     if C.guide.weights != "train":
         return C.guide.weights.format(encoder=wildcards.encoder, setting=wildcards.setting)
     checked(C.section, "model", "", C.guide.model)
-    guide = replace(training_variant(wildcards).training, model=C.guide.model)
+    guide = replace(training_variant(wildcards), model=C.guide.model, t=None, g=None)
     names = {"encoder": wildcards.encoder, "setting": wildcards.setting, "training": f"{guide}.guide"}
     return rules.train.output.ema.format(**names)
 

@@ -47,8 +47,8 @@ The kinds of keys:
 * **budget**: how far to go. The stage runs again, but goes on from where it stood when the value is raised.
 * **operation**: speed, memory, logging. Nothing runs again.
 
-A target's name can carry `seed`, model, `k` (modes), `t` (time points) and `g` (guidance scale) instead, which is the way
-to sweep: everything that two variants share is made once.
+A target's name can carry `seed`, model, `k` (modes), `t` (time points) and `g` (guidance scale) instead, which is the
+way to sweep: everything that two variants share is made once.
 
     snakemake --cores all results/fid/dinov2_mode.seed{0,1,2}.txt results/fid/dinov2_gmm.k{16,256}.t4.txt
 

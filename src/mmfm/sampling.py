@@ -50,18 +50,24 @@ def sample(
     shards = Shards(sampler, settings, state, detector)
     shards.make_missing(ranks)
     if ranks.is_main:
-        # The old description goes first: it must never stand beside other images.
-        (out_dir / "samples.json").unlink(missing_ok=True)
-        (out_dir / FEATURES).unlink(missing_ok=True)
-        shape = shards.shape(range(settings.n_images))
-        digest = npz.write_parts(out_dir / "images.npz", shape, np.uint8, shards.images())
-        if detector is not None:
-            about = {"detector": detector.name, "detector_digest": detector.digest, "images_digest": digest}
-            store.write_arrays(out_dir / FEATURES, {"features": shards.features()}, about)
-        save_picture(draw_grid(sampler, out_dir / "images.npz", shards.source_only), out_dir / "grid.png")
-        store.write_json(out_dir / "samples.json", describe(sampler, digest, shards.evaluations()))
-        store.remove_state(state)
+        _publish(shards, out_dir)
     ranks.barrier()
+
+
+def _publish(shards: "Shards", out_dir: Path) -> None:
+    """Put the shards together, draw the grid and describe both."""
+    sampler, detector = shards.sampler, shards.detector
+    # The old description goes first: it must never stand beside other images.
+    (out_dir / "samples.json").unlink(missing_ok=True)
+    (out_dir / FEATURES).unlink(missing_ok=True)
+    shape = shards.shape(range(shards.settings.n_images))
+    digest = npz.write_parts(out_dir / "images.npz", shape, np.uint8, shards.images())
+    if detector is not None:
+        about = {"detector": detector.name, "detector_digest": detector.digest, "images_digest": digest}
+        store.write_arrays(out_dir / FEATURES, {"features": shards.features()}, about)
+    save_picture(draw_grid(sampler, out_dir / "images.npz", shards.source_only), out_dir / "grid.png")
+    store.write_json(out_dir / "samples.json", describe(sampler, digest, shards.evaluations()))
+    store.remove_state(shards.state)
 
 
 @dataclass(frozen=True)
