@@ -2,7 +2,8 @@
 
     snakemake results/fid/dinov2_mode.txt --cores all
 
-Targets: results/fid/{encoder}_{setting}[.seedN][.MODEL][.kN][.tN].txt; what is left out is taken from the configuration.
+Targets: results/fid/{encoder}_{setting}[_ag][.seedN][.MODEL][.kN][.tN][.gN].txt; what is left out is taken from the
+configuration.
 """
 
 from snakemake.utils import min_version
@@ -41,4 +42,5 @@ localrules:
 rule all:
     default_target: True
     input:
-        expand("<results>/fid/{encoder}_{setting}.txt", encoder=ENCODERS, setting=SETTINGS),
+        # Those that need no class folders and no second model.
+        expand("<results>/fid/{encoder}_{setting}.txt", encoder=ENCODERS, setting=["uncond", "gmm", "mode"]),

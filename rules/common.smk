@@ -3,6 +3,7 @@
 import atexit
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -11,6 +12,7 @@ from mmfm import config as mmfm_config
 from mmfm import unused
 from mmfm import workflow as wf
 from mmfm.infra.store import MODEL_FILES
+from mmfm.settings import SETTINGS as MMFM_SETTINGS
 
 
 def checked(function, *arguments):
@@ -32,7 +34,9 @@ pathvars:
 
 
 ENCODERS = list(C.encoders)
-SETTINGS = list(mmfm_config.SETTINGS)
+SETTINGS = list(MMFM_SETTINGS)
+# Autoguidance: the suffix of a setting's name.
+GUIDED = ["", "_ag"]
 
 # Stages run `python`: that of the environment Snakemake itself runs in, also when it was not activated.
 wf.prepare_environment()
@@ -60,14 +64,16 @@ if workflow.is_main_process:
 wildcard_constraints:
     encoder="|".join(map(re.escape, ENCODERS)),
     setting="|".join(SETTINGS),
+    ag="|".join(GUIDED),
     k=r"\d+",
     t=r"\d+",
-    training=rf"seed\d+\.({'|'.join(map(re.escape, C.models))})(\.k\d+)?",
+    g=r"(\.g\d+(\.\d+)?)?",
+    training=rf"seed\d+\.{wf.any_of(C.models)}(\.k\d+)?(\.guide)?",
 
 
-# A result's name: encoder, setting, and the variant as far as it is named (see mmfm.workflow.Variant).
-NAME = rf"({'|'.join(map(re.escape, ENCODERS))})_({'|'.join(SETTINGS)})(({wf.variant_pattern(C.models)}))"
-COMPLETE_NAME = rf"({'|'.join(map(re.escape, ENCODERS))})_{wf.complete_pattern(C.models)}"
+# A result's name: encoder, setting, autoguidance, and the variant as far as it is named (see mmfm.workflow.Variant).
+NAME = rf"{wf.any_of(ENCODERS)}_{wf.any_of(SETTINGS)}(_ag)?({wf.variant_pattern(C.models)})"
+COMPLETE_NAME = rf"{wf.any_of(ENCODERS)}_{wf.complete_pattern(C)}"
 
 
 def parameter(stage, replaced=lambda wildcards: {}):
@@ -126,13 +132,15 @@ def detector_weights(wildcards):
 
 def training_variant(wildcards):
     """Return the complete variant behind the `training` wildcard."""
-    return checked(wf.parse_variant, f".{wildcards.training}", wildcards.setting, C)
+    return checked(wf.parse_variant, f".{wildcards.training.removesuffix('.guide')}", wildcards.setting, C)
 
 
 def trained_model(wildcards):
-    """Return the keys of `train` and the section `model` that a job's wildcards set."""
+    """Return the keys of `train` and the section `model` that a job's wildcards set; a guide has its own budget."""
     complete = training_variant(wildcards)
     keys = {"seed": complete.seed, "model": complete.model}
+    if wildcards.training.endswith(".guide"):
+        keys["epochs"] = C.guide.epochs
     return {"train": keys, "model": mmfm_config.keys_of_kind(C.models[complete.model], "identity")}
 
 
@@ -148,6 +156,40 @@ def mixture_inputs(wildcards):
     }
 
 
+def guide_weights(wildcards):
+    """Return the weights of the weaker model of an autoguidance job: given, or trained by the rule `train`.
+
+    The folder of a trained guide is called `.guide`: with the main model's size and another budget it would meet the
+    main model's weights otherwise.
+    """
+    if not wildcards.ag:
+        return []
+    if C.guide.weights != "train":
+        return C.guide.weights.format(encoder=wildcards.encoder, setting=wildcards.setting)
+    checked(C.section, "model", "", C.guide.model)
+    guide = replace(training_variant(wildcards), model=C.guide.model, t=None, g=None)
+    names = {"encoder": wildcards.encoder, "setting": wildcards.setting, "training": f"{guide}.guide"}
+    return rules.train.output.ema.format(**names)
+
+
+def sampled(wildcards):
+    """Return the keys of `sample` that a job's wildcards set."""
+    text = f".{wildcards.training}.t{wildcards.t}{wildcards.g}"
+    complete = checked(wf.parse_variant, text, wildcards.setting, C, bool(wildcards.ag))
+    guidance = wf.guidance_keys(complete.g, bool(wildcards.ag), C)
+    return {"sample": {"time_points": complete.t, "guidance": guidance}}
+
+
+def sample_operation(wildcards):
+    """Return the operation keys of `sample`, and the detector whose features it writes beside the images.
+
+    The detector is no input, because it changes no image; its file need not be there.
+    """
+    if not C.sample.features:
+        return OPERATION["sample"]
+    return f"{OPERATION['sample']} --detector {C.fid.detector} --detector-weights {shlex.quote(C.fid.weights)}"
+
+
 def preview_decoder(wildcards):
     """Return the decoder for previews during training: given, or the pipeline's own once it is there.
 
@@ -161,17 +203,17 @@ def preview_decoder(wildcards):
 
 def complete_name(wildcards, kind):
     """Return the file with the complete name behind a short one; `kind` is txt or json."""
-    encoder, setting, text = re.fullmatch(NAME, wildcards.request).group(1, 2, 3)
-    complete = checked(wf.parse_variant, text, setting, C)
-    return f"{RESULTS}/fid/{encoder}_{setting}.{complete}.{kind}"
+    encoder, setting, ag, text = re.fullmatch(NAME, wildcards.request).group(1, 2, 3, 4)
+    complete = checked(wf.parse_variant, text, setting, C, ag is not None)
+    return f"{RESULTS}/fid/{encoder}_{setting}{ag or ''}.{complete}.{kind}"
 
 
 def unknown_target(wildcards):
     """Refuse a mistyped result with the list of the valid ones; otherwise Snakemake says only that no rule makes it."""
-    names = [f"{RESULTS}/fid/{encoder}_{setting}.txt" for encoder in ENCODERS for setting in SETTINGS]
+    names = [f"{RESULTS}/fid/{e}_{setting}{ag}.txt" for e in ENCODERS for setting in SETTINGS for ag in GUIDED]
     target = f"{RESULTS}/fid/{wildcards.name}"
     raise WorkflowError(
         f"no target '{target}'{mmfm_config.nearest(target, names)}. Valid targets:\n  "
         + "\n  ".join(names)
-        + f"\nwith any of .seedN .MODEL ({', '.join(C.models)}) .kN .tN before .txt, in this order."
+        + f"\nwith any of .seedN .MODEL ({', '.join(C.models)}) .kN .tN .gN before .txt, in this order."
     )

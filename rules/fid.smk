@@ -45,12 +45,12 @@ rule fid:
         reference=REFERENCE,
         detector=detector_weights,
     output:
-        text="<results>/fid/{encoder}_{setting}.{training}.t{t}.txt",
-        json="<results>/fid/{encoder}_{setting}.{training}.t{t}.json",
+        text="<results>/fid/{encoder}_{setting}{ag}.{training}.t{t}{g}.txt",
+        json="<results>/fid/{encoder}_{setting}{ag}.{training}.t{t}{g}.json",
     log:
-        "<logs>/fid.{encoder}_{setting}.{training}.t{t}.log",
+        "<logs>/fid.{encoder}_{setting}{ag}.{training}.t{t}{g}.log",
     benchmark:
-        "<benchmarks>/fid.{encoder}_{setting}.{training}.t{t}.tsv"
+        "<benchmarks>/fid.{encoder}_{setting}{ag}.{training}.t{t}{g}.tsv"
     conda:
         "../envs/mmfm.yaml"
     threads: SHARED_CORES
@@ -72,6 +72,10 @@ rule fid:
 
 localrules:
     short_name,
+
+
+# Both match a name that says all but a scale of guidance; it is a short one.
+ruleorder: short_name > fid
 
 
 # results/fid/dinov2_mode.txt and results/fid/dinov2_mode.k512.txt stand for what the configuration says of the rest.

@@ -9,34 +9,41 @@ rule sample:
         about=rules.latent_stats.output.about,
         decoder=DECODER,
         spatial_gmm=lambda wildcards: mixture_inputs(wildcards)["spatial_gmm"],
+        guide=guide_weights,
     output:
-        images="<results>/sample/{encoder}_{setting}/{training}.t{t}/images.npz",
+        images="<results>/sample/{encoder}_{setting}{ag}/{training}.t{t}{g}/images.npz",
         grid=report(
-            "<results>/sample/{encoder}_{setting}/{training}.t{t}/grid.png",
+            "<results>/sample/{encoder}_{setting}{ag}/{training}.t{t}{g}/grid.png",
             caption="../workflow/report/grid.rst",
             category="Samples",
-            labels={"encoder": "{encoder}", "setting": "{setting}", "variant": "{training}", "time points": "{t}"},
+            labels={
+                "encoder": "{encoder}",
+                "setting": "{setting}{ag}",
+                "variant": "{training}{g}",
+                "time points": "{t}",
+            },
         ),
-        about="<results>/sample/{encoder}_{setting}/{training}.t{t}/samples.json",
+        about="<results>/sample/{encoder}_{setting}{ag}/{training}.t{t}{g}/samples.json",
     log:
-        "<logs>/sample.{encoder}_{setting}.{training}.t{t}.log",
+        "<logs>/sample.{encoder}_{setting}{ag}.{training}.t{t}{g}.log",
     benchmark:
-        "<benchmarks>/sample.{encoder}_{setting}.{training}.t{t}.tsv"
+        "<benchmarks>/sample.{encoder}_{setting}{ag}.{training}.t{t}{g}.tsv"
     conda:
         "../envs/mmfm.yaml"
     threads: ALL_CORES
     resources:
-        operation=OPERATION["sample"],
+        operation=sample_operation,
         gpu=GPUS,
         processes=C.processes,
         mem_mb=wf.memory_mb(PROCESSES, gb_per_process=MEANS_GB),
         runtime=720,
         disk_mb=20000,
     params:
-        settings=parameter("sample", lambda wildcards: {"sample": {"time_points": int(wildcards.t)}}),
+        settings=parameter("sample", sampled),
     shell:
         "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
         " -- sample --settings {params.settings:q}"
         " --ema {input.ema:q} --stats {input.stats:q} --decoder {input.decoder:q}"
         ' --encoder-weights "$(dirname {input.encoder[0]:q})" --spatial-gmm {input.spatial_gmm:q}'
+        " --setting {wildcards.setting} --guide {input.guide:q}"
         ' --out-dir "$(dirname {output.images:q})" {resources.operation} 2>&1 | tee {log:q}'

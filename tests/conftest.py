@@ -28,7 +28,15 @@ SECTIONS = {
         "final_lr": 1e-4, "constant_epochs": 1, "decay_end_epoch": 3, "betas": [0.9, 0.95], "weight_decay": 0.0,
         "clip_norm": 1.0, "ema_decay": 0.9, "precision": "auto", "micro_batch": 0, "workers": 0,
         "latent_cache_gb": 1.0, "checkpoint_every": 4, "keep_checkpoints": 2, "log_every": 2, "compile": False,
-        "preview": {"every": 0, "n_images": 4, "time_points": 3},
+        "preview": {"every": 0, "n_images": 4, "time_points": 3}, "label_dropout": 0.1, "mode_dropout": 0.0,
+        "means_precision": "auto", "means_device": "device", "loss_weighting": {
+            "rule": "none", "by": "mode", "decay": 0.9, "gamma": 1.0, "warmup_epochs": 1, "bounds": [0.5, 2.0],
+        },
+    },
+    "sample": {
+        "n_images": 22, "time_points": 4, "solver": "euler", "precision": "auto", "shard_size": 5, "batch_size": 4,
+        "guidance": {"scale": 1.0, "interval": [0.0, 1.0]}, "rtol": 1e-3, "atol": 1e-3, "mode_draw": "multinomial",
+        "label_draw": "equal", "features": False, "means_device": "device",
     },
     "decoder": {
         "weights": "train", "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_layers": 1, "noise": 0.8,

@@ -1,7 +1,10 @@
 """The benchmarks' own arithmetic, on made-up measurements."""
 
 import importlib.util
+import json
 from pathlib import Path
+
+import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -35,3 +38,17 @@ def test_stage_times(tmp_path, capsys, monkeypatch):
     times.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "| `extract` | dinov2 | 10.2 | 1.5 GB |" and lines[-1] == "| sum | | 110.8 | |"
+
+
+def test_guidance(tmp_path, capsys, monkeypatch):
+    guidance = load("guidance")
+    found = guidance.summary({"model": [2.0, 9.0, 2.0], "guide": [1.0], "autoguided": [3.0, 3.6, 3.3]})
+    assert found["ratio"] == pytest.approx(1.1) and found["median_seconds"]["model"] == 2.0
+    small = ["--model", "tiny_guide", "--batch", "2", "--labels", "3", "--quick", "--out-dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["guidance.py", *small])
+    guidance.main()
+    text = capsys.readouterr().out
+    assert "tiny_guide guided by tiny_guide" in text and "| autoguided |" in text
+    (written,) = tmp_path.glob("guidance-tiny_guide-*.json")
+    seconds = json.loads(written.read_text())["seconds"]
+    assert {len(values) for values in seconds.values()} == {7} and len(seconds) == 4

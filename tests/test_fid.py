@@ -97,6 +97,28 @@ def test_distance_equals_that_of_numpy_moments(garments, reference, tmp_path):
     assert result["frechet_distance"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_features_of_sample_are_used_if_they_are_of_this_detector_and_these_images(garments, reference, tmp_path):
+    """Features shifted by 3 in one dimension make 9 more and are seen; those of other images or networks are not."""
+    samples = write_samples(tmp_path, garments[300:])
+    _, plain = run(samples, reference, tmp_path)
+    detector = load_detector("fashion", DETECTOR)
+    features = detector.features(torch.from_numpy(garments[300:]).permute(0, 3, 1, 2)).numpy()
+    shift = 3 * np.sign(features.mean(0)[0] - Reference.open(reference).mu[0])
+    digest = store.read_json(samples / "samples.json")["images_digest"]
+    right = {"detector_digest": detector.digest, "images_digest": digest}
+    expected = plain["frechet_distance"] + 9 + 6 * abs(features.mean(0)[0] - Reference.open(reference).mu[0])
+    for about, used, distance in (
+        (right, "from sample", expected),
+        ({**right, "images_digest": "0" * 64}, "computed", plain["frechet_distance"]),
+        ({**right, "detector_digest": "0" * 64}, "computed", plain["frechet_distance"]),
+    ):
+        shifted = features + shift * np.eye(64, dtype=np.float32)[0]
+        store.write_arrays(samples / "features.safetensors", {"features": shifted}, about)
+        _, result = run(samples, reference, tmp_path)
+        assert result["features"] == used and result["frechet_distance"] == pytest.approx(distance, rel=1e-3)
+    assert plain["features"] == "computed"
+
+
 def test_the_text_says_all_that_is_needed(garments, reference, tmp_path):
     samples = write_samples(tmp_path, garments[300:])
     text, result = run(samples, reference, tmp_path)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from mmfm.config import ADAPTIVE_SOLVERS
 from mmfm.flow.guidance import autoguidance, classifier_free_guidance
 from mmfm.flow.path import interpolate, shift_times, target_velocity, time_grid, time_shift, train_times
-from mmfm.flow.solver import euler, heun
+from mmfm.flow.solver import adaptive, euler, heun
 from mmfm.models.dit import DiT, DiTConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -114,6 +115,44 @@ def test_solver_keeps_float32_and_passes_batched_times():
     final = euler(velocity, torch.ones(3, 2, dtype=torch.bfloat16), torch.tensor([1.0, 0.999, 0.5]))
     assert final.dtype == torch.float32
     assert seen == [(torch.float32, torch.float32, (3,))] * 2
+
+
+def test_bf16_state_and_time_round_as_torchdiffeq_does():
+    """The published sampler gave torchdiffeq's Euler a bf16 state: time is rounded for the model, not for the step."""
+    from torchdiffeq import odeint
+
+    start, times = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).bfloat16(), time_grid(12, 3.0)
+
+    def velocity(x, t):
+        assert x.dtype == t.dtype == torch.bfloat16
+        return torch.sin(3 * x) + t[:, None]
+
+    expected = odeint(lambda t, x: velocity(x, t.expand(len(x))), start, times, method="euler")[-1]
+    final = euler(velocity, start, times, dtype=torch.bfloat16)
+    assert final.dtype == torch.bfloat16 and torch.equal(final, expected)
+    exact = euler(lambda x, t: torch.sin(3 * x) + t[:, None], start.float(), times)
+    assert 1e-3 < (final.float() - exact).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("method", ADAPTIVE_SOLVERS)
+def test_adaptive_solvers_hold_their_tolerance_for_every_image(method):
+    """dx/dt = a x from t = 1 to 0.01, with an easy image that must not hide the hard one."""
+    rates = torch.tensor([0.0, 0.0, 0.0, 2.0])[:, None]
+    start, times, calls = torch.ones(4, 5), torch.tensor([1.0, 0.4, 0.01]), []
+
+    def velocity(x, t):
+        calls.append((x.dtype, t.dtype, tuple(t.shape)))
+        return rates * x
+
+    final, evaluations = adaptive(velocity, start, times, method, 1e-4, 1e-5)
+    torch.testing.assert_close(final, torch.exp(-0.99 * rates).expand(4, 5), rtol=0.02, atol=1e-4)
+    assert len(calls) == evaluations > 5 and set(calls) == {(torch.float32, torch.float32, (4,))}
+    assert adaptive(velocity, start, times, method, 1e-2, 1e-2)[1] < evaluations
+
+
+def test_an_adaptive_solver_says_what_to_do_where_it_fails():
+    with pytest.raises(ValueError, match=r"dopri5 with rtol 0.001 .* raise the tolerances"):
+        adaptive(lambda x, t: x * float("nan"), torch.ones(1, 1), torch.tensor([1.0, 0.0]), "dopri5", 1e-3, 1e-3)
 
 
 @pytest.mark.parametrize("times", [[1.0], [0.0, 1.0], [1.0, 1.0]])

@@ -23,29 +23,41 @@ from mmfm.flow.path import time_grid, time_shift
 from mmfm.infra import npz, store
 from mmfm.models.dit import DiT, DiTConfig
 from mmfm.sampler import SampleFiles, Sampler
+from mmfm.settings import SETTINGS
 from mmfm.training.checkpoint import load_ema, save_ema
 
-SAMPLE = {"n_images": 22, "time_points": 4, "solver": "euler", "precision": "auto", "shard_size": 5, "batch_size": 4}
+SAMPLE = SECTIONS["sample"]
+CLASSES = 3
+GUIDED = {"guidance": {"scale": 1.5, "interval": [0.0, 1.0]}}
 
 
-def write_ema(path: Path, files: Pipeline, setting: str, draw: int = 0, recorded: dict | None = None) -> Path:
+def write_ema(
+    path: Path, files: Pipeline, setting: str, draw: int = 0, recorded: dict | None = None, model: dict | None = None
+) -> Path:
     """Write a DiT whose velocities are far from zero; an untrained one's are zero."""
     generator = torch.Generator().manual_seed(draw)
-    classes = MODES if setting == "mode" else 0
-    model = DiT(DiTConfig(GRID, 1, CHANNELS, (32, 32), (1, 1), (2, 2), classes, 0.0), generator=generator)
+    classes = {"mode": MODES, "class": CLASSES, "class_gmm": CLASSES}.get(setting, 0)
+    dropout = 0.1 if setting.startswith("class") else 0.0
+    sizes = {"classes": classes, "dropout": dropout, "channels": CHANNELS, **(model or {})}
+    network = DiT(
+        DiTConfig(GRID, 1, sizes["channels"], (32, 32), (1, 1), (2, 2), sizes["classes"], sizes["dropout"]),
+        generator=generator,
+    )
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
+        if setting.startswith("class") and network.y_embedder is not None:
+            network.y_embedder.embedding_table.weight.mul_(20)  # labels that can be seen
     about = {
         "setting": setting, "encoder": {"family": "dinov2"}, "step": 7, "epochs": 1.5, "seed": 3, "images_seen": 56,
         "stats_digest": store.file_digest(files.stats), "encoder_digest": store.folder_digest(files.encoder),
     }  # fmt: skip
-    if setting != "uncond":
+    if SETTINGS[setting].mixture:
         from mmfm.mixture.spatial import SpatialMixture
 
         about["spatial_gmm_digest"] = SpatialMixture.open(files.spatial_gmm).attributes["digest"]
-    save_ema(path, model, {**about, **(recorded or {})})
+    save_ema(path, network, {**about, **(recorded or {})})
     return path
 
 
@@ -64,7 +76,7 @@ def files(tiny_pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> 
 def weights(files: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """EMA weights of every setting, and a guide of the setting mode."""
     root = tmp_path_factory.mktemp("weights")
-    made = {s: write_ema(root / f"{s}.safetensors", files, s) for s in ("uncond", "gmm", "mode")}
+    made = {s: write_ema(root / f"{s}.safetensors", files, s) for s in SETTINGS}
     return {**made, "guide": write_ema(root / "guide.safetensors", files, "mode", draw=9)}
 
 
@@ -134,14 +146,17 @@ def test_image_is_the_flow_of_its_own_noise(made, files, weights):
     assert_equal_to_rounding(pixels[0].permute(1, 2, 0).numpy(), images[13])
 
 
-def load(files: Pipeline, ema: Path, seed: int | None = None, scale: float = 1.0, **other: Path) -> Sampler:
+def load(files: Pipeline, ema: Path, seed: int | None = None, scale: float = 1.0, **other: object) -> Sampler:
     from mmfm import config
 
-    sections = {"image": SECTIONS["image"], "encoder": SECTIONS["encoder"], "sample": SAMPLE}
+    guided = {**SAMPLE, "guidance": {"scale": scale, "interval": [0.0, 1.0]}}
+    guided |= {name: other.pop(name) for name in SAMPLE if name in other}
+    sections = {"image": SECTIONS["image"], "encoder": SECTIONS["encoder"], "sample": guided}
     built = {name: config.build(config.SECTIONS[name], values, name) for name, values in sections.items()}
+    expected = other.pop("expected", None)
     paths = {"spatial_gmm": files.spatial_gmm, "decoder": files.decoder, **other}
     return Sampler(
-        SampleFiles(ema, stats=files.stats, encoder_weights=files.encoder, **paths), built, seed, scale, "cpu"
+        SampleFiles(ema, stats=files.stats, encoder_weights=files.encoder, **paths), built, seed, "cpu", expected
     )
 
 
@@ -187,13 +202,109 @@ def test_one_time_point_is_the_decoded_source(made, files, weights, tmp_path):
 def test_guide(made, files, weights, tmp_path):
     images, *_ = made
     call = ("--guide", str(weights["guide"]))
-    same, about = run(files, weights["mode"], tmp_path / "1", *call, "--guidance-scale", "1", n_images=5)
+    same, about = run(files, weights["mode"], tmp_path / "1", *call, n_images=5)
     assert about["guidance"]["scale"] == 1
     assert_equal_to_rounding(same, images[:5])
-    guided, about = run(files, weights["mode"], tmp_path / "2", *call, n_images=5)
+    guided, about = run(files, weights["mode"], tmp_path / "2", *call, n_images=5, **GUIDED)
     assert about["guidance"]["scale"] == 1.5
     assert about["guidance"]["guide"]["digest"] == load_ema(weights["guide"])[1]["digest"] == about["inputs"]["guide"]
     assert np.abs(guided.astype(int) - images[:5]).mean() > 0.1
+
+
+def test_class_labels_in_equal_numbers(files, weights, tmp_path):
+    """Image i of a class setting is the flow under label i, whatever the number of images."""
+    images, about = run(files, weights["class"], tmp_path / "all", n_images=7)
+    assert (about["label_draw"], about["n_labels"], about["n_modes"], about["mode_draw"]) == ("equal", 3, 0, None)
+    sampler = load(files, weights["class"])
+    labels = sampler.draw_labels(range(7), None)
+    assert torch.bincount(labels).sort().values.tolist() == [2, 2, 3]
+    fewer, _ = run(files, weights["class"], tmp_path / "fewer", n_images=4, batch_size=3)
+    assert_equal_to_rounding(fewer, images[:4])
+    other, about = run(files, weights["class"], tmp_path / "random", n_images=7, label_draw="random")
+    changed = load(files, weights["class"], label_draw="random").draw_labels(range(7), None) != labels
+    same = (np.abs(other.astype(int) - images).reshape(7, -1).max(1) <= 1).tolist()
+    assert changed.any() and same == (~changed).tolist() and about["label_draw"] == "random"
+
+
+def test_classifier_free_guidance(files, weights, tmp_path):
+    """Guided images differ, except with an interval in which no time lies."""
+    plain, _ = run(files, weights["class_gmm"], tmp_path / "1", n_images=5, mode_draw="stratified")
+    scales = {"2": {"scale": 1.5, "interval": [0.0, 1.0]}, "3": {"scale": 9.0, "interval": [0.0, 0.0]}}
+    (guided, about), (outside, _) = (
+        run(files, weights["class_gmm"], tmp_path / n, n_images=5, mode_draw="stratified", guidance=guidance)
+        for n, guidance in scales.items()
+    )
+    assert about["guidance"] == {"kind": "classifier-free", "scale": 1.5, "interval": [0.0, 1.0], "guide": None}
+    assert about["mode_draw"] == "k ~ mixture weights, stratified"
+    assert np.abs(guided.astype(int) - plain).mean() > 0.1
+    assert_equal_to_rounding(outside, plain)
+
+
+def test_an_adaptive_solver_survives_a_kill(files, weights, tmp_path, monkeypatch):
+    """Evaluations are counted over all shards, also those made before the restart."""
+    keys = {"solver": "bosh3", "rtol": 0.05, "atol": 0.05, "n_images": 12}
+    images, about = run(files, weights["gmm"], tmp_path / "whole", **keys)
+    assert about["function_evaluations"] > 4 and about["tolerances"] == {"rtol": 0.05, "atol": 0.05}
+    with monkeypatch.context() as patch:
+        patch.setattr("mmfm.sampling.npz.write_parts", write_once_then_fail(npz.write_parts))
+        with pytest.raises(OSError, match="full"):
+            main(arguments(files, weights["gmm"], tmp_path / "killed", **keys))
+    again, about_again = run(files, weights["gmm"], tmp_path / "killed", **keys)
+    assert np.array_equal(again, images) and about_again == about
+    fine, _ = run(files, weights["gmm"], tmp_path / "fine", **{**keys, "rtol": 1e-4, "atol": 1e-4})
+    euler, _ = run(files, weights["gmm"], tmp_path / "euler", n_images=12, time_points=200)
+    errors = [np.abs(x.astype(int) - euler).mean() for x in (images, fine)]
+    assert errors[1] < 1 and errors[1] <= errors[0]
+
+
+def test_reference_precision_rounds_state_and_time(made, files, weights, tmp_path):
+    rounded, about = run(files, weights["mode"], tmp_path, n_images=5, precision="reference")
+    assert about["precision"] == "reference" and about["function_evaluations"] == 3
+    assert 0 < np.abs(rounded.astype(int) - made[0][:5]).mean() < 8
+    with pytest.raises(ValueError, match=r"bf16 times, too coarse for dopri5"):
+        load(files, weights["mode"], precision="reference", solver="dopri5")
+
+
+DETECTOR = Path(__file__).parent.parent / "resources" / "demo" / "detector" / "detector.safetensors"
+
+
+def test_features_lie_beside_the_images(made, files, weights, tmp_path, monkeypatch):
+    """One shard is made without the detector, the others with it; stale features vanish with the images."""
+    from mmfm.evaluation.detector import load_detector
+    from mmfm.evaluation.fid import sampled_features
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mmfm.sampling.npz.write_parts", write_once_then_fail(npz.write_parts))
+        assert main(arguments(files, weights["mode"], tmp_path)) == 1
+    call = ("--detector", "fashion", "--detector-weights", str(DETECTOR))
+    images, about = run(files, weights["mode"], tmp_path, *call, features=True)
+    assert np.array_equal(images, made[0]) and about == made[1]
+    detector = load_detector("fashion", DETECTOR)
+    expected = detector.features(torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)).numpy()
+    features = sampled_features(tmp_path / "images.npz", about["images_digest"], detector)
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-4)
+    assert sampled_features(tmp_path / "images.npz", "0" * 64, detector) is None
+    detector.digest = "1" * 64
+    assert sampled_features(tmp_path / "images.npz", about["images_digest"], detector) is None
+    run(files, weights["mode"], tmp_path, *call[:3], str(tmp_path / "absent"), features=True, n_images=3)
+    assert not (tmp_path / "features.safetensors").exists()
+    assert main(arguments(files, weights["mode"], tmp_path, features=True)) == 2
+
+
+@pytest.mark.parametrize("draw", ["multinomial", "stratified"])
+def test_no_image_twice_after_kills_between_shards(files, weights, tmp_path, monkeypatch, draw):
+    """Stopped after every single shard: the digests of all images are those of an undisturbed run, none twice."""
+    keys = {"n_images": 14, "mode_draw": draw}
+    undisturbed, _ = run(files, weights["class_gmm"], tmp_path / "whole", **keys)
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr("mmfm.sampling.npz.write_parts", write_once_then_fail(npz.write_parts))
+            with pytest.raises(OSError, match="full"):
+                main(arguments(files, weights["class_gmm"], tmp_path / "killed", **keys))
+    assert len(list(tmp_path.glob("killed/state-*/shard-*.npz"))) == 2
+    images, _ = run(files, weights["class_gmm"], tmp_path / "killed", **keys)
+    digests = [store.array_digest(image) for image in images]
+    assert digests == [store.array_digest(image) for image in undisturbed] and len(set(digests)) == 14
 
 
 def test_grid_shows_images_and_their_sources(made, files, weights):
@@ -262,8 +373,7 @@ def start(call: list[str], slow: bool = False) -> subprocess.Popen:
 def test_another_configuration_does_not_take_the_shards(files, weights, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("mmfm.sampling.npz.write_parts", write_once_then_fail(npz.write_parts))
-        with pytest.raises(OSError, match="full"):
-            main(arguments(files, weights["mode"], tmp_path))
+        assert main(arguments(files, weights["mode"], tmp_path)) == 1
     before = next(tmp_path.glob("state-*"))
     images, _ = run(files, weights["mode"], tmp_path, time_points=3)
     assert before.exists() and list(before.glob("shard-*.npz")) and distinct(images) == 22
@@ -313,7 +423,17 @@ def test_refuses_other_decoders_modes_and_guides(files, weights, tmp_path):
         load(files, weights["gmm"], spatial_gmm=None)
     with pytest.raises(ValueError, match="same setting"):
         load(files, weights["mode"], scale=1.5, guide=weights["gmm"])
-    with pytest.raises(ValueError, match="give --guide"):
+    wide = write_ema(tmp_path / "wide", files, "mode", model={"channels": CHANNELS + 1})
+    with pytest.raises(ValueError, match=r"has latents \[33, 4, 4\], the weights \[32, 4, 4\]"):
+        load(files, weights["mode"], scale=1.5, guide=wide)
+    with pytest.raises(ValueError, match="33"):
+        load(files, wide)
+    unlabelled = write_ema(tmp_path / "unlabelled", files, "class", model={"classes": 0})
+    with pytest.raises(ValueError, match="of setting 'class', but know 0 labels"):
+        load(files, unlabelled)
+    with pytest.raises(ValueError, match=r"of setting 'gmm', not 'mode'; give those of 'mode'"):
+        load(files, weights["gmm"], expected="mode")
+    with pytest.raises(ValueError, match="give the weaker model of autoguidance: --guide"):
         load(files, weights["mode"], scale=1.5)
 
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 import zarr
 
-from mmfm.flow.source import SETTINGS, GaussianSource, MixtureSource, couple_modes, source_for
+from mmfm.flow.source import GaussianSource, MixtureSource, couple_modes, source_for
 from mmfm.infra import rng
 from mmfm.mixture.gaussian import Mixture
 from mmfm.mixture.rows import MappedRows
+from mmfm.settings import SETTINGS
 
 K, SHAPE = 3, (2, 2, 2)
 MEANS = torch.arange(K * 8, dtype=torch.float32).reshape(K, *SHAPE)
@@ -74,6 +75,52 @@ def test_half_precision_means_give_float32_near_the_exact_ones():
     assert 0 < (exact - rounded).abs().max() <= MEANS.max() * 2**-8
 
 
+def test_means_on_the_host_give_the_same(tiny_pipeline):
+    numbers = torch.arange(30)
+    sources = [source_for("gmm", tiny_pipeline.spatial_gmm, "cpu", means_device=where) for where in (None, "cpu")]
+    modes, noise = sources[0].draw_modes(rng.uniform(0, "mode", numbers)), rng.normal(0, "noise", numbers, (32, 4, 4))
+    assert torch.equal(*(source.draw(modes, noise) for source in sources))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_means_on_the_host_give_the_same_on_a_gpu(tiny_pipeline):
+    numbers = torch.arange(30, device="cuda")
+    noise = rng.normal(0, "noise", numbers, (32, 4, 4))
+    drawn = []
+    for where in ("cuda", "cpu"):
+        source = source_for("gmm", tiny_pipeline.spatial_gmm, "cuda", means_device=where, dtype=torch.bfloat16)
+        drawn.append(source.draw(source.draw_modes(rng.uniform(0, "mode", numbers)), noise))
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_training_keeps_means_as_configured(tiny_pipeline, where):
+    from conftest import SECTIONS
+
+    from mmfm import config
+    from mmfm.training.inputs import TrainFiles
+    from mmfm.training.loop import _build_task
+
+    files = TrainFiles(
+        tiny_pipeline.listing, tiny_pipeline.encoder, tiny_pipeline.stats, tiny_pipeline.gmm, tiny_pipeline.spatial_gmm
+    )
+    for precision, dtype in (("auto", torch.float32), ("bf16", torch.bfloat16)):
+        keys = {**SECTIONS["train"], "means_precision": precision, "means_device": where}
+        task = _build_task("gmm", files, config.build(config.Train, keys), (32, 4, 4), torch.device("cpu"))
+        assert task.source.means.dtype == dtype and task.source.means.device.type == "cpu"
+
+
+def test_the_posterior_is_float32_under_autocast(tiny_pipeline):
+    mixture = Mixture.load(tiny_pipeline.gmm)
+    tokens = mixture.means[[0, 1, 2, 3, 0]].float() + rng.normal(0, "g", torch.arange(5), (32,))
+    plain = mixture.posterior(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = mixture.posterior(tokens)
+        assert (tokens @ tokens.T).dtype == torch.bfloat16, "autocast is on"
+    assert inside.dtype == torch.float32 and torch.equal(inside, plain)
+
+
 def test_the_gaussian_source_is_the_noise():
     noise = rng.normal(1, "noise", torch.arange(2), SHAPE)
     source = GaussianSource()
@@ -126,5 +173,5 @@ def test_source_for_every_setting(tiny_pipeline):
         assert (source.num_modes > 0) == setting.mixture
     with pytest.raises(ValueError, match="--spatial-gmm"):
         source_for("gmm", None, "cpu")
-    with pytest.raises(ValueError, match="uncond, gmm, mode"):
+    with pytest.raises(ValueError, match="uncond, gmm, mode, class, class_gmm"):
         source_for("gm", None, "cpu")

@@ -1,10 +1,12 @@
 """The workflow: names, parameters, GPU limit, locks, and what a changed key reruns (dry runs of the real Snakefile)."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,17 +27,42 @@ DEFAULTS = config.load([ROOT / "config" / "config.yaml"])
         (".k512.t4", "gmm", "seed0.tiny.k512.t4"),
         (".seed3.S", "uncond", "seed3.S.t25"),
         (".seed1.tiny.k8.t1", "mode", "seed1.tiny.k8.t1"),
+        (".t4", "class", "seed0.tiny.t4.g1"),
+        (".g2.5", "class_gmm", "seed0.tiny.k64.t25.g2.5"),
     ],
 )
 def test_variants_are_completed(text, setting, expected):
     complete = wf.parse_variant(text, setting, DEFAULTS)
     assert str(complete) == expected
     assert wf.parse_variant(f".{expected}", setting, DEFAULTS) == complete
+    assert re.fullmatch(wf.complete_pattern(DEFAULTS), f"{setting}.{expected}")
+    assert text == f".{expected}" or not re.fullmatch(wf.complete_pattern(DEFAULTS), f"{setting}{text}")
 
 
-@pytest.mark.parametrize(("text", "setting"), [(".t4.k5", "gmm"), (".k8", "uncond"), (".XXL", "mode")])
+def test_variants_of_autoguidance_carry_the_guides_scale():
+    for text, setting, expected in (
+        ("", "mode", "seed0.tiny.k64.t25.g1.5"),
+        (".t4.g2.0", "uncond", "seed0.tiny.t4.g2"),
+    ):
+        complete = wf.parse_variant(text, setting, DEFAULTS, guided=True)
+        assert str(complete) == expected
+        assert re.fullmatch(wf.complete_pattern(DEFAULTS), f"{setting}_ag.{expected}")
+    guided = {"guide": replace(DEFAULTS.guide, interval=(0.1, 0.8))}
+    keys = wf.guidance_keys(1.5, True, replace(DEFAULTS, **guided))
+    assert keys == {"scale": 1.5, "interval": [0.1, 0.8]}
+    assert wf.guidance_keys(None, False, DEFAULTS) == {"scale": 1.0, "interval": [0.0, 1.0]}
+
+
+def test_a_mode_model_with_dropout_has_a_scale():
+    dropout = replace(DEFAULTS, train=replace(DEFAULTS.train, mode_dropout=0.1))
+    assert str(wf.parse_variant(".g3", "mode", dropout)) == "seed0.tiny.k64.t25.g3"
+
+
+@pytest.mark.parametrize(
+    ("text", "setting"), [(".t4.k5", "gmm"), (".k8", "uncond"), (".k8", "class"), (".XXL", "mode"), (".g2", "mode")]
+)
 def test_bad_variants_are_refused(text, setting):
-    with pytest.raises(ValueError, match=r"variant|mixture"):
+    with pytest.raises(ValueError, match=r"variant|mixture|label dropout"):
         wf.parse_variant(text, setting, DEFAULTS)
 
 
@@ -124,6 +151,9 @@ def test_a_second_call_has_nothing_to_do(finished):
     ("keys", "rerun"),
     [
         ({"sample": {"n_images": 100}}, FROM_SAMPLE),
+        ({"sample": {"solver": "heun", "mode_draw": "stratified"}}, FROM_SAMPLE),
+        # A guide and scales of guidance are no matter of an unguided target.
+        ({"guide": {"scale": 2.0, "epochs": 7}, "sample": {"guidance": {"scale": 3.0}, "features": True}}, set()),
         # Another number of modes is another name: nothing of the present one is touched.
         ({"gmm": {"n_components": 32}}, {"fit_gmm", "spatial_gmm"} | FROM_TRAIN),
         ({"sample": {"batch_size": 10}, "train": {"workers": 3, "preview": {"every": 7}}, "processes": 2}, set()),
@@ -151,11 +181,36 @@ def test_a_sweep_reuses_the_tokens_and_the_fit_that_is_there(finished):
     assert finished.jobs(keys={"sweep": {"modes": [64]}}) == set()
 
 
+def test_targets_of_autoguidance_train_a_guide_of_its_own(finished):
+    """The guide differs from the main model in size or budget alone, and never shares its folder."""
+    plan = finished.run("results/fid/dinov2_mode_ag.txt", "-n", keys={"guide": {"model": "tiny", "epochs": 3}}).stdout
+    assert "results/train/dinov2_mode/seed0.tiny.k64.guide/ema.safetensors" in plan
+    assert finished.jobs("results/fid/dinov2_mode_ag.txt") == FROM_TRAIN
+    (finished.folder / "given").mkdir(exist_ok=True)
+    (finished.folder / "given" / "dinov2_mode.safetensors").touch()
+    given = {"guide": {"weights": "given/{encoder}_{setting}.safetensors"}}
+    assert finished.jobs("results/fid/dinov2_mode_ag.g2.txt", keys=given) == FROM_SAMPLE
+
+
+def test_every_setting_is_a_target(finished):
+    names = ["uncond_ag", "class", "class_ag.g2", "class_gmm.t4", "class_gmm_ag"]
+    plan = finished.run(*(f"results/fid/dinov2_{name}.txt" for name in names), "-n").stdout
+    for folder in ("uncond/seed0.tiny_guide", "class/seed0.tiny_guide", "class_gmm/seed0.tiny_guide.k64"):
+        assert f"results/train/dinov2_{folder}.guide/ema.safetensors" in plan
+    for folder in ("uncond_ag/seed0.tiny.t25.g1.5", "class_gmm/seed0.tiny.k64.t4.g1", "class_ag/seed0.tiny.t25.g2"):
+        assert f"results/sample/dinov2_{folder}/images.npz" in plan
+
+
+def test_a_scale_without_guidance_is_refused(finished):
+    result = finished.run("results/fid/dinov2_uncond.seed0.tiny.t25.g2.txt", "-n")
+    assert result.returncode != 0 and "'.g2' can't be a scale" in result.stdout + result.stderr
+
+
 def test_a_wrong_target_lists_the_valid_ones(finished):
     result = finished.run("results/fid/dinov2_moed.txt", "-n")
     message = result.stdout + result.stderr
     assert result.returncode != 0
-    assert "did you mean 'results/fid/dinov2_mode.txt'" in message and "results/fid/dinov2_uncond.txt" in message
+    assert "did you mean 'results/fid/dinov2_mode.txt'" in message and "results/fid/dinov2_class_gmm_ag.txt" in message
 
 
 def test_an_unknown_key_names_the_nearest(finished):

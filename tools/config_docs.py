@@ -56,8 +56,8 @@ The keys of `encoders`, `models` and `decoder` count where they are used: those 
 nothing, and of `decoder` only `weights` does unless that is `train`. Without a mixture (`uncond`) those of `gmm` count
 for nothing.
 
-A target's name can carry `seed`, model, `k` (modes) and `t` (time points) instead, which is the way to sweep:
-everything that two variants share is made once.
+A target's name can carry `seed`, model, `k` (modes), `t` (time points) and `g` (guidance scale) instead, which is the
+way to sweep: everything that two variants share is made once.
 
     snakemake --cores all results/fid/dinov2_mode.seed{0,1,2}.txt results/fid/dinov2_gmm.k{16,256}.t4.txt
 

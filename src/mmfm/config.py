@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SETTINGS = ("uncond", "gmm", "mode")
-"""Names of the settings: unconditional, unconditional with mixture source, mode-conditional with mixture source."""
+FIXED_SOLVERS = ("euler", "heun")
+ADAPTIVE_SOLVERS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
+"""Solvers of torchdiffeq that choose their steps."""
+SOLVERS = (*FIXED_SOLVERS, *ADAPTIVE_SOLVERS)
 
 
 def key(help: str, *, kind: str = "identity", unit: str = "", choices: tuple = (), minimum: float | None = None) -> Any:
@@ -137,6 +139,22 @@ class Preview:
 
 
 @dataclass(frozen=True)
+class LossWeighting:
+    """Weights of the losses by label, from a running mean of every label's loss."""
+
+    rule: str = key(
+        "weight of a label whose running loss is r times the mean: `focal` r^gamma, `sqrt` the root of r, `log` "
+        "ln(1 + r), `inverse` 1/r; scaled to mean 1 over the labels",
+        choices=("none", "focal", "sqrt", "log", "inverse"),
+    )
+    by: str = key("which label: the mode of the source, or the image's class", choices=("mode", "class"))
+    decay: float = key("decay of the running mean at every step in which the label occurs", minimum=0)
+    gamma: float = key("exponent of `focal`", minimum=0)
+    warmup_epochs: int = key("epochs in which all weights are 1", unit="epochs", minimum=0)
+    bounds: tuple[float, float] = key("smallest and largest weight")
+
+
+@dataclass(frozen=True)
 class Train:
     """Flow matching."""
 
@@ -165,6 +183,23 @@ class Train:
     log_every: int = operation("steps between lines of the history", unit="steps", minimum=1)
     compile: bool = operation("use torch.compile")
     preview: Preview = field(metadata={"help": "sample grids during training", "kind": "section"})
+    label_dropout: float = key("probability with which a class label is hidden (settings class, class_gmm)", minimum=0)
+    mode_dropout: float = key("probability with which a mode is hidden from the model (setting mode)", minimum=0)
+    means_precision: str = key(
+        "the source's means in memory; `auto`: bf16 on a GPU, float32 on a CPU", choices=("auto", "float32", "bf16")
+    )
+    means_device: str = operation(
+        "where the means lie: on the GPU, or in the host's memory with a gather per batch", choices=("device", "host")
+    )
+    loss_weighting: LossWeighting = field(metadata={"help": "weights of the losses by label", "kind": "section"})
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Guidance while sampling: classifier-free, or autoguidance where a guide is given."""
+
+    scale: float = key("of classifier-free guidance; 1 for none (targets `_ag` take `guide.scale`)", minimum=0)
+    interval: tuple[float, float] = key("times (lowest, highest) between which guidance applies")
 
 
 @dataclass(frozen=True)
@@ -173,10 +208,34 @@ class Sample:
 
     n_images: int = key("images to generate", unit="images", minimum=1)
     time_points: int = key("points of the time grid, one more than steps; 1 decodes the source itself", minimum=1)
-    solver: str = key("integration rule", choices=("euler", "heun"))
-    precision: str = key("`auto`: bf16 autocast on a GPU, float32 on a CPU", choices=("auto", "float32", "bf16"))
+    solver: str = key(
+        "integration rule; from `dopri5` on with steps of its own choice between the first and the last time point",
+        choices=SOLVERS,
+    )
+    precision: str = key(
+        "`auto`: bf16 autocast on a GPU, float32 on a CPU; `reference`: bf16 autocast with state and time in bf16 too",
+        choices=("auto", "float32", "bf16", "reference"),
+    )
     shard_size: int = key("images per shard: the unit of resumption", unit="images", minimum=1)
     batch_size: int = operation("images per model call", unit="images", minimum=1)
+    guidance: Guidance = field(metadata={"help": "guidance while sampling", "kind": "section"})
+    rtol: float = key("relative tolerance of the solvers with steps of their own", minimum=0)
+    atol: float = key("absolute tolerance of the solvers with steps of their own", minimum=0)
+    mode_draw: str = key("how modes are drawn from the mixture's weights", choices=("multinomial", "stratified"))
+    label_draw: str = key("class labels in equal numbers, or drawn at random", choices=("equal", "random"))
+    features: bool = operation("write the configured detector's features of every shard, for `fid` to use")
+    means_device: str = operation("where the source's means lie, as in `train`", choices=("device", "host"))
+
+
+@dataclass(frozen=True)
+class Guide:
+    """The weaker model of autoguidance, for the targets `..._ag`; no key touches any other target."""
+
+    weights: str = key("`train`, or a file of weights, `{encoder}` and `{setting}` standing for the names")
+    model: str = key("name of an entry of `models`")
+    epochs: int = budget("passes over the training images", unit="epochs", minimum=1)
+    scale: float = key("v = v_guide + scale (v - v_guide)", minimum=0)
+    interval: tuple[float, float] = key("times (lowest, highest) between which guidance applies")
 
 
 @dataclass(frozen=True)
@@ -262,6 +321,7 @@ class Config:
     sample: Sample = field(metadata={"help": "", "kind": "section"})
     fid: Fid = field(metadata={"help": "", "kind": "section"})
     sweep: Sweep = field(metadata={"help": "", "kind": "section"})
+    guide: Guide = field(metadata={"help": "", "kind": "section"})
 
     def section(self, name: str, encoder: str = "", model: str = "") -> Any:
         """Return a section; ``encoder`` and ``model`` pick the entry of those that are configured by name."""
@@ -360,6 +420,23 @@ def _check_together(section: Any, where: str) -> None:
             raise ValueError(f"'{where}.decay_end_epoch' must be above '{where}.constant_epochs'")
         if not 0 <= section.ema_decay < 1:
             raise ValueError(f"'{where}.ema_decay' is {section.ema_decay}; it must be in [0, 1)")
+        for name in ("label_dropout", "mode_dropout"):
+            if getattr(section, name) >= 1:
+                raise ValueError(f"'{where}.{name}' is {getattr(section, name)}; it must be in [0, 1)")
+    if isinstance(section, LossWeighting):
+        if not 0 <= section.decay < 1:
+            raise ValueError(f"'{where}.decay' is {section.decay}; it must be in [0, 1)")
+        if not 0 < section.bounds[0] <= 1 <= section.bounds[1]:
+            raise ValueError(f"'{where}.bounds' are {list(section.bounds)}; give 0 < smallest <= 1 <= largest")
+    if isinstance(section, Guidance | Guide) and not 0 <= section.interval[0] <= section.interval[1] <= 1:
+        raise ValueError(f"'{where}.interval' is {list(section.interval)}; give times 0 <= lowest <= highest <= 1")
+    if isinstance(section, Sample) and section.solver in ADAPTIVE_SOLVERS:
+        if section.precision == "reference":
+            raise ValueError(
+                f"'{where}.precision' reference has bf16 times, too coarse for {section.solver}: use euler"
+            )
+        if section.rtol + section.atol <= 0:
+            raise ValueError(f"'{where}.rtol' and '{where}.atol' are both 0; {section.solver} needs one of them")
     if isinstance(section, Model):
         for width, heads in zip(section.hidden_size, section.num_heads, strict=True):
             if width % heads or (width // heads) % 4:

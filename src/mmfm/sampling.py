@@ -1,14 +1,17 @@
 """The stage ``sample``: image sets from trained weights."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from mmfm import config, data
+from mmfm.evaluation.detector import Detector
 from mmfm.infra import npz, space, store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
@@ -16,12 +19,16 @@ from mmfm.pictures import image_grid, save_picture
 from mmfm.sampler import Sampler
 
 VERSION = config.VERSIONS["sample"]
+FEATURES = "features.safetensors"
+"""Name of the detector's features beside ``images.npz``."""
 
 _GRID_IMAGES = 32
 _GRID_COLUMNS = 4
 
 
-def sample(sampler: Sampler, out_dir: str | Path, sections: dict[str, Any], ranks: Ranks) -> None:
+def sample(
+    sampler: Sampler, out_dir: str | Path, sections: dict[str, Any], ranks: Ranks, detector: Detector | None = None
+) -> None:
     """Generate the images and write ``images.npz``, ``grid.png`` and ``samples.json``; contract in docs/stages.md.
 
     Shards of consecutive numbers are dealt to the processes in turn, each is one file, and a restarted run makes only
@@ -31,83 +38,149 @@ def sample(sampler: Sampler, out_dir: str | Path, sections: dict[str, Any], rank
         out_dir: gets the outputs; unfinished shards lie in a state directory inside it.
         sections: built sections ``image``, ``encoder``, ``sample``. One time point is no step of the flow: the images
             are then the decoded sources.
+        detector: its features of the images are written to ``features.safetensors``; None: no features.
     """
     settings: config.Sample = sections["sample"]
-    source_only = settings.time_points == 1
     out_dir = Path(out_dir)
-    identity = {
-        **config.identity(sections),
-        "seed": sampler.seed,
-        "guidance_scale": sampler.guidance_scale,
-        "precision": sampler.precision,
-    }
+    identity = {**config.identity(sections), "seed": sampler.seed, "precision": sampler.precision}
+    if sampler.is_adaptive:  # the images of a batch share the solver's steps
+        identity["batch_size"] = settings.batch_size
     state = ranks.from_main(
         lambda: store.state_directory(
             out_dir / "images.npz", "sample", VERSION, identity, sampler.digests, sampler.files
         )
     )
-    outputs = {name: out_dir / name for name in ("images.npz", "grid.png", "samples.json")}
+    outputs = {name: out_dir / name for name in ("images.npz", "grid.png", FEATURES, "samples.json")}
     if ranks.from_main(lambda: store.restore(state, outputs)):
         Progress("sample", settings.n_images, "images", done=settings.n_images, enabled=ranks.is_main)
         return
-    shards = data.ranges(0, settings.n_images, settings.shard_size)
-    shape = _shape(sampler, range(settings.n_images))
+    shards = Shards(sampler, settings, state, detector)
     # Every image lies in its shard and, once all are there, in the set.
-    ranks.from_main(lambda: space.require(state, "sample", 2 * math.prod(shape)))
-    _make_shards(sampler, shards, state, settings, source_only, ranks)
-    ranks.from_main(lambda: _publish(sampler, state, outputs, len(shards), source_only))
+    size = 2 * math.prod(shards.shape(range(settings.n_images)))
+    ranks.from_main(lambda: space.require(state, "sample", size))
+    shards.make_missing(ranks)
+    ranks.from_main(lambda: _publish(shards, outputs))
 
 
-def _publish(sampler: Sampler, state: Path, outputs: dict[str, Path], n_shards: int, source_only: bool) -> None:
+def _publish(shards: "Shards", outputs: dict[str, Path]) -> None:
     """Put the shards together, draw the grid, publish both with their description."""
-    with store.finishing(state, outputs) as finished:
+    sampler, detector = shards.sampler, shards.detector
+    with store.finishing(shards.state, outputs) as finished:
         images = finished / "images.npz"
-        shape = _shape(sampler, range(sampler.settings.n_images))
-        digest = npz.write_parts(images, shape, np.uint8, _read_shards(state, n_shards))
-        save_picture(draw_grid(sampler, images, source_only), finished / "grid.png")
-        store.write_json(finished / "samples.json", describe(sampler, digest, source_only))
+        digest = npz.write_parts(images, shards.shape(range(shards.settings.n_images)), np.uint8, shards.images())
+        if detector is not None:
+            about = {"detector": detector.name, "detector_digest": detector.digest, "images_digest": digest}
+            store.write_arrays(finished / FEATURES, {"features": shards.features()}, about)
+        save_picture(draw_grid(sampler, images, shards.source_only), finished / "grid.png")
+        store.write_json(finished / "samples.json", describe(sampler, digest, shards.evaluations()))
 
 
-def _shape(sampler: Sampler, numbers: range) -> tuple[int, int, int, int]:
-    return (len(numbers), sampler.image_size, sampler.image_size, 3)
+@dataclass(frozen=True)
+class Shards:
+    """The image set as files of consecutive numbers in a state directory, each made by one process.
+
+    ``shard-00003.npz`` holds the images. ``shard-00003.safetensors``, written before it, holds what is not in them: the
+    evaluations of a solver that chooses its steps, and the features of a detector.
+    """
+
+    sampler: Sampler
+    settings: config.Sample
+    state: Path
+    detector: Detector | None
+
+    @property
+    def source_only(self) -> bool:
+        """Whether no step of the flow is taken."""
+        return self.settings.time_points == 1
+
+    @property
+    def ranges(self) -> list[range]:
+        """The numbers of every shard's images."""
+        return data.ranges(0, self.settings.n_images, self.settings.shard_size)
+
+    def shape(self, numbers: range) -> tuple[int, int, int, int]:
+        """Shape (n, S, S, 3) of the images with these numbers."""
+        return (len(numbers), self.sampler.image_size, self.sampler.image_size, 3)
+
+    def make_missing(self, ranks: Ranks) -> None:
+        """Write the shards that are missing, each by one process."""
+        missing = ranks.from_main(lambda: [number for number in range(len(self.ranges)) if not self._is_whole(number)])
+        total = self.settings.n_images
+        done = total - sum(len(self.ranges[i]) for i in missing)
+        with Progress("sample", total, "images", done=done, enabled=ranks.is_main) as progress:
+            for number in missing[ranks.rank :: ranks.world]:
+                self._make(number, lambda n: progress.advance(min(n * ranks.world, total - progress.done)))
+        ranks.barrier()
+
+    def _make(self, number: int, advance: Callable[[int], None]) -> None:
+        numbers = self.ranges[number]
+        block = np.empty(self.shape(numbers), np.uint8)
+        evaluations, features = np.zeros(len(numbers), np.int64), []
+        for batch in data.ranges(numbers.start, numbers.stop, self.settings.batch_size):
+            place = slice(batch.start - numbers.start, batch.stop - numbers.start)
+            if self.source_only:
+                images = self.sampler.source_images(batch)
+            else:
+                images, evaluations[place] = self.sampler.generate(batch)
+            if self.detector is not None:
+                features.append(self.detector.features(images).cpu().numpy())
+            block[place] = images.permute(0, 2, 3, 1).cpu().numpy()
+            advance(len(batch))
+        extra = {"evaluations": evaluations}
+        if self.detector is not None:
+            extra["features"] = np.concatenate(features)
+        if self.detector is not None or self.sampler.is_adaptive:
+            about = {"detector_digest": self.detector.digest if self.detector else None}
+            store.write_arrays(self._extra(number), extra, about)
+        npz.write_parts(self._file(number), block.shape, np.uint8, [block])
+
+    def _file(self, number: int) -> Path:
+        return self.state / f"shard-{number:05d}.npz"
+
+    def _extra(self, number: int) -> Path:
+        return self.state / f"shard-{number:05d}.safetensors"
+
+    def _is_whole(self, number: int) -> bool:
+        if self.sampler.is_adaptive and not self._extra(number).is_file():
+            return False
+        return npz.is_whole(self._file(number), self.shape(self.ranges[number]), np.uint8)
+
+    def images(self) -> Iterator[np.ndarray]:
+        """Yield the images of every shard, (n, S, S, 3) uint8."""
+        for number in range(len(self.ranges)):
+            yield npz.map_array(self._file(number))
+
+    def features(self) -> np.ndarray:
+        """Return the detector's features of all images, (n, D) float32; what no shard has is computed."""
+        return np.concatenate([self._features(number) for number in range(len(self.ranges))])
+
+    def _features(self, number: int) -> np.ndarray:
+        if self._extra(number).is_file():
+            arrays, about = store.map_arrays(self._extra(number))
+            if about.get("detector_digest") == self.detector.digest:
+                return arrays["features"]
+        images = torch.from_numpy(np.array(npz.map_array(self._file(number)))).permute(0, 3, 1, 2)
+        parts = [self.detector.features(part).cpu().numpy() for part in images.split(self.settings.batch_size)]
+        return np.concatenate(parts)
+
+    def evaluations(self) -> float:
+        """Return the evaluations of the velocity per image, on average over the images."""
+        if self.source_only:
+            return 0
+        if not self.sampler.is_adaptive:
+            return self.sampler.function_evaluations()
+        total = sum(int(store.map_arrays(self._extra(n))[0]["evaluations"].sum()) for n in range(len(self.ranges)))
+        return total / self.settings.n_images
 
 
-def _shard_file(state: Path, number: int) -> Path:
-    return state / f"shard-{number:05d}.npz"
+def describe(sampler: Sampler, images_digest: str, evaluations: float) -> dict[str, Any]:
+    """Return ``samples.json``: everything that determined the images, as JSON values.
 
-
-def _make_shards(
-    sampler: Sampler, shards: list[range], state: Path, settings: config.Sample, source_only: bool, ranks: Ranks
-) -> None:
-    """Write the shards that are missing, each by one process."""
-
-    def is_missing(number: int) -> bool:
-        return not npz.is_whole(_shard_file(state, number), _shape(sampler, shards[number]), np.uint8)
-
-    missing = ranks.from_main(lambda: [number for number in range(len(shards)) if is_missing(number)])
-    total = settings.n_images
-    done = total - sum(len(shards[i]) for i in missing)
-    generate = sampler.source_images if source_only else sampler.images
-    with Progress("sample", total, "images", done=done, enabled=ranks.is_main) as progress:
-        for number in missing[ranks.rank :: ranks.world]:
-            block = np.empty(_shape(sampler, shards[number]), np.uint8)
-            for batch in data.ranges(shards[number].start, shards[number].stop, settings.batch_size):
-                first = batch.start - shards[number].start
-                images = generate(batch).permute(0, 2, 3, 1).cpu().numpy()
-                block[first : first + len(batch)] = images
-                progress.advance(min(len(batch) * ranks.world, total - progress.done))
-            npz.write_parts(_shard_file(state, number), block.shape, np.uint8, [block])
-    ranks.barrier()
-
-
-def _read_shards(state: Path, n_shards: int) -> Iterator[np.ndarray]:
-    for number in range(n_shards):
-        yield npz.map_array(_shard_file(state, number))
-
-
-def describe(sampler: Sampler, images_digest: str, source_only: bool) -> dict[str, Any]:
-    """Return ``samples.json``: everything that determined the images, as JSON values."""
+    Args:
+        evaluations: of the velocity, per image.
+    """
     settings, times = sampler.settings, sampler.times
+    source_only = settings.time_points == 1
     return {
         "stage": "sample",
         "version": VERSION,
@@ -117,22 +190,31 @@ def describe(sampler: Sampler, images_digest: str, source_only: bool) -> dict[st
         "seed": sampler.seed,
         "setting": sampler.weights["setting"],
         "encoder": sampler.weights.get("encoder"),
-        "mode_draw": "k ~ mixture weights" if sampler.source.num_modes else None,
+        "mode_draw": f"k ~ mixture weights, {settings.mode_draw}" if sampler.source.num_modes else None,
+        "label_draw": settings.label_draw if sampler.setting.condition == "class" else None,
+        "n_labels": sampler.model.config.num_classes,
         "n_modes": sampler.source.num_modes,
         "source_only": source_only,
         "solver": None if source_only else settings.solver,
         "time_points": settings.time_points,
         "first_time": times[0].item(),
         "last_time": times[0].item() if source_only else times[-1].item(),
-        "function_evaluations": 0 if source_only else sampler.function_evaluations(),
+        "function_evaluations": evaluations,
+        "tolerances": {"rtol": settings.rtol, "atol": settings.atol} if sampler.is_adaptive else None,
         "precision": sampler.precision,
         "device": sampler.device.type,
         "weights": _weights(sampler.weights),
-        "guidance": None
-        if source_only or sampler.guide_weights is None
-        else {"kind": "autoguidance", "scale": sampler.guidance_scale, "guide": _weights(sampler.guide_weights)},
+        "guidance": None if source_only else _guidance(sampler),
         "inputs": sampler.digests,
     }
+
+
+def _guidance(sampler: Sampler) -> dict[str, Any] | None:
+    if sampler.guidance is None:
+        return None
+    about = sampler.settings.guidance
+    described = {"kind": sampler.guidance, "scale": about.scale, "interval": list(about.interval)}
+    return {**described, "guide": None if sampler.guide_weights is None else _weights(sampler.guide_weights)}
 
 
 def _weights(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -147,7 +229,8 @@ def draw_grid(sampler: Sampler, images: Path, source_only: bool) -> Image.Image:
         return _panels({"Decoded source (no step of the flow)": generated})
     source = sampler.source_images(range(len(generated))).cpu().numpy()
     steps = sampler.function_evaluations()
-    return _panels({f"Generated, {steps} evaluations": generated, "The source each started from, decoded": source})
+    how = sampler.settings.solver if steps is None else f"{steps} evaluations"
+    return _panels({f"Generated, {how}": generated, "The source each started from, decoded": source})
 
 
 def _panels(panels: dict[str, np.ndarray]) -> Image.Image:

@@ -1,20 +1,27 @@
 """``mmfm sample``: generate images."""
 
+import argparse
+import sys
 from pathlib import Path
+from typing import Any
 
 from mmfm.cli.common import StageParser
+from mmfm.config import Sample
+from mmfm.settings import SETTINGS
 
 DESCRIPTION = """\
 Generate images: draw each one's source (standard noise, or a mode of the spatial mixture and noise around it), follow
 the trained flow along the time grid, decode. Image i depends on the seed and i only, never on batch, shard or process.
-The setting (uncond, gmm, mode) is that of the weights.
+The setting (uncond, gmm, mode, class, class_gmm) is that of the weights.
 
   mmfm sample --config config/config.yaml --ema ema.safetensors --decoder decoder.safetensors --stats stats.pt \\
       --encoder-weights resources/demo/encoder --spatial-gmm spatial_gmm.zarr --seed 0 --out-dir samples
 
 Writes images.npz (uint8, n x S x S x 3), grid.png (images beside their decoded sources) and samples.json (what made
 them). sample.time_points=1 decodes the sources alone. With --guide the velocity is extrapolated away from a weaker
-model's: guide + scale * (model - guide).
+model's (autoguidance): guide + scale * (model - guide), for instance with sample.guidance.scale=1.5. Without a guide a
+scale other than 1 is that of classifier-free guidance, for weights that were trained with label dropout. With
+sample.features=true and --detector features.safetensors is written too, which fid then uses.
 
 Resumes by shard (sample.shard_size images): killed at any instant, the same command makes only the missing shards.
 Start it with torchrun, or `python -m mmfm.infra.launch --gpus N -- sample ...`, to share the shards among processes."""
@@ -32,10 +39,14 @@ def main(arguments: list[str]) -> int:
         required=True,
         help="folder of the encoder, for its pixel normalisation",
     )
-    parser.add_argument("--spatial-gmm", type=Path, nargs="?", help="spatial mixture (settings gmm and mode)")
+    parser.add_argument(
+        "--spatial-gmm", type=Path, nargs="?", help="spatial mixture (settings gmm, mode and class_gmm)"
+    )
     parser.add_argument("--seed", type=int, help="seed of noise and modes (default: the training's)")
-    parser.add_argument("--guide", type=Path, help="weights of the weaker model for autoguidance")
-    parser.add_argument("--guidance-scale", type=float, help="default 1.5 with --guide; 1 means no guidance")
+    parser.add_argument("--guide", type=Path, nargs="?", help="weights of the weaker model for autoguidance")
+    parser.add_argument("--setting", choices=SETTINGS, help="refuse weights of another setting")
+    parser.add_argument("--detector", choices=("fashion", "inception"), help="write this detector's features")
+    parser.add_argument("--detector-weights", type=Path, help="its weights file; without the file no features")
     parser.add_argument("--out-dir", type=Path, required=True, help="folder of the outputs")
     options, sections = parser.parse(arguments)
     from mmfm.infra.distributed import process_group
@@ -45,8 +56,23 @@ def main(arguments: list[str]) -> int:
     files = SampleFiles(
         options.ema, options.decoder, options.stats, options.encoder_weights, options.spatial_gmm, options.guide
     )
-    scale = options.guidance_scale if options.guidance_scale is not None else (1.5 if options.guide else 1.0)
+    if options.guide and sections["sample"].guidance.scale == 1:
+        print("sample: a guide with sample.guidance.scale = 1 changes nothing; 1.5 is usual", file=sys.stderr)
     with process_group() as ranks:
-        sampler = Sampler(files, sections, options.seed, scale, ranks.device)
-        sample(sampler, options.out_dir, sections, ranks)
+        sampler = Sampler(files, sections, options.seed, ranks.device, options.setting)
+        sample(sampler, options.out_dir, sections, ranks, _detector(options, sections["sample"], ranks.device))
     return 0
+
+
+def _detector(options: argparse.Namespace, settings: Sample, device: Any) -> Any:
+    """Load the detector whose features are asked for; None where they are not, or its file is not there yet."""
+    if not settings.features:
+        return None
+    if options.detector is None or options.detector_weights is None:
+        raise ValueError("sample.features is true: give --detector and --detector-weights, or set it to false")
+    if not options.detector_weights.is_file():
+        print(f"sample: no features, as there is no detector at {options.detector_weights} yet", file=sys.stderr)
+        return None
+    from mmfm.evaluation.detector import load_detector
+
+    return load_detector(options.detector, options.detector_weights, device)

@@ -5,16 +5,18 @@ from pathlib import Path
 
 from mmfm import config
 from mmfm.cli.common import StageParser
-from mmfm.config import SETTINGS
+from mmfm.settings import SETTINGS
 
 VERSION = config.VERSIONS["train"]
 
 DESCRIPTION = """\
 Train the velocity model that carries the source to the data in the encoder's latent space. Settings:
 
-  uncond  the source is standard normal noise, the model sees nothing else
-  gmm     every image is coupled to noise from its own mode of the mixture; the model does not see the mode
-  mode    the same, and the model sees the mode
+  uncond     the source is standard normal noise, the model sees nothing else
+  gmm        every image is coupled to noise from its own mode of the mixture; the model does not see the mode
+  mode       the same, and the model sees the mode
+  class      the source is standard normal noise, the model sees the image's class (its folder)
+  class_gmm  the source is that of gmm, the model sees the class
 
   mmfm train --config config/config.yaml --setting mode --listing listing.train.safetensors \\
       --encoder-weights resources/demo/encoder --stats stats.pt --gmm gmm.safetensors \\
@@ -38,8 +40,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--stats", type=Path, required=True, help="latent statistics (stats.pt, with stats.json beside)"
     )
-    parser.add_argument("--gmm", type=Path, nargs="?", help="mixture of the global tokens (settings gmm and mode)")
-    parser.add_argument("--spatial-gmm", type=Path, nargs="?", help="spatial mixture (settings gmm and mode)")
+    parser.add_argument(
+        "--gmm", type=Path, nargs="?", help="mixture of the global tokens (settings gmm, mode and class_gmm)"
+    )
+    parser.add_argument(
+        "--spatial-gmm", type=Path, nargs="?", help="spatial mixture (settings gmm, mode and class_gmm)"
+    )
     parser.add_argument("--decoder", type=Path, help="decoder for previews; without the file there are none")
     parser.add_argument("--out-dir", type=Path, required=True, help="folder of the outputs")
     options, sections = parser.parse(arguments)

@@ -48,7 +48,8 @@ def measure(
     digest = ranks.from_main(lambda: store.array_digest(images))
     if samples.get("images_digest") != digest:
         raise ValueError(f"'{samples_path}' does not describe the images in '{images_path}'; run sample again")
-    moments = image_moments(images, detector, batch_size, ranks)
+    features = sampled_features(images_path, digest, detector)
+    moments = image_moments(images, detector, batch_size, ranks, features)
     distance = ranks.from_main(
         lambda: frechet_distance(moments.mean, moments.covariance(), reference.mu, reference.sigma)
     )
@@ -63,6 +64,7 @@ def measure(
         "n_images": n,
         "floor": reference.about["floor"],
         "floor_n_images": reference.about["floor_n_images"],
+        "features": "computed" if features is None else "from sample",
         "detector": {"name": detector.name, "digest": detector.digest, "dimension": detector.dimension},
         "reference": {name: reference.about[name] for name in ("source", "n_images", "image_size", "digest")},
         "samples": samples,
@@ -92,19 +94,37 @@ def _check(
         raise ValueError(f"'{samples_path}' is no description of samples; give the samples.json that sample wrote")
 
 
-def image_moments(images: np.ndarray, detector: Detector, batch_size: int, ranks: Ranks) -> CovarianceMoments:
+def sampled_features(images_path: str | Path, images_digest: str, detector: Detector) -> np.ndarray | None:
+    """Return the features (n, D) that sample wrote beside the images; None if there are none of this detector."""
+    path = Path(images_path).with_name("features.safetensors")
+    if not path.is_file():
+        return None
+    arrays, about = store.map_arrays(path)
+    made_from = about.get("detector_digest"), about.get("images_digest")
+    return arrays["features"] if made_from == (detector.digest, images_digest) else None
+
+
+def image_moments(
+    images: np.ndarray, detector: Detector, batch_size: int, ranks: Ranks, features: np.ndarray | None = None
+) -> CovarianceMoments:
     """Return the moments of the features of images (n, S, S, 3) uint8, on every process.
 
     Each process takes a consecutive part; the parts are merged in order.
+
+    Args:
+        features: (n, D) of the same images and detector, where they are known; otherwise they are computed.
     """
     n = len(images)
     start, stop = n * ranks.rank // ranks.world, n * (ranks.rank + 1) // ranks.world
     moments = CovarianceMoments.zeros(detector.dimension, ranks.device)
     with Progress("fid", n, "images", enabled=ranks.is_main) as progress:
         for rows in data.ranges(start, stop, batch_size):
-            batch = torch.from_numpy(np.array(images[rows.start : rows.stop])).permute(0, 3, 1, 2)
-            moments.update(detector.features(batch))
-            progress.advance(min(len(batch) * ranks.world, n - progress.done))
+            if features is None:
+                batch = torch.from_numpy(np.array(images[rows.start : rows.stop])).permute(0, 3, 1, 2)
+                moments.update(detector.features(batch))
+            else:
+                moments.update(torch.from_numpy(np.array(features[rows.start : rows.stop])).to(ranks.device))
+            progress.advance(min(len(rows) * ranks.world, n - progress.done))
     parts = [CovarianceMoments.from_arrays(arrays) for arrays in ranks.gather(moments.to_arrays())]
     merged = parts[0]
     for part in parts[1:]:
@@ -163,7 +183,8 @@ def render(result: dict[str, Any]) -> str:
         "images": f"{result['n_images']:,} of {samples['image_size']} x {samples['image_size']} pixels",
         "seed": samples["seed"],
         "setting": samples["setting"]
-        + (f", {samples['n_modes']} modes, {samples['mode_draw']}" if samples["mode_draw"] else ""),
+        + (f", {samples['n_modes']} modes, {samples['mode_draw']}" if samples["mode_draw"] else "")
+        + (f", {samples['n_labels']} classes, {samples['label_draw']}" if samples.get("label_draw") else ""),
         "sampler": _sampler(samples),
         "guidance": _guidance(samples["guidance"]),
         "weights": _weights(samples["weights"]),
@@ -188,7 +209,7 @@ def _sampler(samples: dict[str, Any]) -> str:
         return "none: the decoded source itself, without the model (0 function evaluations)"
     return (
         f"{samples['solver']}, {samples['time_points']} time points from t = {samples['first_time']:g} to "
-        f"{samples['last_time']:.4f}, {samples['function_evaluations']} function evaluations, network in "
+        f"{samples['last_time']:.4f}, {samples['function_evaluations']:g} function evaluations, network in "
         f"{samples['precision']} on {samples['device']}"
     )
 
@@ -196,7 +217,9 @@ def _sampler(samples: dict[str, Any]) -> str:
 def _guidance(guidance: dict[str, Any] | None) -> str:
     if guidance is None:
         return "none"
-    return f"{guidance['kind']}, scale {guidance['scale']:g}, guide: {_weights(guidance['guide'])}"
+    low, high = guidance.get("interval", (0.0, 1.0))
+    text = f"{guidance['kind']}, scale {guidance['scale']:g}, for {low:g} <= t <= {high:g}"
+    return text if guidance["guide"] is None else f"{text}, guide: {_weights(guidance['guide'])}"
 
 
 def _weights(weights: dict[str, Any]) -> str:

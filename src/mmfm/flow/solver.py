@@ -1,4 +1,4 @@
-"""Fixed-step solvers of the flow's ordinary differential equation, dx/dt = v(x, t), along a decreasing time grid."""
+"""Solvers of the flow's ordinary differential equation, dx/dt = v(x, t), along a decreasing time grid."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,13 @@ VelocityFn = Callable[[Tensor, Tensor], Tensor]
 StepCallback = Callable[[int, Tensor, Tensor], None]
 
 
-def euler(velocity_fn: VelocityFn, x: Tensor, times: Tensor, on_step: StepCallback | None = None) -> Tensor:
+def euler(
+    velocity_fn: VelocityFn,
+    x: Tensor,
+    times: Tensor,
+    on_step: StepCallback | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Integrate with Euler's method: one evaluation a step, len(times) - 1 in all.
 
     Args:
@@ -19,9 +25,10 @@ def euler(velocity_fn: VelocityFn, x: Tensor, times: Tensor, on_step: StepCallba
         x: state at times[0], (B, ...).
         times: (T,) strictly decreasing, from 1 (source) towards 0 (data).
         on_step: called after each step; collecting its states gives the trajectory.
+        dtype: of state and time. bfloat16 rounds both as the published code did; the step's length stays exact.
 
     Returns:
-        state at times[-1], (B, ...) float32.
+        state at times[-1], (B, ...) of ``dtype``.
 
     Raises:
         ValueError: a grid that is not decreasing or has fewer than two points.
@@ -30,10 +37,16 @@ def euler(velocity_fn: VelocityFn, x: Tensor, times: Tensor, on_step: StepCallba
     def step(x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         return x + (t_next - t) * _evaluate(velocity_fn, x, t)
 
-    return _integrate(step, x, times, on_step)
+    return _integrate(step, x, times, on_step, dtype)
 
 
-def heun(velocity_fn: VelocityFn, x: Tensor, times: Tensor, on_step: StepCallback | None = None) -> Tensor:
+def heun(
+    velocity_fn: VelocityFn,
+    x: Tensor,
+    times: Tensor,
+    on_step: StepCallback | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Integrate with Heun's second-order method: the mean of the velocities at both ends of a step.
 
     Two evaluations a step, 2 (len(times) - 1) in all. Arguments, result and errors as for `euler`.
@@ -44,21 +57,76 @@ def heun(velocity_fn: VelocityFn, x: Tensor, times: Tensor, on_step: StepCallbac
         second = _evaluate(velocity_fn, x + (t_next - t) * first, t_next)
         return x + (t_next - t) * (first + second) / 2
 
-    return _integrate(step, x, times, on_step)
+    return _integrate(step, x, times, on_step, dtype)
+
+
+def adaptive(
+    velocity_fn: VelocityFn, x: Tensor, times: Tensor, method: str, rtol: float, atol: float
+) -> tuple[Tensor, int]:
+    """Integrate with a solver of torchdiffeq that chooses its steps; the grid gives only the two ends.
+
+    The error is held per image: a step is taken if that of the worst one is within the tolerance. The steps are shared
+    by the batch, so an image depends on its companions within the tolerances.
+
+    Args:
+        velocity_fn: the velocity field.
+        x: state at times[0], (B, ...).
+        times: (T,) strictly decreasing.
+        method: name in torchdiffeq, ``dopri5`` for instance.
+        rtol, atol: tolerances.
+
+    Returns:
+        state at times[-1], (B, ...) float32, and the number of evaluations.
+
+    Raises:
+        ValueError: a grid that is not decreasing, or tolerances that no step can hold.
+    """
+    from torchdiffeq import odeint
+
+    times = _checked(times)
+    evaluations = 0
+
+    def field(t: Tensor, x: Tensor) -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        return _evaluate(velocity_fn, x, t.to(torch.float32))
+
+    def worst_image(error: Tensor) -> Tensor:
+        return error.reshape(len(x), -1).square().mean(1).sqrt().max()
+
+    ends = times[[0, -1]].to(x.device)
+    try:
+        path = odeint(field, x.float(), ends, rtol=rtol, atol=atol, method=method, options={"norm": worst_image})
+    except AssertionError as error:  # torchdiffeq's word for a step that became too short, or for NaN
+        raise ValueError(
+            f"{method} with rtol {rtol:g} and atol {atol:g} finds no step that holds them ({error}); raise the "
+            "tolerances, or use euler"
+        ) from error
+    return path[-1], evaluations
 
 
 def _evaluate(velocity_fn: VelocityFn, x: Tensor, t: Tensor) -> Tensor:
-    return velocity_fn(x, t.expand(x.shape[0])).float()
+    return velocity_fn(x, t.to(x.dtype).expand(x.shape[0])).to(x.dtype)
 
 
-def _integrate(
-    step: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, times: Tensor, on_step: StepCallback | None
-) -> Tensor:
+def _checked(times: Tensor) -> Tensor:
     times = times.detach().to("cpu", torch.float32)
     if times.ndim != 1 or len(times) < 2 or not (times.diff() < 0).all():
         raise ValueError(f"times {times.tolist()} must be at least two numbers in decreasing order")
-    # State and time stay in float32 even where the network runs in bf16: steps of 0.003 near t = 1 vanish in bf16.
-    x, times = x.float(), times.to(x.device)
+    return times
+
+
+def _integrate(
+    step: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    times: Tensor,
+    on_step: StepCallback | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    # By default state and time stay in float32 even where the network runs in bf16: steps of 0.003 near t = 1 vanish in
+    # bf16. Times are 0-dimensional, so that t_next - t is exact whatever the state's dtype.
+    times = _checked(times)
+    x, times = x.to(dtype), times.to(x.device)
     for index in range(1, len(times)):
         x = step(x, times[index - 1], times[index])
         if on_step is not None:

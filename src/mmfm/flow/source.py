@@ -5,7 +5,6 @@ Gaussian per mode, and couples every image to noise of its own mode (Luo et al. 
 Matching"). A source turns modes and standard noise into x_source; who draws the noise decides how it is keyed.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -14,26 +13,7 @@ from torch import Tensor
 
 from mmfm.mixture.gaussian import Mixture, draw_from_weights, draw_modes
 from mmfm.mixture.rows import MappedRows
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What distinguishes a training setting.
-
-    Attributes:
-        mixture: the source is the spatial mixture, not N(0, I).
-        condition: what the model sees: ``"mode"`` (the index of the source's mode) or None (no label term at all).
-    """
-
-    mixture: bool
-    condition: str | None
-
-
-SETTINGS: dict[str, Setting] = {
-    "uncond": Setting(mixture=False, condition=None),
-    "gmm": Setting(mixture=True, condition=None),
-    "mode": Setting(mixture=True, condition="mode"),
-}
+from mmfm.settings import SETTINGS
 
 
 class Source(Protocol):
@@ -69,8 +49,8 @@ class MixtureSource:
 
     Args:
         means: (K, C, H, W), any floating dtype. They may lie on another device than the noise (8192 means of
-            [768, 16, 16] are 6.4 GB in float32): the rows of a batch are then gathered there and moved, which costs a
-            wait for the modes.
+            [768, 16, 16] are 6.4 GB in float32): the rows of a batch are then gathered there, into pinned memory, and
+            moved, which costs a wait for the modes.
         variances: (K,), one scalar per mode, or (K, C, H, W), one for every position; these may be rows that are read
             from disk batch by batch.
         weights: (K,), their probabilities up to a factor.
@@ -130,7 +110,7 @@ class MixtureSource:
         """Return mean_k + sigma_k * noise, (B, C, H, W) float32, for modes (B,) int64 and standard normal noise."""
         if modes is None:
             raise ValueError("a mixture source needs the modes (B,); draw them with draw_modes or couple_modes")
-        means = self.means.index_select(0, modes.to(self.means.device)).to(noise.device, torch.float32)
+        means = self._rows(modes, noise.device).float()
         return torch.addcmul(means, self._sigma(modes).to(noise.device), noise)
 
     def _sigma(self, modes: Tensor) -> Tensor:
@@ -139,6 +119,17 @@ class MixtureSource:
             return self.mapped_variances[modes.cpu()].double().sqrt_().float()
         sigma = self.sigma.index_select(0, modes.to(self.sigma.device))
         return sigma.view(-1, 1, 1, 1) if sigma.ndim == 1 else sigma
+
+    def _rows(self, modes: Tensor, device: torch.device) -> Tensor:
+        """Means of modes (B,) on ``device``, in the dtype that they are kept in."""
+        rows = modes.to(self.means.device)
+        if self.means.device == device or device.type != "cuda":
+            return self.means.index_select(0, rows).to(device)
+        # Gathered into pinned memory, from which the copy runs beside the GPU's work; the allocator keeps the block
+        # until the copy is over.
+        pinned = torch.empty((len(rows), *self.means.shape[1:]), dtype=self.means.dtype, pin_memory=True)
+        torch.index_select(self.means, 0, rows, out=pinned)
+        return pinned.to(device, non_blocking=True)
 
 
 def couple_modes(mixture: Mixture, tokens: Tensor, uniforms: Tensor, assignment: str) -> Tensor:
@@ -173,7 +164,7 @@ def source_for(
     """Build the source of a setting.
 
     Args:
-        setting: a name in :data:`SETTINGS`.
+        setting: a name in :data:`mmfm.settings.SETTINGS`.
         spatial_gmm: the spatial mixture's store; needed by the settings with a mixture, refused by the others' None.
         device: where x_source is made.
         means_device: where the means are kept; None: ``device``. ``cpu`` spares GPU memory for a transfer per batch.

@@ -57,6 +57,23 @@ def uniform(seed: int, purpose: str, index: torch.Tensor, shape: tuple[int, ...]
     return ((_shift_right(bits, 11).double() + 0.5) * 2.0**-53).reshape(len(index), *shape)
 
 
+def stratified(seed: int, purpose: str, index: torch.Tensor) -> torch.Tensor:
+    """Return float64 in (0, 1), (B,), that fill the interval evenly over consecutive indices.
+
+    The van der Corput sequence (index read backwards in binary) under a random digital shift, which makes every value
+    uniform over the seeds (L'Ecuyer and Lemieux 2002, "Recent advances in randomized quasi-Monte Carlo methods"): any
+    2^m consecutive indices from a multiple of 2^m on have one value in each interval of length 2^-m.
+
+    Args:
+        index: (B,) integers in [0, 2^32).
+    """
+    reversed_bits = torch.zeros_like(index, dtype=torch.int64)
+    for bit in range(32):
+        reversed_bits |= ((index.to(torch.int64) >> bit) & 1) << (31 - bit)
+    shift = derive_seed(seed, purpose) & 0xFFFFFFFF
+    return ((reversed_bits ^ shift).double() + 0.5) * 2.0**-32
+
+
 def normal(seed: int, purpose: str, index: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Draw float32 standard normals of shape (B, *shape), one independent row per index.
 

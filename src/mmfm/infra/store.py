@@ -295,7 +295,8 @@ def restore(state: Path, outputs: Mapping[str, str | Path]) -> bool:
 
     Args:
         outputs: place of every result by its name in the folder that :func:`finishing` gave. The first is replaced in
-            one step; the others, which describe it, are never there beside another one.
+            one step; the others, which describe it, are never there beside another one. Those that the block did not
+            make are removed from their places.
 
     Returns:
         Whether the stage is finished. A damaged result is removed, and the stage is not.
@@ -319,9 +320,11 @@ def _place_all(state: Path, outputs: Mapping[str, str | Path]) -> None:
     for name in reversed(wrong):
         if name != next(iter(places)) and places[name].is_file():
             places[name].unlink()
+    there = {name: output for name, output in places.items() if (finished / name).exists()}
     for name in wrong:
-        place_linked(finished / name, places[name])
-    for output in places.values():
+        if name in there:
+            place_linked(finished / name, there[name])
+    for output in there.values():
         os.utime(output)  # Snakemake takes results older than their inputs for outdated
     _remove_units(state)
     _unlock(state)
@@ -356,7 +359,7 @@ def _files(folder: Path) -> list[str]:
 def _same(source: Path, output: Path) -> bool:
     """Whether ``output`` consists of links to ``source``."""
     pairs = [(source / name, output / name) for name in _files(source)] if source.is_dir() else [(source, output)]
-    return all(theirs.is_file() and ours.samefile(theirs) for ours, theirs in pairs)
+    return all(ours.is_file() and theirs.is_file() and ours.samefile(theirs) for ours, theirs in pairs)
 
 
 def _remove_units(state: Path) -> None:

@@ -13,10 +13,10 @@ from mmfm.decoder import Decoder, DecoderConfig, save_decoder
 from mmfm.encoders import Encoder, load_encoder
 from mmfm.infra import rng, store
 from mmfm.infra.distributed import Ranks
+from mmfm.infra.precision import autocast
 from mmfm.pictures import paired_grid, save_picture
 from mmfm.training import latents
 from mmfm.training.history import publish_history, read_history
-from mmfm.training.loop import autocast
 from mmfm.training.schedule import Cosine
 from mmfm.training.trainer import Recipe, Routine, Trainer
 

@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mmfm.data import Listing
-from mmfm.flow.source import SETTINGS
 from mmfm.infra import store
 from mmfm.mixture.gaussian import Mixture
 from mmfm.mixture.spatial import SpatialMixture
+from mmfm.settings import SETTINGS
 
 
 @dataclass(frozen=True)
@@ -79,3 +82,25 @@ class TrainFiles:
                     f"{path} was made from another {what} than {given} (digest {recorded[:12]}, not {digest[:12]}); "
                     f"run {stage} with this one, or give files that belong together"
                 )
+
+
+def image_classes(listing: Listing) -> tuple[Tensor, int]:
+    """Return the class of every image, (N,) int64 on the CPU, and the number of classes.
+
+    Raises:
+        ValueError: labels that name no class of the listing, or one class only.
+    """
+    labels, count = torch.from_numpy(listing.labels.astype("int64")), len(listing.classes)
+    if count < 2:
+        raise ValueError(
+            f"the images of '{listing.root}' are of one class; class labels need at least two class folders in "
+            "data.root: sort the images into folders, or choose a setting without classes"
+        )
+    outside = ((labels < 0) | (labels >= count)).nonzero()
+    if len(outside):
+        image = int(outside[0])
+        raise ValueError(
+            f"image {image} of the listing has label {int(labels[image])}, but there are {count} classes (labels 0 to "
+            f"{count - 1}); run list_images again"
+        )
+    return labels, count

@@ -1,98 +1,41 @@
 """Flow matching in the latent space: the stage ``train``."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmfm import config, rae
 from mmfm.data import Listing
 from mmfm.decoder import load_decoder
 from mmfm.encoders import load_encoder
 from mmfm.flow import path as flow
-from mmfm.flow.solver import euler
-from mmfm.flow.source import SETTINGS, Source, couple_modes, source_for
+from mmfm.flow.source import source_for
 from mmfm.infra import rng, store
 from mmfm.infra.distributed import Ranks
+from mmfm.infra.precision import uses_bf16
 from mmfm.mixture.gaussian import Mixture
 from mmfm.models.dit import DiT, DiTConfig
 from mmfm.pictures import image_grid, save_picture
+from mmfm.settings import SETTINGS
 from mmfm.training import latents
 from mmfm.training.checkpoint import save_ema
 from mmfm.training.history import draw_curve, publish_history, read_history
-from mmfm.training.inputs import TrainFiles
+from mmfm.training.inputs import TrainFiles, image_classes
+from mmfm.training.objective import FlowMatching
 from mmfm.training.schedule import ConstantThenLinear
 from mmfm.training.trainer import Recipe, Routine, Trainer
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The autocast of a ``precision`` key: bf16 for ``bf16``, and for ``auto`` on a GPU; otherwise switched off."""
-    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
-@dataclass(frozen=True)
-class FlowMatching:
-    """The loss of flow matching from a source to the data (Lipman et al. 2023; Luo et al. 2026 for the mixture).
-
-    Attributes:
-        setting: name in :data:`mmfm.flow.source.SETTINGS`.
-        source: where paths start.
-        mixture: of the global tokens; None for a Gaussian source.
-        settings: the section ``train``.
-        shift: of the times.
-    """
-
-    setting: str
-    source: Source
-    mixture: Mixture | None
-    settings: config.Train
-    shift: float
-
-    def losses(self, model: nn.Module, micro: latents.MicroBatch, inputs: latents.Inputs) -> Tensor:
-        """Mean squared error of the velocity per image, (b,) float32."""
-        seed, x_data = self.settings.seed, inputs.latent
-        keys = micro.key_tensor(x_data.device)
-        modes = None
-        if self.mixture is not None:
-            uniforms = rng.uniform(seed, "train/mode", keys)
-            modes = couple_modes(self.mixture, inputs.token, uniforms, self.settings.assignment)
-        x_source = self.source.draw(modes, rng.normal(seed, "train/noise", keys, tuple(x_data.shape[1:])))
-        t = flow.train_times(rng.uniform(seed, "train/time", keys), self.shift)
-        x_t = flow.interpolate(x_data, x_source, t)
-        with autocast(self.settings.precision, x_data.device):
-            velocity = model(x_t, t, self.condition(modes))
-        error = velocity.float() - flow.target_velocity(x_data, x_source)
-        return error.square().flatten(1).mean(1)
-
-    def condition(self, modes: Tensor | None) -> Tensor | None:
-        """What the model sees besides x_t and t: the modes (B,), or nothing."""
-        return modes if SETTINGS[self.setting].condition == "mode" else None
-
-    @torch.no_grad()
-    def sample(self, model: nn.Module, latent_shape: tuple[int, int, int], n: int, time_points: int) -> Tensor:
-        """Generate latents (n, C, H, W) for a preview: the same noise and modes whenever it is called."""
-        device = next(model.parameters()).device
-        keys = torch.arange(n, device=device)
-        modes = self.source.draw_modes(rng.uniform(self.settings.seed, "preview/mode", keys))
-        x = self.source.draw(modes, rng.normal(self.settings.seed, "preview/noise", keys, latent_shape))
-        labels = self.condition(modes)
-
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            with autocast(self.settings.precision, device):
-                return model(x, t, labels)
-
-        return euler(velocity, x, flow.time_grid(time_points, self.shift))
+from mmfm.training.weighting import LossWeighting
 
 
 def train(setting: str, files: TrainFiles, sections: dict[str, Any], version: int, out_dir: Path, ranks: Ranks) -> None:
     """Train the velocity model of one setting and publish its EMA weights; contract in docs/stages.md.
 
     Args:
-        setting: ``uncond``, ``gmm`` or ``mode``.
+        setting: name in :data:`mmfm.settings.SETTINGS`.
         sections: built sections ``image``, ``encoder``, ``model``, ``train``.
         version: of the stage.
         out_dir: gets ``ema.safetensors``, ``history.jsonl``, ``curve.png`` and, with a decoder, ``preview.png``.
@@ -104,8 +47,10 @@ def train(setting: str, files: TrainFiles, sections: dict[str, Any], version: in
     settings: config.Train = sections["train"]
     digests = ranks.from_main(lambda: files.digests(setting))
     identity = {"setting": setting, **config.identity(sections)}
-    if autocast(settings.precision, ranks.device)._enabled:  # `auto` must not continue a float32 run in bf16
+    if uses_bf16(settings.precision, ranks.device):  # `auto` must not continue a float32 run in bf16
         identity["autocast"] = "bf16"
+    if SETTINGS[setting].mixture and uses_bf16(settings.means_precision, ranks.device):
+        identity["means"] = "bf16"
     state = ranks.from_main(
         lambda: store.state_directory(out_dir / "ema.safetensors", "train", version, identity, digests, files.paths)
     )
@@ -116,6 +61,7 @@ def train(setting: str, files: TrainFiles, sections: dict[str, Any], version: in
     autoencoder = _load_autoencoder(files, sections["encoder"], ranks.device)
     latent_shape = (autoencoder.encoder.hidden_size, *autoencoder.encoder.grid)
     task = _build_task(setting, files, settings, latent_shape, ranks.device)
+    task = replace(task, weighting=_build_weighting(task, plan.steps_per_epoch, ranks.device))
     model = _build_model(task, sections["model"], latent_shape).to(ranks.device)
     preview = _previewer(task, autoencoder, latent_shape, settings.preview)
 
@@ -125,7 +71,7 @@ def train(setting: str, files: TrainFiles, sections: dict[str, Any], version: in
 
     trainer = Trainer(
         "train", model, task.losses, plan, _recipe(settings, plan.steps_per_epoch), _routine(settings), state, ranks,
-        draw_preview if files.decoder else None,
+        draw_preview if files.decoder else None, task.weighting,
     )  # fmt: skip
     target = settings.epochs * plan.steps_per_epoch
     if not trainer.resume(target):
@@ -148,7 +94,13 @@ def _load_autoencoder(files: TrainFiles, encoder: config.Encoder, device: torch.
 def _build_task(
     setting: str, files: TrainFiles, settings: config.Train, latent_shape: tuple[int, int, int], device: torch.device
 ) -> FlowMatching:
-    source = source_for(setting, files.spatial_gmm, device)
+    source = source_for(
+        setting,
+        files.spatial_gmm,
+        device,
+        means_device="cpu" if settings.means_device == "host" else device,
+        dtype=torch.bfloat16 if uses_bf16(settings.means_precision, device) else torch.float32,
+    )
     mixture = Mixture.load(files.gmm, device) if SETTINGS[setting].mixture else None
     if mixture is not None:
         # Imported files carry no digests by which they could be told apart.
@@ -159,15 +111,30 @@ def _build_task(
                 f"{files.gmm} ({found[0]} modes, tokens of {found[1]}) and {files.spatial_gmm} ({wanted[0]} modes, "
                 f"latents {found[2]}) do not fit each other or the encoder's latents {latent_shape}; make both for it"
             )
-    return FlowMatching(setting, source, mixture, settings, flow.time_shift(latent_shape))
+    weighted = settings.loss_weighting.rule != "none" and settings.loss_weighting.by == "class"
+    needed = weighted or SETTINGS[setting].condition == "class"
+    classes = image_classes(Listing.open(files.listing)) if needed else None
+    return FlowMatching(setting, source, mixture, settings, flow.time_shift(latent_shape), classes)
+
+
+def _build_weighting(task: FlowMatching, steps_per_epoch: int, device: torch.device) -> LossWeighting | None:
+    settings = task.settings.loss_weighting
+    if settings.rule == "none":
+        return None
+    labels = task.classes[1] if settings.by == "class" else task.source.num_modes
+    if not labels:
+        raise ValueError(
+            f"train.loss_weighting.by is mode, but the setting '{task.setting}' has no modes; set it to class, or "
+            "train.loss_weighting.rule to none"
+        )
+    return LossWeighting(settings, labels, settings.warmup_epochs * steps_per_epoch, device)
 
 
 def _build_model(task: FlowMatching, sizes: config.Model, latent_shape: tuple[int, int, int]) -> DiT:
     """The initial model: the same for every process, as its weights come from the seed."""
-    num_classes = task.source.num_modes if SETTINGS[task.setting].condition == "mode" else 0
     dit = DiTConfig(
         input_size=latent_shape[1], patch_size=1, in_channels=latent_shape[0], hidden_size=sizes.hidden_size,
-        depth=sizes.depth, num_heads=sizes.num_heads, num_classes=num_classes, label_dropout=0.0,
+        depth=sizes.depth, num_heads=sizes.num_heads, num_classes=task.num_labels, label_dropout=task.label_dropout,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(rng.derive_seed(task.settings.seed, "train/init"))
     return DiT(dit, generator=generator)

@@ -33,6 +33,19 @@ class Feed(Protocol):
         """Yield the micro batches of steps [first_step, stop_step) with their inputs."""
 
 
+class Companion(Protocol):
+    """What moves with the steps besides the weights, and is kept in the checkpoints."""
+
+    def after_step(self, ranks: Ranks, step: int) -> None:
+        """Take note that ``step`` steps are taken; called by all processes, must not wait for the device."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, as JSON values."""
+
+    def load(self, state: dict[str, Any], step: int) -> None:
+        """Take up what a checkpoint of ``step`` keeps."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What the optimiser does: AdamW (Loshchilov and Hutter 2019).
@@ -79,6 +92,7 @@ class Trainer:
         plan: which images stand where.
         state: directory of the checkpoints.
         preview: called with the step on the main process; may draw pictures of the present weights.
+        companion: see :class:`Companion`.
     """
 
     def __init__(
@@ -92,9 +106,11 @@ class Trainer:
         state: Path,
         ranks: Ranks,
         preview: Callable[[int], None] | None = None,
+        companion: Companion | None = None,
     ) -> None:
         self.stage, self.model, self.losses, self.plan = stage, model, losses, plan
         self.recipe, self.routine, self.state, self.ranks, self.preview = recipe, routine, state, ranks, preview
+        self.companion = companion
         self.ema = None if recipe.ema_decay is None else Ema(model, recipe.ema_decay)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -137,6 +153,8 @@ class Trainer:
         self.step, self.logged_step = found.step, found.values["logged_step"]
         self.seconds = found.values["seconds"]
         self.loss_sum.fill_(found.values["loss_sum"])
+        if self.companion is not None:
+            self.companion.load(found.values["companion"], found.step)
         return self.step == target
 
     def run(self, target: int, feed: Feed) -> None:
@@ -222,6 +240,8 @@ class Trainer:
         self.loss_sum += loss
         self.good_steps += 1 - self.broken
         self.step += 1
+        if self.companion is not None:
+            self.companion.after_step(self.ranks, self.step)
 
     def _log(self, history: History | None, feed: Feed) -> str:
         """Read the loss from the device, write a line of history and return a note for the progress line."""
@@ -255,6 +275,8 @@ class Trainer:
             if self.ema is not None:
                 tensors["ema"] = self.ema.module.state_dict()
             values = {"loss_sum": self.loss_sum.item(), "logged_step": self.logged_step, "seconds": self.seconds}
+            if self.companion is not None:
+                values["companion"] = self.companion.state()
             checkpoint.save(
                 self.state, self.step, tensors, self.optimizer.state_dict(), values,
                 milestone=milestone, keep=self.routine.keep_checkpoints,
