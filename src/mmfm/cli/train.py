@@ -6,7 +6,7 @@ from pathlib import Path
 from mmfm.cli.common import StageParser
 from mmfm.config import SETTINGS
 
-VERSION = 1
+VERSION = 2
 
 DESCRIPTION = """\
 Train the velocity model that carries the source to the data in the encoder's latent space. Settings:
