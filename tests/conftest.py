@@ -29,6 +29,8 @@ SECTIONS = {
         "clip_norm": 1.0, "ema_decay": 0.9, "precision": "auto", "micro_batch": 0, "workers": 0,
         "latent_cache_gb": 1.0, "checkpoint_every": 4, "keep_checkpoints": 2, "log_every": 2, "compile": False,
         "preview": {"every": 0, "n_images": 4, "time_points": 3},
+        "schedule": "constant_then_linear", "checkpoint_activations": False, "sharding": "ddp", "milestones": [],
+        "logger": "none",
     },
     "decoder": {
         "weights": "train", "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_layers": 1, "noise": 0.8,

@@ -155,6 +155,18 @@ class Train:
     log_every: int = operation("steps between lines of the history", unit="steps", minimum=1)
     compile: bool = operation("use torch.compile")
     preview: Preview = field(metadata={"help": "sample grids during training", "kind": "section"})
+    schedule: str = key(
+        "how the learning rate falls from `lr` to `final_lr` between `constant_epochs` and `decay_end_epoch`",
+        choices=("constant_then_linear", "cosine"),
+    )
+    checkpoint_activations: bool = operation("recompute the blocks in the backward pass: less memory, a third slower")
+    sharding: str = operation(
+        "processes hold the whole model, or shards of weights, optimiser and average (FSDP2)", choices=("ddp", "fsdp")
+    )
+    milestones: tuple[int, ...] = operation(
+        "epochs whose checkpoints stay, so that `epochs` can be lowered to them", unit="epochs", minimum=1
+    )
+    logger: str = operation("where to watch besides the history", choices=("tensorboard", "wandb", "none"))
 
 
 @dataclass(frozen=True)
@@ -285,6 +297,10 @@ def _value(hint: Any, value: Any, where: str, metadata: Mapping[str, Any]) -> An
         if not isinstance(value, Mapping) or not value:
             raise ValueError(f"'{where}' must map at least one name to its keys, got {value!r}")
         return {str(k): build(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    if origin is tuple and arguments[-1] is ...:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"'{where}' must be a list, got {value!r}")
+        return tuple(_value(arguments[0], v, where, metadata) for v in value)
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
             raise ValueError(f"'{where}' must be a list of {len(arguments)} numbers, got {value!r}")
@@ -371,7 +387,9 @@ def stage_operation(config: Config, stage: str) -> list[str]:
         if name in ("encoder", "model"):
             continue
         for path, value in _flatten(keys_of_kind(config.section(name), "operation"), name):
-            flags.append(f"{path}={str(value).lower() if isinstance(value, bool) else value}")
+            # No spaces: the flags go through a shell.
+            shown = str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
+            flags.append(f"{path}={shown}")
     return flags
 
 
