@@ -9,6 +9,7 @@ Sources: Li et al. 2020, "PyTorch Distributed"; Zhao et al. 2023, "PyTorch FSDP"
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,7 +50,7 @@ class Whole:
             return self.model
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
         return DistributedDataParallel(
-            self.model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            self.model, device_ids=devices, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
 
     def part(self, forward: nn.Module, last: bool) -> contextlib.AbstractContextManager:
@@ -103,6 +104,8 @@ class Sharded(Whole):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        # The model returns a view of its last product; nothing here changes it in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         self._plain = copy.deepcopy(model).to("meta")
         mesh = init_device_mesh(ranks.device.type, (ranks.world,))
         for module in (model, average):
