@@ -43,7 +43,7 @@ def prepare(folder: Path, n_images: int, modes: int = 8) -> list[str]:
     stages: tuple[tuple[Any, list[str], list[str]], ...] = (
         (
             list_images,
-            ["--root", f"{folder}/images", "--train", str(listing), "--heldout", heldout],
+            ["--root", f"{folder}/images", *listings],
             ["data.holdout=0"],
         ),
         (extract, [*encoder, "--out-tokens", str(tokens), "--out-moments", str(moments)], []),
