@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
+sys.path.append(str(FOLDER))
 
 
 def load(name):
@@ -27,6 +29,15 @@ def test_demo_effect_tables(tmp_path):
     assert effect.curve(found, 25)["uncond"] == [(186, 400.0), (620, 250.0), (1860, 100.0)]
     effect.draw(found, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 5000
+
+
+def test_model_arithmetic(tmp_path, monkeypatch, capsys):
+    model = load("model")
+    monkeypatch.setattr(model, "SIZES", {"tiny": (model.dit.DiTConfig(4, 1, 8, (16, 16), (1, 1), (2, 2), 3, 0.0), 2)})
+    model.main(["--rounds", "1", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "model.json").read_text())["sizes"]["tiny"]
+    assert found["relative_difference"] < 1e-5
+    assert set(found["gain"]) == {*model.PLAIN, "all"} and "| all | " in capsys.readouterr().out
 
 
 def test_stage_times(tmp_path, capsys, monkeypatch):

@@ -163,6 +163,19 @@ def test_traces_into_one_graph_for_compilation():
         torch.testing.assert_close(compiled(x, t, y), model(x, t, y))
 
 
+def test_fast_arithmetic_has_the_gradients_of_the_plain_one(monkeypatch):
+    """Complex rotation and the SwiGLU's own gradient, against what the compiler is given."""
+    gradients = []
+    for plain in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda plain=plain: plain)
+        model, (x, t) = tiny(), inputs()
+        x.requires_grad_()
+        model(x, t, torch.tensor([0, 1, 2])).square().mean().backward()
+        gradients.append({"x": x.grad, **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MODES, Pipeline, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfm.cli import train as command
 from mmfm.config import STAGES
 from mmfm.infra import store
+from mmfm.rae import RAE
 from mmfm.training import checkpoint, trainer
 from mmfm.training.ema import Ema
 from mmfm.training.latents import Plan
@@ -200,13 +202,13 @@ def test_micro_batches_and_encoding_at_every_step_change_only_the_rounding(tiny_
 
 
 def test_two_processes_take_the_same_steps_as_one(tiny_pipeline, tmp_path):
-    uneven = {"global_batch": 7, "epochs": 2}
+    keys = {"epochs": 2, "micro_batch": 3}
     launch = [sys.executable, "-m", "mmfm.infra.launch", "--processes", "2", "--threads", "2", "--", "train"]
     finished = subprocess.run(
-        [*launch, *arguments(tiny_pipeline, tmp_path / "two", "mode", **uneven)], capture_output=True, text=True
+        [*launch, *arguments(tiny_pipeline, tmp_path / "two", "mode", **keys)], capture_output=True, text=True
     )
     assert finished.returncode == 0, finished.stderr
-    run(tiny_pipeline, tmp_path / "one", **uneven)
+    run(tiny_pipeline, tmp_path / "one", **keys)
     for column in ("loss", "grad_norm"):
         ours, theirs = (dict(history(tmp_path / name, "step", column)) for name in ("one", "two"))
         assert theirs == pytest.approx(ours, rel=1e-4)
@@ -259,6 +261,10 @@ def test_previews_are_drawn_as_training_goes(tiny_pipeline, tmp_path):
 def test_an_impossible_batch_is_refused(tiny_pipeline, tmp_path):
     with pytest.raises(ValueError, match="global_batch is 41, but there are only 40 images"):
         run(tiny_pipeline, tmp_path, global_batch=41)
+    with pytest.raises(ValueError, match=r"nearest that they can: 126 or 129 .* or start 2 processes"):
+        Plan(seed=0, n_images=1000, global_batch=128, rank=0, world=3)
+    with pytest.raises(ValueError, match=r"nearest that they can: 40 "):
+        Plan(seed=0, n_images=40, global_batch=39, rank=0, world=10)
 
 
 def test_inputs_that_do_not_belong_together_are_refused(tiny_pipeline, tmp_path):
@@ -286,7 +292,7 @@ def test_inputs_that_do_not_belong_together_are_refused(tiny_pipeline, tmp_path)
         command.main(changed)
 
 
-@pytest.mark.parametrize(("world", "micro_batch"), [(1, 0), (3, 0), (2, 2), (8, 1)])
+@pytest.mark.parametrize(("world", "micro_batch"), [(1, 0), (4, 0), (2, 3), (8, 1)])
 def test_every_place_is_taken_once_whatever_the_processes(world, micro_batch):
     alone = Plan(seed=3, n_images=43, global_batch=8)
     shares = [Plan(3, 43, 8, rank, world, micro_batch) for rank in range(world)]
@@ -313,6 +319,93 @@ def test_learning_rates():
     assert [lr(s) for s in (800, 10_000)] == pytest.approx([2e-5, 2e-5])
     cosine = Cosine(lr=1e-3, horizon=100)
     assert [cosine(s) for s in (0, 50, 100, 200)] == pytest.approx([1e-3, 5e-4, 0, 0])
+    cosine = Cosine(lr=1e-3, horizon=100, final_lr=1e-4, constant_steps=20)
+    assert [cosine(s) for s in (0, 20, 60, 100, 200)] == pytest.approx([1e-3, 1e-3, 5.5e-4, 1e-4, 1e-4])
+
+
+def test_the_schedule_is_a_setting(tiny_pipeline, tmp_path):
+    run(tiny_pipeline, tmp_path, "uncond", schedule="cosine", log_every=1)
+    rates = [lr for (lr,) in history(tmp_path, "lr")]
+    expected = Cosine(1e-3, 3 * STEPS_PER_EPOCH, 1e-4, STEPS_PER_EPOCH)
+    assert rates == [expected(step) for step in range(3 * STEPS_PER_EPOCH)]
+
+
+def test_milestones_stay_so_that_a_lowered_budget_finds_them(tiny_pipeline, tmp_path):
+    run(tiny_pipeline, tmp_path, "uncond", milestones=[1, 2], keep_checkpoints=1, checkpoint_every=4)
+    assert steps_kept(tmp_path) == [5, 10, 12, 15]
+    run(tiny_pipeline, tmp_path, "uncond", epochs=2)
+    assert history(tmp_path, "step")[-1] == (10,)
+
+
+class _Operations(TorchDispatchMode):
+    """Collects the names of the operations that wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        name = str(operation)
+        if any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")):
+            self.waits.append(name)
+        return operation(*arguments, **(keywords or {}))
+
+
+def test_nothing_in_a_step_waits_for_the_device(tiny_pipeline, tmp_path, monkeypatch):
+    step, seen = trainer.Trainer._train_step, []
+
+    def watched(self, *inputs):
+        with _Operations() as operations:
+            step(self, *inputs)
+            seen.append(list(operations.waits))
+            self.norm.item()
+        assert len(operations.waits) == len(seen[-1]) + 1, "the watch sees no waits at all"
+
+    monkeypatch.setattr(trainer.Trainer, "_train_step", watched)
+    run(tiny_pipeline, tmp_path, "mode", micro_batch=4, epochs=1)
+    assert seen == [[]] * STEPS_PER_EPOCH
+
+
+def test_checkpointed_activations_change_only_the_rounding(tiny_pipeline, undisturbed, tmp_path):
+    run(tiny_pipeline, tmp_path, checkpoint_activations=True)
+    assert [v for (v,) in history(tmp_path, "loss")] == pytest.approx([v for (v,) in history(undisturbed, "loss")])
+
+
+def test_an_image_is_encoded_once_a_view_with_a_cache_and_once_a_step_without(tiny_pipeline, tmp_path, monkeypatch):
+    encode, seen = RAE.encode, []
+    monkeypatch.setattr(RAE, "encode", lambda self, images: (seen.append(len(images)), encode(self, images))[1])
+    run(tiny_pipeline, tmp_path / "cached", "mode", epochs=4)
+    assert sum(seen) == 2 * 40
+    seen.clear()
+    run(tiny_pipeline, tmp_path / "uncached", "mode", epochs=1, latent_cache_gb=0.0)
+    assert sum(seen) == STEPS_PER_EPOCH * 8
+
+
+@pytest.mark.parametrize("text", ["CUDA out of memory. Tried to allocate 2 GiB", "DefaultCPUAllocator: can't allocate"])
+def test_out_of_memory_says_what_to_lower(tiny_pipeline, undisturbed, tmp_path, monkeypatch, text):
+    error = torch.OutOfMemoryError if "CUDA" in text else RuntimeError
+    step = trainer.Trainer._train_step
+
+    def full(self, *inputs):
+        if self.step == 6:
+            raise error(f"{text}\nmore")
+        step(self, *inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_train_step", full)
+        with pytest.raises(ValueError, match=r"out of memory .*Lower train.micro_batch.*checkpoint_activations"):
+            run(tiny_pipeline, tmp_path)
+    assert_same(run(tiny_pipeline, tmp_path, micro_batch=0), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_moves_the_average_and_keeps_the_losses(tiny_pipeline, undisturbed, tmp_path):
+    run(tiny_pipeline, tmp_path, compile=True)
+    assert [v for (v,) in history(tmp_path, "loss")] == pytest.approx(
+        [v for (v,) in history(undisturbed, "loss")], 1e-3
+    )
+    for name, tensor in weights(undisturbed).items():
+        torch.testing.assert_close(weights(tmp_path)[name], tensor, atol=1e-3, rtol=1e-2)
 
 
 def test_the_average_follows_a_compiled_model():

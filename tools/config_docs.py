@@ -138,8 +138,8 @@ def _property(hint: Any, metadata: Any) -> dict[str, Any]:
     names = {int: "integer", float: "number", bool: "boolean", str: "string"}
     if origin is tuple:
         item = {"type": names[arguments[0]]}
-        if arguments[-1] is Ellipsis:
-            return {"type": "array", "items": item | {"minimum": metadata["minimum"]}, "minItems": 1}
+        if arguments[-1] is ...:
+            return {"type": "array", "items": item | {"minimum": metadata["minimum"]}}
         return {"type": "array", "items": item, "minItems": len(arguments), "maxItems": len(arguments)}
     kinds = [names[k] for k in (arguments or (hint,))]
     entry: dict[str, Any] = {"type": kinds[0] if len(kinds) == 1 else kinds, "description": metadata["help"]}

@@ -192,6 +192,18 @@ class Train:
         "where the means lie: on the GPU, or in the host's memory with a gather per batch", choices=("device", "host")
     )
     loss_weighting: LossWeighting = field(metadata={"help": "weights of the losses by label", "kind": "section"})
+    schedule: str = key(
+        "how the learning rate falls from `lr` to `final_lr` between `constant_epochs` and `decay_end_epoch`",
+        choices=("constant_then_linear", "cosine"),
+    )
+    checkpoint_activations: bool = operation("recompute the blocks in the backward pass: less memory, a third slower")
+    sharding: str = operation(
+        "processes hold the whole model, or shards of weights, optimiser and average (FSDP2)", choices=("ddp", "fsdp")
+    )
+    milestones: tuple[int, ...] = operation(
+        "epochs whose checkpoints stay, so that `epochs` can be lowered to them", unit="epochs", minimum=1
+    )
+    logger: str = operation("where to watch besides the history", choices=("tensorboard", "wandb", "none"))
 
 
 @dataclass(frozen=True)
@@ -293,7 +305,7 @@ VERSIONS: dict[str, int] = {
     "fit_gmm": 1,
     "spatial_gmm": 1,
     "train_decoder": 1,
-    "train": 1,
+    "train": 2,
     "sample": 1,
     "fid_reference": 1,
     "fid": 1,
@@ -380,11 +392,11 @@ def _value(hint: Any, value: Any, where: str, metadata: Mapping[str, Any]) -> An
         if not isinstance(value, Mapping) or not value:
             raise ValueError(f"'{where}' must map at least one name to its keys, got {value!r}")
         return {str(k): build(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    if origin is tuple and arguments[-1] is ...:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"'{where}' must be a list of numbers, got {value!r}")
+        return tuple(_value(arguments[0], v, where, metadata) for v in value)
     if origin is tuple:
-        if arguments[-1] is Ellipsis:
-            if not isinstance(value, (list, tuple)) or not value:
-                raise ValueError(f"'{where}' must be a list of at least one number, got {value!r}")
-            return tuple(_value(arguments[0], v, where, metadata) for v in value)
         if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
             raise ValueError(f"'{where}' must be a list of {len(arguments)} numbers, got {value!r}")
         return tuple(_value(a, v, where, {}) for a, v in zip(arguments, value, strict=True))
@@ -437,6 +449,8 @@ def _check_together(section: Any, where: str) -> None:
             )
         if section.rtol + section.atol <= 0:
             raise ValueError(f"'{where}.rtol' and '{where}.atol' are both 0; {section.solver} needs one of them")
+    if isinstance(section, Sweep) and not section.modes:
+        raise ValueError(f"'{where}.modes' is empty; it must be a list of at least one number")
     if isinstance(section, Model):
         for width, heads in zip(section.hidden_size, section.num_heads, strict=True):
             if width % heads or (width // heads) % 4:
@@ -509,7 +523,9 @@ def stage_operation(config: Config, stage: str) -> list[str]:
         if name in ("encoder", "model"):
             continue
         for path, value in _flatten(keys_of_kind(config.section(name), "operation"), name):
-            flags.append(f"{path}={str(value).lower() if isinstance(value, bool) else value}")
+            # No spaces: the flags go through a shell.
+            shown = str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
+            flags.append(f"{path}={shown}")
     return flags
 
 

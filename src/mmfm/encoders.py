@@ -99,8 +99,11 @@ class Encoder(nn.Module):
         super().__init__()
         patch_size = model.config.patch_size
         if input_size % patch_size:
+            below = input_size // patch_size * patch_size
+            nearest = f"{below} or {below + patch_size}" if below else f"{patch_size}"
             raise ValueError(
-                f"input_size {input_size} is not a multiple of the {family} encoder's patch size {patch_size}"
+                f"input_size {input_size} is not a multiple of the {family} encoder's patch size {patch_size}; "
+                f"take {nearest}"
             )
         self.family = family
         self.input_size = input_size

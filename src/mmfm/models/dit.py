@@ -20,6 +20,7 @@ from mmfm.models.layers import (
     LabelEmbed,
     PatchEmbed,
     Rope2d,
+    patchify,
     sincos_position_table,
 )
 
@@ -158,10 +159,13 @@ class DiT(nn.Module):
         label = 0 if self.y_embedder is None else self.y_embedder(y).unsqueeze(1)
         blocks, num_encoder_blocks = list(self.blocks), self.config.depth[0]
 
-        tokens = self.s_embedder(x) + self.pos_embed
-        tokens = self._run(blocks[:num_encoder_blocks], tokens, F.silu(time + label), self.enc_feat_rope)
-        condition = self.s_projector(F.silu(time + tokens))
-        tokens = self._run(blocks[num_encoder_blocks:], self.x_embedder(x), condition, self.dec_feat_rope)
+        patches = patchify(x, self.config.patch_size)
+        tokens = self.s_embedder(patches) + self.pos_embed
+        # Every block's modulation begins with a SiLU of the same condition: taken once, on top of the condition's own.
+        condition = F.silu(F.silu(time + label))
+        tokens = self._run(blocks[:num_encoder_blocks], tokens, condition, self.enc_feat_rope)
+        condition = F.silu(self.s_projector(F.silu(time + tokens)))
+        tokens = self._run(blocks[num_encoder_blocks:], self.x_embedder(patches), condition, self.dec_feat_rope)
         return self._unpatchify(self.final_layer(tokens, condition))
 
     def _check_labels(self, y: Tensor | None) -> None:

@@ -5,6 +5,7 @@ an image share one and (B, N, D) when each token has its own; both broadcast thr
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,33 +14,42 @@ from torch import Tensor, nn
 NORM_EPS = 1e-6
 
 
-class RMSNorm(nn.RMSNorm):
-    """Root-mean-square norm over the last axis, computed in float32 and returned in the input's dtype.
+class ModulatedNorm(nn.RMSNorm):
+    """Root-mean-square norm over the last axis in float32, then adaptive scale and shift.
 
-    Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
+    Sources: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization"; Peebles and Xie 2023, adaLN.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=NORM_EPS)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise (..., D)."""
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """norm(x) * weight * (1 + scale) + shift for x (B, N, D) and shift, scale (B, 1 or N, D); float32."""
+        # The norm's own weight goes into the scale, which most blocks have once an image and not once a token.
+        factor = torch.addcmul(self.weight, self.weight, scale.float()).float()
+        return torch.addcmul(shift.float(), F.rms_norm(x.float(), self.normalized_shape, eps=self.eps), factor)
 
 
 class PatchEmbed(nn.Module):
     """Non-overlapping patches (B, C, H, W) -> tokens (B, N, D), row by row (Dosovitskiy et al. 2021).
 
-    The same as timm's, which would be the only thing to import from there: a dependency and seconds of every start.
+    The parameters are those of timm's module. As a matrix product it leaves the tokens in the layout that all later
+    layers read; a convolution's output would drag its transposed layout through the whole network.
     """
 
     def __init__(self, patch_size: int, in_channels: int, width: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Embed (B, C, H, W) as (B, N, D)."""
-        return self.proj(x).flatten(2).transpose(1, 2)
+    def forward(self, patches: Tensor) -> Tensor:
+        """Embed patches (B, N, C * p * p), made by :func:`patchify`, as (B, N, D)."""
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def patchify(x: Tensor, patch_size: int) -> Tensor:
+    """(B, C, H, W) -> (B, N, C * p * p), contiguous: the patches row by row, channels first within a patch."""
+    patches = x.unflatten(-1, (-1, patch_size)).unflatten(-3, (-1, patch_size))
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2).contiguous()
 
 
 class FourierTimeEmbed(nn.Module):
@@ -97,11 +107,18 @@ class Rope2d(nn.Module):
         self.register_buffer("freqs_sin", table.sin())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rotate (B, h, N, d) in float32; returned in the input's dtype."""
-        # Both channels of a pair hold the same angle: strided views of the tables serve without copies.
-        cos, sin = self.freqs_cos[:, ::2].float(), self.freqs_sin[:, ::2].float()
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+        """Rotate (B, N, ..., d) in float32; returned in the input's dtype."""
+        # Both channels of a pair hold the same angle. One complex product is one pass over the data; the compiler
+        # fuses real ones and can't generate complex ones.
+        shape = (x.shape[1], *(1,) * (x.ndim - 3), -1)
+        cos, sin = self.freqs_cos[:, ::2].float().view(shape), self.freqs_sin[:, ::2].float().view(shape)
+        if torch.compiler.is_compiling():
+            even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+            rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+        else:
+            rotated = torch.view_as_real(
+                torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
+            )
         return rotated.flatten(-2).to(x.dtype)
 
 
@@ -116,9 +133,43 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope2d) -> Tensor:
         """Attend within tokens (B, N, D)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(rope(q), rope(k), v)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        # Queries and keys are rotated together, where they lie; heads come to the front as views.
+        qk, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).split((2, 1), dim=2)
+        q, k = rope(qk).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v.squeeze(2)))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class _GatedSilu(torch.autograd.Function):
+    """silu(a) * b of (a, b) = halves of the last axis, whose gradient is written as one tensor.
+
+    Autograd would make the two halves' gradients apart, join them by a copy, and keep silu(a) besides.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        gate, value = both.chunk(2, dim=-1)
+        return F.silu(gate).mul_(value)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors
+        gate, value = both.chunk(2, dim=-1)
+        joined = torch.empty_like(both)
+        grad_gate, grad_value = joined.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=grad_value)
+        torch.ops.aten.silu_backward.grad_input(grad * value, gate, grad_input=grad_gate)
+        return joined
+
+
+def gated_silu(both: Tensor) -> Tensor:
+    """silu(a) * b for (..., 2 n) = (a, b): (..., n)."""
+    if torch.compiler.is_compiling():
+        gate, value = both.chunk(2, dim=-1)
+        return F.silu(gate) * value
+    return _GatedSilu.apply(both)
 
 
 class SwiGLU(nn.Module):
@@ -131,13 +182,14 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (B, N, D)."""
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+        return self.w3(gated_silu(self.w12(x)))
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, for x (B, N, D) and shift, scale (B, 1 or N, D) (Peebles and Xie 2023, adaLN)."""
-    return x * (1 + scale) + shift
+def add_gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """x + gate * update, for x, update (B, N, D) and gate (B, 1 or N, D)."""
+    if x.dtype == gate.dtype == update.dtype:
+        return torch.addcmul(x, gate, update)
+    return x + gate * update  # autocast would copy all three to the widest dtype
 
 
 class DiTBlock(nn.Module):
@@ -149,17 +201,17 @@ class DiTBlock(nn.Module):
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(width)
+        self.norm1 = ModulatedNorm(width)
         self.attn = Attention(width, num_heads)
-        self.norm2 = RMSNorm(width)
+        self.norm2 = ModulatedNorm(width)
         self.mlp = SwiGLU(width, int(2 / 3 * int(width * mlp_ratio)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, condition: Tensor, rope: Rope2d) -> Tensor:
-        """Transform tokens (B, N, D) under a condition (B, 1 or N, D)."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=-1)
-        x = x + gate_a * self.attn(modulate(self.norm1(x), shift_a, scale_a), rope)
-        return x + gate_m * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        """Transform tokens (B, N, D) under a condition (B, 1 or N, D) that went through SiLU already."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation[-1](condition).chunk(6, dim=-1)
+        x = add_gated(x, gate_a, self.attn(self.norm1(x, shift_a, scale_a), rope))
+        return add_gated(x, gate_m, self.mlp(self.norm2(x, shift_m, scale_m)))
 
 
 class FinalLayer(nn.Module):
@@ -167,14 +219,14 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, out_features: int) -> None:
         super().__init__()
-        self.norm_final = RMSNorm(width)
+        self.norm_final = ModulatedNorm(width)
         self.linear = nn.Linear(width, out_features)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Map tokens (B, N, D) under a condition (B, N, D)."""
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        """Map tokens (B, N, D) under a condition (B, N, D) that went through SiLU already."""
+        shift, scale = self.adaLN_modulation[-1](condition).chunk(2, dim=-1)
+        return self.linear(self.norm_final(x, shift, scale))
 
 
 def sincos_position_table(width: int, grid: int) -> Tensor:

@@ -89,7 +89,11 @@ def train_decoder(
     model = Decoder(_sizes(settings, encoder, size), generator=generator).to(ranks.device)
     task = Reconstruction(settings.seed, settings.noise, encoder.image_mean, encoder.image_std)
     recipe = Recipe(Cosine(settings.lr, settings.horizon), (0.9, 0.95), 0.0, 1.0, None)
-    routine = Routine(settings.checkpoint_every, _LOG_EVERY, _KEEP_CHECKPOINTS)
+    routine = Routine(
+        settings.checkpoint_every, _LOG_EVERY, _KEEP_CHECKPOINTS,
+        remedy=f"Lower decoder.micro_batch (now {settings.micro_batch or 'the whole share'})"
+        " or decoder.latent_cache_gb; neither changes the results",
+    )  # fmt: skip
     trainer = Trainer("train_decoder", model, task.losses, plan, recipe, routine, state, ranks)
     if not trainer.resume(settings.steps):
         shape = (encoder.hidden_size, *encoder.grid)

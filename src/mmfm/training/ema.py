@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Ema:
@@ -24,7 +24,11 @@ class Ema:
         # Frozen parameters are equal in both from the start.
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         own, others = dict(self.module.named_parameters()), dict(model.named_parameters())
-        self._pairs = [own[name] for name in trained], [others[name] for name in trained]
+        self.follow([own[name] for name in trained], [others[name] for name in trained])
+
+    def follow(self, averages: list[Tensor], weights: list[Tensor]) -> None:
+        """Move these tensors from now on, of the average and of the model: where both were divided, their shards."""
+        self._pairs = averages, weights
 
     @torch.no_grad()
     def update(self) -> None:

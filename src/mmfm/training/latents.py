@@ -72,7 +72,7 @@ class Plan:
         flip: whether half of the places show their image flipped.
 
     Raises:
-        ValueError: fewer images than places in a step, or fewer places than processes.
+    ValueError: fewer images than places in a step, or places that the processes can't share equally.
     """
 
     seed: int
@@ -88,8 +88,14 @@ class Plan:
             raise ValueError(
                 f"global_batch is {self.global_batch}, but there are only {self.n_images} images to train on; lower it"
             )
-        if self.global_batch < self.world:
-            raise ValueError(f"{self.world} processes cannot share a global_batch of {self.global_batch}; use fewer")
+        if self.global_batch % self.world:
+            below = self.global_batch // self.world * self.world
+            nearest = " or ".join(str(n) for n in (below, below + self.world) if 0 < n <= self.n_images)
+            shares = [n for n in range(1, self.world) if self.global_batch % n == 0]
+            raise ValueError(
+                f"global_batch is {self.global_batch}, which {self.world} processes can't share equally; the nearest "
+                f"that they can: {nearest or 'none'} (other numbers), or start {shares[-1]} processes (same numbers)"
+            )
 
     @property
     def views(self) -> int:

@@ -26,7 +26,7 @@ from mmfm.training.checkpoint import save_ema
 from mmfm.training.history import draw_curve, publish_history, read_history
 from mmfm.training.inputs import TrainFiles, image_classes
 from mmfm.training.objective import FlowMatching
-from mmfm.training.schedule import ConstantThenLinear
+from mmfm.training.schedule import ConstantThenLinear, Cosine
 from mmfm.training.trainer import Recipe, Routine, Trainer
 from mmfm.training.weighting import LossWeighting
 
@@ -70,8 +70,9 @@ def train(setting: str, files: TrainFiles, sections: dict[str, Any], version: in
         draw_curve(read_history(state / "history.jsonl"), state / "curve.png", f"train {setting}")
 
     trainer = Trainer(
-        "train", model, task.losses, plan, _recipe(settings, plan.steps_per_epoch), _routine(settings), state, ranks,
-        draw_preview if files.decoder else None, task.weighting,
+        "train", model, task.losses, plan, _recipe(settings, plan.steps_per_epoch),
+        _routine(settings, plan.steps_per_epoch), state, ranks, draw_preview if files.decoder else None,
+        task.weighting,
     )  # fmt: skip
     target = settings.epochs * plan.steps_per_epoch
     if not trainer.resume(target):
@@ -137,19 +138,28 @@ def _build_model(task: FlowMatching, sizes: config.Model, latent_shape: tuple[in
         depth=sizes.depth, num_heads=sizes.num_heads, num_classes=task.num_labels, label_dropout=task.label_dropout,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(rng.derive_seed(task.settings.seed, "train/init"))
-    return DiT(dit, generator=generator)
+    return DiT(dit, checkpoint_activations=task.settings.checkpoint_activations, generator=generator)
 
 
 def _recipe(settings: config.Train, steps_per_epoch: int) -> Recipe:
     constant, end = settings.constant_epochs * steps_per_epoch, settings.decay_end_epoch * steps_per_epoch
-    lr = ConstantThenLinear(settings.lr, settings.final_lr, constant, end)
+    if settings.schedule == "cosine":
+        lr: Callable[[int], float] = Cosine(settings.lr, end, settings.final_lr, constant)
+    else:
+        lr = ConstantThenLinear(settings.lr, settings.final_lr, constant, end)
     return Recipe(lr, settings.betas, settings.weight_decay, settings.clip_norm, settings.ema_decay)
 
 
-def _routine(settings: config.Train) -> Routine:
+def _routine(settings: config.Train, steps_per_epoch: int) -> Routine:
+    remedy = f"Lower train.micro_batch (now {settings.micro_batch or 'the whole share'})"
+    if not settings.checkpoint_activations:
+        remedy += ", set train.checkpoint_activations"
+    if settings.sharding != "fsdp":
+        remedy += ", take train.sharding fsdp with several GPUs"
     return Routine(
         settings.checkpoint_every, settings.log_every, settings.keep_checkpoints, settings.preview.every,
-        settings.compile,
+        settings.compile, settings.sharding, frozenset(epoch * steps_per_epoch for epoch in settings.milestones),
+        settings.logger, f"{remedy}, or lower train.latent_cache_gb; none of them changes the results",
     )  # fmt: skip
 
 

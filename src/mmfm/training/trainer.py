@@ -3,7 +3,6 @@
 What is trained is a function from a micro batch to one loss per image; flow matching and the decoder share the rest.
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,15 +11,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mmfm.infra import space
 from mmfm.infra.distributed import Ranks, StopRequest
 from mmfm.infra.progress import Progress
-from mmfm.training import checkpoint
+from mmfm.training import checkpoint, memory
+from mmfm.training.board import open_board
 from mmfm.training.ema import Ema
 from mmfm.training.history import History
 from mmfm.training.latents import MicroBatch, Plan
+from mmfm.training.parallel import divide
 
 Losses = Callable[[nn.Module, MicroBatch, Any], Tensor]
 """(model, micro batch, its inputs) -> (b,) float32, the loss of every image."""
@@ -73,6 +73,10 @@ class Routine:
         keep_checkpoints: newest checkpoints that stay.
         preview_every: interval of previews; 0 for none.
         compile: use torch.compile.
+        sharding: how the model is divided among processes; see :mod:`mmfm.training.parallel`.
+        milestones: steps whose checkpoints stay for ever.
+        logger: where the run is shown; see :mod:`mmfm.training.board`.
+        remedy: what to do when memory runs out.
     """
 
     checkpoint_every: int
@@ -80,6 +84,10 @@ class Routine:
     keep_checkpoints: int
     preview_every: int = 0
     compile: bool = False
+    sharding: str = "ddp"
+    milestones: frozenset[int] = frozenset()
+    logger: str = "tensorboard"
+    remedy: str = "lower the micro batch"
 
 
 class Trainer:
@@ -112,10 +120,13 @@ class Trainer:
         self.recipe, self.routine, self.state, self.ranks, self.preview = recipe, routine, state, ranks, preview
         self.companion = companion
         self.ema = None if recipe.ema_decay is None else Ema(model, recipe.ema_decay)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.division = divide(routine.sharding, model, self.ema and self.ema.module, ranks, routine.compile)
+        if self.ema is not None:
+            self.ema.follow(self.division.averages, self.division.tensors)
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=recipe.lr(0), betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+            self.division.tensors, lr=recipe.lr(0), betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
         )
+        self._averaged = self.model if self.ema is None else self.ema.module
         self.step = self.logged_step = 0
         self.seconds = 0.0
         device = ranks.device
@@ -128,8 +139,8 @@ class Trainer:
 
     @property
     def averaged(self) -> nn.Module:
-        """The EMA's module, or the model itself without an EMA."""
-        return self.model if self.ema is None else self.ema.module
+        """The average as a plain module, or the model itself without one; for the main process, when it is called."""
+        return self._averaged
 
     def resume(self, target: int) -> bool:
         """Take up the checkpoint that a run to step ``target`` goes on from; see :func:`mmfm.training.checkpoint.find`.
@@ -145,52 +156,56 @@ class Trainer:
             self.ranks.from_main(lambda: space.require(self.state, self.stage, self._disk()))
         if found is None:
             return False
-        device = self.ranks.device
-        self.model.load_state_dict(found.tensors("model", device))
-        if self.ema is not None:
-            self.ema.module.load_state_dict(found.tensors("ema", device))
-        self.optimizer.load_state_dict(found.optimizer())
+        for part in ("model",) if self.ema is None else ("model", "ema"):
+            self.division.load(part, found.tensors(part))
+        self.division.load_optimizer(self.optimizer, found.optimizer())
         self.step, self.logged_step = found.step, found.values["logged_step"]
         self.seconds = found.values["seconds"]
         self.loss_sum.fill_(found.values["loss_sum"])
         if self.companion is not None:
             self.companion.load(found.values["companion"], found.step)
+        self._averaged = self.division.whole_average()
         return self.step == target
 
     def run(self, target: int, feed: Feed) -> None:
         """Train until step ``target``.
 
         Raises:
-            ValueError: a loss or gradient is not finite; the last checkpoint is intact.
+            ValueError: a loss or gradient is not finite, or memory ran out; the last checkpoint is intact.
             KeyboardInterrupt: a signal asked to stop; a checkpoint of this very step was written before.
         """
         routine, first = self.routine, self.step
         history = self._history(first)
-        batches, forward = feed.batches(first, target), self._wrapped()
+        self._board = open_board(routine.logger, self.state, self.stage, history.lines) if history else None
+        batches, forward = feed.batches(first, target), self.division.wrapped(routine.compile)
         self.good_steps.fill_(first)
         self._clock = (time.perf_counter(), first, self.seconds)
         self._last_log = (self._clock[0], first)
         progress = Progress(self.stage, target, "steps", done=first, enabled=self.ranks.is_main)
-        with StopRequest() as stop, progress:
+        with memory.explained(routine.remedy), StopRequest() as stop, progress:
             while self.step < target:
                 self._train_step(forward, batches)
                 last, note = self.step == target, ""
                 if last or self.step % routine.log_every == 0:
                     note = self._log(history, feed)
                 stopping = stop.agreed(self.ranks)
-                if last or stopping or self.step % routine.checkpoint_every == 0:
-                    self._save(feed, milestone=last)
+                milestone = last or self.step in routine.milestones
+                if milestone or stopping or self.step % routine.checkpoint_every == 0:
+                    self._save(feed, milestone)
                 progress.advance(1, note)
                 if routine.preview_every and (self.step % routine.preview_every == 0) and not last:
                     self._preview()
                 if stopping and not last:
                     progress.say(f"asked to stop: step {self.step:,} is saved")
                     raise KeyboardInterrupt
+        if self._board is not None:
+            self._board.close()
+        self._averaged = self.division.whole_average()
 
     def _disk(self) -> int:
         """Bytes that a run writes: the checkpoints kept, a milestone, the one being written, and the weights."""
         weights = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
-        trained = sum(p.numel() * p.element_size() for p in self.parameters)
+        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         one = (1 if self.ema is None else 2) * weights + 2 * trained
         return (self.routine.keep_checkpoints + 2) * one + weights
 
@@ -200,35 +215,23 @@ class Trainer:
         self.ranks.from_main(lambda: made.append(History(self.state / "history.jsonl", step)))
         return made[0] if made else None
 
-    def _wrapped(self) -> nn.Module:
-        """The model as the forward pass calls it: compiled, and distributed; its parameters are the model's own."""
-        if self.routine.compile:
-            self.model.compile()
-        if self.ranks.world == 1:
-            return self.model
-        devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
-        return DistributedDataParallel(
-            self.model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
-
     def _train_step(self, forward: nn.Module, batches: Iterator[tuple[MicroBatch, Any]]) -> None:
         """Take one optimiser step on the mean loss of the global batch; nothing here waits for the device."""
         world, places = self.ranks.world, self.plan.global_batch
         parts = self.plan.micro_batches_per_step
         loss = torch.zeros((), device=self.ranks.device)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.division.forget_gradients()
         for part in range(parts):
             micro, inputs = next(batches)
-            unsynchronised = forward.no_sync() if world > 1 and part < parts - 1 else contextlib.nullcontext()
-            with unsynchronised:
+            with self.division.part(forward, last=part == parts - 1):
                 share = self.losses(forward, micro, inputs).sum() / places
-                # DDP averages over processes, but each one's sum is a part of the global mean.
+                # Gradients are averaged over processes, but each one's sum is a part of the global mean.
                 (share * world).backward()
             loss += share.detach()
         self.ranks.sum(loss)
-        self.norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        self.norm = self.division.norm(self.division.gradients())
         if self.recipe.clip_norm:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.clip_norm, self.norm)
+            nn.utils.clip_grads_with_norm_(self.division.tensors, self.recipe.clip_norm, self.norm)
         self.broken = torch.maximum(self.broken, 1 - (loss.isfinite() & self.norm.isfinite()).float())
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.lr(self.step)
@@ -260,31 +263,36 @@ class Trainer:
             "images_per_second": round(rate, 2),
             "seconds": round(self.seconds, 3),
         }
-        self.ranks.from_main(lambda: history.append(line))
+
+        def write() -> None:
+            history.append(line)
+            self._board.write(line)
+
+        self.ranks.from_main(write)
         self.loss_sum.zero_()
         self.logged_step, self._last_log = self.step, (now, self.step)
-        return f"loss {loss:.4f}"
+        return f"loss {loss:.4f}  gradient norm {norm:.3g}  {rate:,.1f} images/s"
 
     def _save(self, feed: Feed, milestone: bool) -> None:
         """Write a checkpoint, of finite weights only."""
         self._check(feed)
         self.seconds = self._clock[2] + time.perf_counter() - self._clock[0]
+        tensors = {part: self.division.state(part) for part in (("model",) if self.ema is None else ("model", "ema"))}
+        optimizer = self.division.optimizer_state(self.optimizer)
 
         def save() -> None:
-            tensors = {"model": self.model.state_dict()}
-            if self.ema is not None:
-                tensors["ema"] = self.ema.module.state_dict()
             values = {"loss_sum": self.loss_sum.item(), "logged_step": self.logged_step, "seconds": self.seconds}
             if self.companion is not None:
                 values["companion"] = self.companion.state()
             checkpoint.save(
-                self.state, self.step, tensors, self.optimizer.state_dict(), values,
+                self.state, self.step, tensors, optimizer, values,
                 milestone=milestone, keep=self.routine.keep_checkpoints,
             )  # fmt: skip
 
         self.ranks.from_main(save)
 
     def _preview(self) -> None:
+        self._averaged = self.division.whole_average()
         if self.preview is not None:
             self.ranks.from_main(lambda: self.preview(self.step))
 
