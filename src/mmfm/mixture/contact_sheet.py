@@ -9,7 +9,6 @@ import torch
 from mmfm import data
 from mmfm.data import Listing
 from mmfm.infra import store
-from mmfm.mixture.em import finite_rows
 from mmfm.mixture.gaussian import Mixture
 from mmfm.pictures import image_grid
 
@@ -61,7 +60,7 @@ def nearest_images(
         own = images[np.searchsorted(images, chunk.start) : np.searchsorted(images, chunk.stop)]
         if not len(own):
             continue
-        tokens = finite_rows(read, chunk)[own - chunk.start]
+        tokens = read(chunk.start, chunk.stop)[own - chunk.start]
         densities = _own_density(mixture, tokens, labels[own])
         for k in np.unique(labels[own]).tolist():
             new = labels[own] == k
