@@ -72,7 +72,7 @@ rule spatial_gmm:
         processes=C.processes,
         mem_mb=wf.memory_mb(PROCESSES, C.spatial_gmm.workers),
         runtime=720,
-        disk_mb=15000,
+        disk_mb=22000 if C.spatial_gmm.covariance_type == "diag" else 15000,
     params:
         settings=parameter("spatial_gmm"),
     shell:

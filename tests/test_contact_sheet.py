@@ -6,8 +6,10 @@ import torch
 from conftest import write_images, write_listing
 from PIL import Image
 
+from mmfm import tokens
 from mmfm.cli import fit_gmm
 from mmfm.data import Listing
+from mmfm.infra import store
 from mmfm.mixture import contact_sheet
 from mmfm.mixture.gaussian import Mixture
 
@@ -26,7 +28,7 @@ def test_modes_are_chosen_by_size():
 
 @pytest.mark.parametrize("covariance_type", ["diag", "spherical"])
 def test_the_nearest_images_are_the_likeliest_of_the_mode(covariance_type):
-    tokens = GENERATOR.normal(size=(200, 3)).astype(np.float32)
+    values = GENERATOR.normal(size=(200, 3)).astype(np.float32)
     means = GENERATOR.normal(size=(5, 3))
     variances = GENERATOR.uniform(0.1, 2, (5, 3) if covariance_type == "diag" else 5)
     mixture = Mixture(np.full(5, 0.2), means, variances)
@@ -36,10 +38,10 @@ def test_the_nearest_images_are_the_likeliest_of_the_mode(covariance_type):
 
     def rows(start, stop):
         read.append(start)
-        return tokens[start:stop]
+        return values[start:stop]
 
     found = contact_sheet.nearest_images(rows, labels, mixture, [4, 1], 30)
-    density = mixture.log_joint(torch.from_numpy(tokens)).numpy()
+    density = mixture.log_joint(torch.from_numpy(values)).numpy()
     for k in (1, 4):
         own = np.flatnonzero(labels == k)
         np.testing.assert_array_equal(found[k], own[np.argsort(-density[own, k])][: contact_sheet.COLUMNS])
@@ -57,13 +59,27 @@ def images(tmp_path_factory):
 
 @pytest.mark.parametrize("k", [1, 4, 12])
 def test_the_picture_is_drawn_for_few_and_many_modes(images, tmp_path, k):
-    listing, tokens = images
+    listing, values = images
     labels = np.minimum(np.arange(40), k - 1).astype(np.int32)  # all but the last have one image
     mixture = Mixture(np.full(k, 1 / k), np.zeros((k, 3)), np.ones((k, 3)))
     path = tmp_path / "modes.png"
-    contact_sheet.draw(path, Listing.open(listing), lambda a, b: tokens[a:b], labels, mixture, 16)
+    contact_sheet.draw(path, Listing.open(listing), lambda a, b: values[a:b], labels, mixture, 16)
     with Image.open(path) as picture:
         assert picture.width > 64 * min(12, 40 - k + 1) and picture.height > 64 * min(k, 9)
+
+
+def test_the_command_draws_the_sheet_beside_the_fit(images, tmp_path):
+    listing, values = images
+    labels = Listing.open(listing).labels
+    tokens.create(tmp_path / "t.zarr", 40, 3, 40, labels)[:] = values
+    tokens.finish(tmp_path / "t.zarr", {"digest": "t", "listing_digest": Listing.open(listing).digest})
+    given = ["--config", "config/config.yaml", "--tokens", str(tmp_path / "t.zarr"), "--listing", str(listing)]
+    assert fit_gmm.main([*given, "--out-dir", str(tmp_path / "gmm"), "gmm.n_components=3"]) == 0
+    with Image.open(tmp_path / "gmm" / "modes.png") as picture:
+        assert picture.width > 400
+    report = store.read_json(tmp_path / "gmm" / "report.json")
+    assert report["silhouette_images"] == 40 and -1 <= report["silhouette"] <= 1
+    assert report["effective_number_by_counts"] == pytest.approx(np.exp(report["entropy_of_counts"]))
 
 
 def test_tokens_of_another_listing_are_refused(images, tmp_path, monkeypatch):

@@ -63,6 +63,9 @@ def test_rows_on_disk_are_read_as_they_are(tmp_path):
     means, noise = torch.zeros(5, *SHAPE), rng.normal(1, "noise", torch.arange(3), SHAPE)
     loaded, mapped = (MixtureSource(means, v, torch.full((5,), 0.2)) for v in (torch.from_numpy(values), rows))
     assert torch.equal(mapped.draw(wanted, noise), loaded.draw(wanted, noise))
+    if torch.cuda.is_available():
+        source = MixtureSource(means.cuda(), rows, torch.full((5,), 0.2))
+        torch.testing.assert_close(source.draw(wanted.cuda(), noise.cuda()).cpu(), loaded.draw(wanted, noise))
     group.create_array("packed", **layout)
     with pytest.raises(ValueError, match=r"'packed' has dtype float32.*make the store again"):
         MappedRows(group["packed"])

@@ -33,11 +33,16 @@ def expected(tokens=TOKENS, labels=LABELS):
     }
 
 
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
 @pytest.mark.parametrize("chunk", [37, 1000])
-def test_they_are_scikit_learns(chunk, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_they_are_scikit_learns(chunk, device, monkeypatch):
     monkeypatch.setattr(validity, "_PIECE", 11 * C)
     monkeypatch.setattr(validity, "_ROWS", 4)
-    found = validity.indices(chunks(chunk), LABELS, REFERENCES, 0, Ranks(0, 1, torch.device("cpu")))
+    rows = [(part, x.to(device)) for part, x in chunks(chunk)]
+    found = validity.indices(rows, LABELS, REFERENCES.to(device), 0, Ranks(0, 1, torch.device(device)))
     assert found == pytest.approx(expected(), rel=1e-9)
 
 

@@ -46,13 +46,13 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"the tokens were not made from the listing '{options.listing}'; run extract on it")
     with process_group() as ranks:
         report = fit(tokens, sections["gmm"], options.out_dir, ranks)
-        if ranks.is_main:
-            if options.listing is not None:
-                draw_modes(options.listing, tokens, options.out_dir, sections["gmm"].chunk_size)
-            print(
-                f"fit_gmm: {report['active_components']:,} of {report['n_components']:,} modes have images; "
-                f"log-likelihood {report['log_likelihood']:.3f} nats per image after {report['n_iter']} iterations"
-            )
+    if ranks.is_main:
+        if options.listing is not None:
+            draw_modes(options.listing, tokens, options.out_dir, sections["gmm"].chunk_size)
+        print(
+            f"fit_gmm: {report['active_components']:,} of {report['n_components']:,} modes have images; "
+            f"log-likelihood {report['log_likelihood']:.3f} nats per image after {report['n_iter']} iterations"
+        )
     return 0
 
 

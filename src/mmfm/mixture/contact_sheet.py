@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mmfm import data
 from mmfm.data import Listing
 from mmfm.infra import store
-from mmfm.mixture.em import finite_rows
 from mmfm.mixture.gaussian import Mixture
 from mmfm.pictures import image_grid
 
@@ -16,6 +16,7 @@ ROWS, COLUMNS = 3, 12
 """Modes of each size in a sheet, and images of each mode."""
 
 _LARGEST_SIDE = 96
+_ROWS_OF_DENSITIES = 1024  # at K = 8192 the densities of so many images are 67 MB
 
 
 def choose_modes(counts: np.ndarray, each: int = ROWS) -> dict[str, list[int]]:
@@ -55,20 +56,27 @@ def nearest_images(
     """
     images = np.flatnonzero(np.isin(labels, modes))
     found = {k: (np.empty(0), np.empty(0, np.int64)) for k in modes}
-    means = {k: mixture.means[k].cpu().numpy() for k in modes}
-    variances = {k: mixture.variances[k].cpu().numpy() for k in modes}
     for chunk in data.ranges(0, len(labels), block):
         own = images[np.searchsorted(images, chunk.start) : np.searchsorted(images, chunk.stop)]
         if not len(own):
             continue
-        tokens = finite_rows(read, chunk)[own - chunk.start]
+        tokens = read(chunk.start, chunk.stop)[own - chunk.start]
+        densities = _own_density(mixture, tokens, labels[own])
         for k in np.unique(labels[own]).tolist():
-            new = own[labels[own] == k]
-            distances = (np.square(tokens[labels[own] == k] - means[k]) / variances[k]).sum(1)
-            distances, numbers = np.append(found[k][0], distances), np.append(found[k][1], new)
-            order = np.argsort(distances, kind="stable")[:COLUMNS]
-            found[k] = distances[order], numbers[order]
+            new = labels[own] == k
+            density, numbers = np.append(found[k][0], densities[new]), np.append(found[k][1], own[new])
+            order = np.argsort(-density, kind="stable")[:COLUMNS]
+            found[k] = density[order], numbers[order]
     return {k: numbers for k, (_, numbers) in found.items()}
+
+
+def _own_density(mixture: Mixture, tokens: np.ndarray, modes: np.ndarray) -> np.ndarray:
+    """Return log w_k N(token; mode k) of tokens (b, C) under the mode of each, (b,) float64."""
+    density = np.empty(len(tokens))
+    for part in data.ranges(0, len(tokens), _ROWS_OF_DENSITIES):
+        joint = mixture.log_joint(torch.from_numpy(tokens[part.start : part.stop])).cpu().numpy()
+        density[part.start : part.stop] = joint[np.arange(len(part)), modes[part.start : part.stop]]
+    return density
 
 
 def draw(

@@ -111,7 +111,11 @@ def plot_weights(path: Path, weights: np.ndarray, counts: np.ndarray) -> None:
     axes.set_ylim(bottom=min(shares[shares > 0].min(), 1 / len(weights)) / 10)
     axes.set_xlabel("component, largest first")
     axes.set_ylabel("share")
-    axes.set_title(f"{(counts > 0).sum():,} of {len(counts):,} components have images", fontsize=10)
+    axes.set_title(
+        f"{(counts > 0).sum():,} of {len(counts):,} components have images; "
+        f"effective number {effective_number(weights):,.1f} (weights), {effective_number(counts):,.1f} (images)",
+        fontsize=8.5,
+    )
     axes.legend(frameon=False)
     save()
 

@@ -38,7 +38,7 @@ def publish(
     """
     group = zarr.open_group(state / "spatial.zarr", mode="r+")
     large = [group[name] for name in ("means", "variances") if name in group and group[name].ndim == 4]
-    weights, cost = np.asarray(weights, np.float64), CouplingCost(weights, counts)
+    diag, weights, cost = len(large) > 1, np.asarray(weights, np.float64), CouplingCost(weights, counts)
     filled, empty = np.flatnonzero(counts), np.flatnonzero(counts == 0)
     variances, raised, row_digests = np.empty(len(counts)), 0, []
     totals = [np.zeros(array.shape[1:]) for array in large]
@@ -49,20 +49,20 @@ def publish(
         row_digests.append(store.array_digest(*rows))
         for total, row in zip(totals, rows, strict=True):
             total += row
-        cost.add(k, rows[0], float(rows[-1].mean(dtype=np.float64)) if len(large) > 1 else variances[k], variances[k])
+        cost.add(k, rows[0], float(rows[-1].mean(dtype=np.float64)) if diag else variances[k], variances[k])
     variances[empty] = variances[filled].mean()
     for k in empty:
         for array, total in zip(large, totals, strict=True):
             array[int(k)] = (total / len(filled)).astype(np.float32)
-        cost.add(k, large[0][int(k)], float(totals[-1].mean() / len(filled)) if len(large) > 1 else variances[k], 0.0)
-    small = {"weights": weights, "counts": counts} | ({"variances": variances} if len(large) == 1 else {})
+        cost.add(k, large[0][int(k)], float(totals[-1].mean() / len(filled)) if diag else variances[k], 0.0)
+    small = {"weights": weights, "counts": counts} | ({"variances": variances} if not diag else {})
     for name, values in small.items():
         group.create_array(name, data=values, chunks=values.shape, overwrite=True)
     digest = store.array_digest(np.frombuffer("".join(row_digests).encode(), np.uint8), variances, weights, counts)
     group.attrs.update({**digests, "digest": digest})
     report = {
         "digest": digest,
-        "covariance_type": "diag" if len(large) > 1 else "spherical",
+        "covariance_type": "diag" if diag else "spherical",
         "n_images": int(counts.sum()),
         "n_components": len(counts),
         "empty_components": len(empty),
