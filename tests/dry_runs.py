@@ -1,7 +1,7 @@
 """Dry runs of the workflow, many in one process: a process of its own for each would take seconds instead of 0.2 s.
 
-Reads a list of ``{"keys": {...}, "targets": [...], "touch": bool, "version": stage or null}`` as JSON from standard
-input and prints the list of the rules that would run, each a sorted list of names.
+Reads a list of the arguments of :func:`plan` as JSON from standard input and prints the list of the rules that would
+run, each a sorted list of names.
 """
 
 import contextlib
@@ -18,12 +18,15 @@ from mmfm import config
 OVERLAY = Path("overlay.yaml")
 
 
-def plan(keys: dict, targets: list[str], touch: bool = False, version: str | None = None) -> list[str]:
+def plan(
+    keys: dict, targets: list[str], touch: bool = False, version: str | None = None, force: str | None = None
+) -> list[str]:
     """Return the rules that a call would run; with ``touch`` its outputs are made, empty, and recorded as up to date.
 
     Args:
         keys: laid over config.yaml.
         version: a stage whose VERSION is raised by one for this call.
+        force: a rule to run in any case, as by ``-R``.
     """
     OVERLAY.write_text(yaml.safe_dump(keys))
     if version:
@@ -36,7 +39,7 @@ def plan(keys: dict, targets: list[str], touch: bool = False, version: str | Non
                 snakefile=Path("Snakefile"),
                 workdir=Path(),
             )
-            dag = api_call.dag(DAGSettings(targets=set(targets), forceall=touch))
+            dag = api_call.dag(DAGSettings(targets=set(targets), forceall=touch, forcerun={force} if force else set()))
             dag.execute_workflow(executor="dryrun")
             jobs = list(api_call._workflow.dag.needrun_jobs(exclude_finished=False))
             if touch:

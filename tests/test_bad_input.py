@@ -218,6 +218,19 @@ def test_an_image_replaced_or_removed_since_the_listing(files, refused, tmp_path
     refused(files.command("extract", listing=listing), "0002.png", "list the images again")
 
 
+def test_a_changed_folder_has_another_digest_and_extraction_starts_anew(files, tmp_path):
+    images = write_images(tmp_path / "images", 20)
+    digests = []
+    for n in (20, 21):
+        write_images(images, n)
+        assert main(files.command("list_images", root=images)) == 0
+        assert main(files.command("extract", listing=files.out / "t.safetensors")) == 0
+        listing, found = data.Listing.open(files.out / "t.safetensors"), tokens.TokenStore.open(files.out / "t.zarr")
+        assert len(listing) == len(found) == n and found.listing_digest == listing.digest
+        digests.append(listing.digest)
+    assert digests[0] != digests[1]
+
+
 GREY = np.linspace(0, 255, 24, dtype=np.uint8).reshape(4, 6)
 COLOUR = np.stack([GREY, GREY[::-1], GREY[:, ::-1]], axis=-1)
 

@@ -25,3 +25,11 @@ def test_conda_environments_hold_the_packages_dependencies():
         listed = yaml.safe_load((ROOT / "envs" / f"{name}.yaml").read_text())["dependencies"][-1]["pip"]
         assert [d for d in listed if "faiss" not in d] == [d for d in project if "faiss" not in d]
         assert next(d for d in listed if "faiss" in d).startswith(faiss)
+
+
+def test_every_promise_names_a_test_that_exists():
+    promised = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "guarantees.md").read_text())
+    lines = [line for line in (ROOT / "docs" / "guarantees.md").read_text().splitlines() if line.startswith("| ")]
+    assert len(promised) == sum(not line.startswith(("| promise", "| mistake")) for line in lines) > 50
+    for file, name in promised:
+        assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"

@@ -152,6 +152,13 @@ def test_every_key_reruns_what_its_document_says(checkout):
     assert not wrong
 
 
+def test_the_image_folder_is_listed_again_when_asked(checkout):
+    """A dry run never walks the folder; asked for, the listing and all that hangs on it are made again."""
+    calls = [{"keys": BASE, "target": TARGET}, {"keys": BASE, "target": TARGET, "force": "list_images"}]
+    unasked, asked = plans(checkout, calls)
+    assert unasked == [] and stages(asked) == set(config.STAGES)
+
+
 def test_another_run_makes_everything_and_going_back_costs_nothing(checkout):
     other = {"keys": {**BASE, "run": "other"}, "targets": [t.replace("results", "results/other") for t in TARGETS]}
     base = {"keys": BASE, "targets": TARGETS}

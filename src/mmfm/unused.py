@@ -30,7 +30,7 @@ class State:
 
     Attributes:
         path: the directory.
-        size: bytes.
+        size: bytes that removing it frees.
         reason: why nothing refers to it; empty if something does or may.
     """
 
@@ -75,7 +75,7 @@ def find(results: str | Path) -> Iterator[State]:
                 break
             if folder == results:
                 break
-        yield State(marker.parent, space.used(marker.parent), reason)
+        yield State(marker.parent, space.used(marker.parent, freeable=True), reason)
 
 
 def _read(marker: Path) -> dict[str, Any] | None:

@@ -8,11 +8,14 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOTHING_LEFT = 1 << 16
 
 
-def used(directory: str | Path) -> int:
-    """Return the bytes of all files below a directory; 0 if there is none."""
-    return sum(
-        os.lstat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(directory) for name in names
-    )
+def used(directory: str | Path, *, freeable: bool = False) -> int:
+    """Return the bytes of all files below a directory; 0 if there is none.
+
+    Args:
+        freeable: count only what removing the directory would free: not the files that have another name elsewhere.
+    """
+    found = (os.lstat(os.path.join(folder, name)) for folder, _, names in os.walk(directory) for name in names)
+    return sum(status.st_size for status in found if status.st_nlink == 1 or not freeable)
 
 
 def free(path: str | Path) -> int:
