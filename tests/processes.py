@@ -6,12 +6,12 @@ A server that has imported everything is started once; every command is a fork o
 import importlib
 import multiprocessing
 import os
-import resource
 import signal
 import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,7 +69,6 @@ class Command:
     Attributes:
         arguments: of ``mmfm``.
         errors: file with its standard error.
-        memory: file with its peak memory, written at the end.
     """
 
     arguments: list[str]
@@ -111,7 +110,7 @@ def start(
     Args:
         errors: file for standard error.
         constants: module constants to set first, ``package.module.NAME`` to value.
-        memory: file for the peak memory above that at the start, bytes.
+        memory: file for the growth of memory, see :func:`growth`.
     """
     command, variables = Command(arguments, errors), {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if world > 1:
@@ -141,9 +140,38 @@ def run(arguments: list[str], errors: Path, **options: object) -> str:
     return text
 
 
-def peak_memory() -> int:
-    """Return this process's largest resident size so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def growth(arguments: list[str], errors: Path, constants: dict[str, object] | None = None) -> int:
+    """Run a command to its good end and return by how many bytes its memory grew at most, libraries' code apart."""
+    memory = errors.with_suffix(".memory")
+    run(arguments, errors, constants=constants, memory=memory)
+    return int(memory.read_text())
+
+
+def call_growth(function: Callable[..., None], memory: Path, *arguments: object) -> int:
+    """Call a function in a process of its own and return the same of it; ``memory`` is a file for the number."""
+    process = _context.Process(target=_measure, args=(memory, function, *arguments))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return int(memory.read_text())
+
+
+def _measure(memory: Path | None, function: Callable[..., object], *arguments: object) -> object:
+    """Call a function and write by how much this process's memory grew at most."""
+    if memory is None:
+        return function(*arguments)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+    before = _memory()["RssAnon"]
+    result = function(*arguments)
+    after = _memory()
+    # Files stay mapped once they were touched; nearly all of them are libraries.
+    memory.write_text(str(after["VmHWM"] - after["RssFile"] - after["RssShmem"] - before))
+    return result
+
+
+def _memory() -> dict[str, int]:
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {words[0][:-1]: 1024 * int(words[1]) for words in lines if words[0].startswith(("VmHWM", "Rss"))}
 
 
 def _join_group(group: int) -> None:
@@ -179,9 +207,7 @@ def _run(arguments, errors, variables, group, watch, constants, memory) -> None:
             filesystem_events.install(str(watch.folder), str(watch.log), watch.kill_at, watch.pause, watch.at)
         from mmfm.cli.__main__ import main
 
-        status = main(arguments)
-        if memory is not None:
-            Path(memory).write_text(str(peak_memory()))
+        status = _measure(memory, main, arguments)
     except BaseException:
         traceback.print_exc()
     finally:

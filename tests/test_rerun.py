@@ -154,7 +154,7 @@ def test_every_key_reruns_what_its_document_says(checkout):
 
 def test_the_image_folder_is_listed_again_when_asked(checkout):
     """A dry run never walks the folder; asked for, the listing and all that hangs on it are made again."""
-    calls = [{"keys": BASE, "target": TARGET}, {"keys": BASE, "target": TARGET, "force": "list_images"}]
+    calls = [{"keys": BASE, "targets": TARGETS}, {"keys": BASE, "targets": TARGETS, "force": "list_images"}]
     unasked, asked = plans(checkout, calls)
     assert unasked == [] and stages(asked) == set(config.STAGES)
 

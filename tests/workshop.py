@@ -21,7 +21,7 @@ SMALL = {
     "extract": {"shard_size": 8, "batch_size": 3, "workers": 0},
     "gmm": {
         "n_components": 5, "covariance_type": "diag", "init": "kmeans", "reg_covar": 1e-6, "tol": 0.0, "max_iter": 6,
-        "seed": 42, "precision": "float32", "chunk_size": 7,
+        "seed": 42, "precision": "float32", "chunk_size": 7, "cache_gb": 1.0,
     },
     "spatial_gmm": {"batch_size": 3, "workers": 0},
     "decoder": {**SECTIONS["decoder"], "global_batch": 7, "steps": 7, "checkpoint_every": 2},
@@ -139,10 +139,8 @@ def digests(out: Path) -> dict[str, str]:
     }
 
 
-def make(root: Path, encoder: Path) -> dict[str, Stage]:
-    """Run every stage once, each on the results of those before it, into ``root/STAGE``; return the stages."""
-    listing = write_listing(root / "listing.train.safetensors", write_images(root / "images", N))
-    heldout = write_listing(root / "listing.heldout.safetensors", write_images(root / "other", HELDOUT, seed=5))
+def describe(root: Path, encoder: Path, listing: Path, heldout: Path) -> dict[str, Stage]:
+    """Return every stage, each with the inputs that the stages before it make in ``root/STAGE``."""
     images = {"--listing": listing, "--encoder-weights": encoder}
     stats = {"--stats": root / "latent_stats" / "stats.pt"}
     gmm = {"--gmm": root / "fit_gmm" / "gmm.safetensors"}
@@ -165,10 +163,17 @@ def make(root: Path, encoder: Path) -> dict[str, Stage]:
             "--reference": root / "fid_reference" / "reference.safetensors", **detector,
         },
     }  # fmt: skip
-    stages = {
+    return {
         name: Stage(name, source, _OUTPUTS[name], root / name, _UNITS.get(name, ""), _CONSTANTS.get(name, {}))
         for name, source in sources.items()
     }
-    for name, stage in stages.items():
-        stage.run(root / name, watch=processes.Watch(root / name))
+
+
+def make(root: Path, encoder: Path) -> dict[str, Stage]:
+    """Run every stage once, watched, each on the results of those before it, into ``root/STAGE``; return the stages."""
+    listing = write_listing(root / "listing.train.safetensors", write_images(root / "images", N))
+    heldout = write_listing(root / "listing.heldout.safetensors", write_images(root / "other", HELDOUT, seed=5))
+    stages = describe(root, encoder, listing, heldout)
+    for stage in stages.values():
+        stage.run(stage.made, watch=processes.Watch(stage.made))
     return stages

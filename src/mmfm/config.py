@@ -86,6 +86,9 @@ class Gmm:
     seed: int = key("seed of the start", minimum=0)
     precision: str = key("arithmetic of the E-step's products", choices=("float32", "float64"))
     chunk_size: int = operation("images per E-step product", unit="images", minimum=1)
+    cache_gb: float = operation(
+        "tokens that a process keeps in memory, and at most a quarter of what is free", unit="GB", minimum=0
+    )
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def fit(tokens: TokenStore, settings: Gmm, out_dir: str | Path, ranks: Ranks) ->
             {"tokens": tokens.path},
         )
     )
-    rows = Rows(tokens.read, n, settings.chunk_size, ranks)
+    rows = Rows(tokens.read, n, settings.chunk_size, ranks, settings.cache_gb)
     dtype = getattr(torch, settings.precision)
     state, seconds = _run_em(tokens, rows, settings, state_dir, dtype)
     labels, log_likelihood = predict_all(rows, state.mixture, dtype)

@@ -1,0 +1,111 @@
+"""Memory does not grow with the number of images, in any stage."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import processes
+import pytest
+import workshop
+from conftest import write_images, write_listing
+
+from mmfm import data, tokens
+from mmfm.infra import store
+
+FEW, MANY = 300, 1200
+SIDE = 32
+
+CHANGES = {
+    "extract": {"shard_size": 75, "batch_size": 32},
+    "gmm": {"chunk_size": 2048, "cache_gb": 0.0, "max_iter": 2},
+    "spatial_gmm": {"batch_size": 32},
+    "decoder": {"latent_cache_gb": 0.0, "global_batch": 32, "checkpoint_every": 100},
+    "train": {"latent_cache_gb": 0.0, "global_batch": 32, "checkpoint_every": 100},
+    "sample": {"shard_size": 75, "batch_size": 32},
+    "fid": {"batch_size": 32},
+}
+"""No caches, and batches that take more memory than the rest."""
+
+
+def assert_flat(few: int, many: int) -> None:
+    """The growth is the same within 10 %; half a megabyte is left to the allocator."""
+    assert few > 2e6, f"{few:,} bytes: nothing was measured"
+    assert many < 1.1 * few + 5e5, f"{few:,} bytes became {many:,} with four times the images"
+
+
+def half_in_one_mode(assignment: Path) -> None:
+    arrays, about = store.map_arrays(assignment)
+    labels = np.array(arrays["labels"])
+    labels[::2] = 0
+    counts = np.bincount(labels, minlength=len(arrays["counts"]))
+    store.write_arrays(assignment, {"labels": labels, "counts": counts}, about)
+
+
+def grow(root: Path, encoder: Path, n: int) -> dict[str, int]:
+    """Run every stage on n images (a few files under many names) and return the growth of each one's memory, bytes."""
+    originals = sorted(write_images(root / "originals", 40, size=SIDE).rglob("*.png"))
+    for i in range(n):
+        path = root / "images" / f"class{i % 2}" / f"{i:05d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.hardlink_to(originals[i % len(originals)])
+    listing = write_listing(root / "listing.safetensors", root / "images")
+    heldout = write_listing(root / "heldout.safetensors", root / "originals")
+    changes = {**CHANGES, "sample": {**CHANGES["sample"], "n_images": n}}
+    grown = {}
+    for name, stage in workshop.describe(root, encoder, listing, heldout).items():
+        constants = dict.fromkeys(stage.constants, 75)
+        grown[name] = processes.growth(
+            stage.command(stage.made, **changes), workshop.errors_file(stage.made), constants
+        )
+        if name == "fid":  # the kernel takes mapped images back as it likes
+            grown[name] -= n * SIDE * SIDE * 3
+        if name == "fit_gmm":
+            half_in_one_mode(stage.made / "assignment.safetensors")
+    return grown
+
+
+@pytest.fixture(scope="module")
+def growths(tmp_path_factory, tiny_encoder) -> list[dict[str, int]]:
+    return [grow(tmp_path_factory.mktemp(str(n)), tiny_encoder, n) for n in (FEW, MANY)]
+
+
+@pytest.mark.parametrize("name", ["extract", "spatial_gmm", "train_decoder", "train", "sample", "fid_reference", "fid"])
+def test_four_times_the_images_take_no_more_memory(growths, name):
+    few, many = (grown[name] for grown in growths)
+    assert_flat(few, many)
+
+
+def test_four_times_the_tokens_take_no_more_memory(stages, tmp_path):
+    """fit_gmm at a fixed number of modes."""
+    grown = []
+    for n in (8_000, 32_000):
+        path, width = tmp_path / f"{n}.zarr", 256
+        array = tokens.create(path, n, width, 4096, np.zeros(n, np.int32))
+        for rows in data.ranges(0, n, 4096):
+            array[rows.start : rows.stop] = np.random.default_rng(rows.start).normal(size=(len(rows), width))
+        tokens.finish(path, {"digest": str(n), "listing_digest": "l", "encoder_digest": "e"})
+        stage = replace(stages["fit_gmm"], inputs={"--tokens": path})
+        out = tmp_path / str(n)
+        grown.append(processes.growth(stage.command(out, gmm=CHANGES["gmm"]), workshop.errors_file(out)))
+    assert_flat(*grown)
+
+
+def test_a_listing_of_a_million_images_costs_nothing_to_open(tmp_path):
+    n = 1_000_000
+    names = [f"n{i % 1000:08d}/n{i % 1000:08d}_{i:07d}.JPEG" for i in range(n)]
+    zeros = np.zeros(n, np.int64)
+    data.write_listing(tmp_path / "listing", tmp_path, "train", ["all"], names, zeros, zeros)
+    grown = processes.call_growth(_open_and_read, tmp_path / "memory", tmp_path / "listing", n)
+    assert grown < 20e6
+    start = time.monotonic()
+    _open_and_read(tmp_path / "listing", n)
+    assert time.monotonic() - start < 5
+
+
+def _open_and_read(path: Path, n: int) -> None:
+    listing = data.Listing.open(path)
+    assert (
+        len(listing) == n
+        and listing.relative_path(n - 1) == f"n{(n - 1) % 1000:08d}/n{(n - 1) % 1000:08d}_{n - 1:07d}.JPEG"
+    )
