@@ -29,6 +29,11 @@ def test_defaults_load():
         ("train.assignment=sof", "did you mean 'soft'"),
         ("train.betas=[0.9]", "list of 2"),
         ("train.ema_decay=1.0", r"in \[0, 1\)"),
+        ("train.label_dropout=1.0", r"'train.label_dropout' is 1.0; it must be in \[0, 1\)"),
+        ("train.loss_weighting.decay=1.0", r"'train.loss_weighting.decay' is 1.0"),
+        ("guide.interval=[0.8,0.1]", "0 <= lowest <= highest <= 1"),
+        ("sample.guidance.interval=[0,2]", "'sample.guidance.interval'"),
+        ("sample.solver=dopri55", "did you mean 'dopri5'"),
         ("models.tiny.hidden_size=[190,192]", "models.tiny"),
         ("data=3", "'data' must be a section"),
     ],
@@ -66,4 +71,11 @@ def test_the_imagenet_preset_carries_the_published_numbers():
     loaded = config.load([DEFAULTS, ROOT / "config" / "imagenet256.yaml"])
     assert (loaded.gmm.n_components, loaded.train.global_batch, loaded.train.ema_decay) == (8192, 1024, 0.9995)
     assert loaded.section("model").depth == (28, 2) and loaded.sample.time_points == 50
+    assert (loaded.guide.model, loaded.guide.epochs, loaded.guide.scale, loaded.guide.interval) == (
+        "S",
+        20,
+        1.5,
+        (0, 1),
+    )
+    assert (loaded.train.label_dropout, loaded.train.mode_dropout, loaded.train.loss_weighting.rule) == (0.1, 0, "none")
     assert (loaded.gmm.reg_covar, loaded.gmm.tol, loaded.gmm.max_iter, loaded.gmm.seed) == (1e-6, 1e-3, 100, 42)

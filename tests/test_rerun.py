@@ -14,7 +14,7 @@ import yaml
 from mmfm import config
 
 ROOT = Path(__file__).parent.parent
-TARGETS = ["results/fid/dinov2_mode.txt", "results/gmm/dinov2/sweep.png"]
+TARGETS = ["results/fid/dinov2_mode.txt", "results/fid/dinov2_mode_ag.txt", "results/gmm/dinov2/sweep.png"]
 BASE = {"gpus": 0, "decoder": {"weights": "train"}}
 """The decoder's keys count where it is trained."""
 

@@ -34,8 +34,8 @@ DEPENDENTS = {
 }
 """Which stages read a stage's outputs."""
 
-NOT_RERUN = {("gmm", "n_components"): "sweep"}
-"""Stages that a section's keys rerun, but not this one: the sweep has numbers of modes of its own."""
+NOT_RERUN = {("gmm", "n_components"): "sweep", ("guide", "scale"): "train", ("guide", "interval"): "train"}
+"""Stages that a section's other keys rerun, but not this one: the sweep has numbers of modes of its own."""
 
 INTRODUCTION = """\
 # Configuration
@@ -64,13 +64,16 @@ way to sweep: everything that two variants share is made once.
 This page and `workflow/schemas/config.schema.yaml` are written by `python tools/config_docs.py`.
 """
 
+GUIDE = ("guide", "train")
+
 TABLE_HEAD = ["| key | meaning | unit | default | kind | reruns |", "|---|---|---|---|---|---|"]
 
 
 def reruns(section: str) -> list[str]:
     """Return the stages that run again when an identity key of ``section`` changes, in the order of the workflow."""
     found: set[str] = set()
-    waiting = [stage for stage, sections in config.STAGES.items() if section in sections]
+    # The rule train makes the guide from the keys of `train`, with those of `guide` in their places.
+    waiting = [stage for stage, sections in config.STAGES.items() if section in sections or (section, stage) == GUIDE]
     while waiting:
         stage = waiting.pop()
         if stage not in found:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 FIXED_SOLVERS = ("euler", "heun")
-ADAPTIVE_SOLVERS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
-"""Solvers of torchdiffeq that choose their steps."""
+ADAPTIVE_SOLVERS = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
+"""Solvers of torchdiffeq that choose their steps. Its fehlberg2 misses its tolerance by far in tests/test_flow.py."""
 SOLVERS = (*FIXED_SOLVERS, *ADAPTIVE_SOLVERS)
 
 

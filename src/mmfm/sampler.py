@@ -1,7 +1,6 @@
 """From image numbers to images: source, flow, decoder. Image i depends on (seed, i) and on nothing else."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,63 +17,11 @@ from mmfm.flow.source import Source, source_for
 from mmfm.infra import rng, store
 from mmfm.infra.precision import autocast, uses_bf16
 from mmfm.models.dit import DiT
-from mmfm.settings import SETTINGS, Setting
+from mmfm.sample_files import SampleFiles, compare, setting_of
 from mmfm.training.checkpoint import load_ema
 
 SOLVERS: dict[str, tuple[Callable[..., Tensor], int]] = {"euler": (euler, 1), "heun": (heun, 2)}
 """Solvers with given steps, and their network evaluations a step."""
-
-
-@dataclass(frozen=True)
-class SampleFiles:
-    """Files that ``sample`` reads; ``spatial_gmm`` in the settings with a mixture, ``guide`` for autoguidance."""
-
-    ema: Path
-    decoder: Path
-    stats: Path
-    encoder_weights: Path
-    spatial_gmm: Path | None = None
-    guide: Path | None = None
-
-    def digests(self, weights: dict[str, Any]) -> dict[str, str]:
-        """Return the digests of all inputs, after checking that the weights were trained with these files.
-
-        Args:
-            weights: metadata of the EMA weights; what they do not say (imported files) passes.
-
-        Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: the weights belong to another encoder, other statistics or another mixture.
-        """
-        found = {"ema": weights["digest"], "decoder": store.file_digest(self.decoder)}
-        _compare(found, "stats", store.file_digest(self.stats), f"the statistics {self.stats}", weights)
-        encoder = store.folder_digest(self.encoder_weights)
-        _compare(found, "encoder", encoder, f"the encoder {self.encoder_weights}", weights)
-        if _setting(weights).mixture and self.spatial_gmm is not None:
-            from mmfm.mixture.spatial import SpatialMixture
-
-            spatial = SpatialMixture.open(self.spatial_gmm).attributes["digest"]
-            _compare(found, "spatial_gmm", spatial, f"the spatial mixture {self.spatial_gmm}", weights)
-        return found
-
-
-def _compare(found: dict[str, str], part: str, digest: str, thing: str, weights: dict[str, Any]) -> None:
-    recorded = weights.get(f"{part}_digest")
-    if recorded is not None and recorded != digest:
-        raise ValueError(
-            f"the weights were not trained with {thing} (digest {digest[:12]}, not {recorded[:12]}); "
-            "give the one they were trained with, or train again"
-        )
-    found[part] = digest
-
-
-def _setting(weights: dict[str, Any]) -> Setting:
-    if weights.get("setting") not in SETTINGS:
-        raise ValueError(
-            f"the weights are of setting {weights.get('setting')!r}; sample knows {', '.join(SETTINGS)}: "
-            "train or import them again"
-        )
-    return SETTINGS[weights["setting"]]
 
 
 class _Processor(nn.Module):
@@ -123,7 +70,7 @@ class Sampler:
         self.device = torch.device(device)
         self.settings: config.Sample = sections["sample"]
         self.model, self.weights = load_ema(files.ema, self.device)
-        self.setting = _setting(self.weights)
+        self.setting = setting_of(self.weights)
         if expected is not None and expected != self.weights["setting"]:
             raise ValueError(
                 f"the weights {files.ema} are of setting '{self.weights['setting']}', not '{expected}'; give those of "
@@ -192,7 +139,7 @@ class Sampler:
             )
         for part in ("encoder", "stats", "spatial_gmm"):
             if part in self.digests:
-                _compare({}, part, self.digests[part], f"the {part} of the guided model (guide {files.guide})", weights)
+                compare({}, part, self.digests[part], f"the {part} of the guided model (guide {files.guide})", weights)
         self.digests["guide"] = weights["digest"]
         return model, weights
 
