@@ -158,13 +158,17 @@ def report(found: dict[str, Any]) -> str:
     """Return the Markdown tables."""
     lines = ["# Speed of training", ""]
     for run in found["measured"]:
-        lines += [f"{run['device']}, torch {found['torch']}, compile {'on' if run['compile'] else 'off'}: "]
         lines += [
-            f"{run['images_per_second']:,.0f} images/s, {run['seconds_per_step']:.3f} s per step of {run['batch']}, "
+            f"{run['device']}, torch {found['torch']}, compile {'on' if run['compile'] else 'off'}:",
+            f"{run['images_per_second']:,.0f} images/s, {run['seconds_per_step']:.3f} s per step of {run['batch']},",
+            f"peak memory {run['peak_memory_gb']:.1f} GB.",
+            f"Bare forward and backward pass: {run['bare_share']:.1%} of a step.",
+            "",
+            "| part | share of a step |",
+            "|---|---|",
+            *(f"| {part} | {share:.1%} |" for part, share in run["parts"].items()),
+            "",
         ]
-        lines += [f"peak memory {run['peak_memory_gb']:.1f} GB. Bare forward and backward pass: "]
-        lines += [f"{run['bare_share']:.1%} of a step.", "", "| part | share of a step |", "|---|---|"]
-        lines += [f"| {part} | {share:.1%} |" for part, share in run["parts"].items()] + [""]
     return "\n".join([*lines, estimate.report(found["estimate"])])
 
 
