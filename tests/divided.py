@@ -3,6 +3,7 @@
 python -m torch.distributed.run --nproc-per-node=2 tests/divided.py FOLDER
 """
 
+import functools
 import json
 import shutil
 import sys
@@ -74,6 +75,9 @@ def main(folder: Path) -> None:
         run(half_of(folder / "fsdp", folder / "ddp-from-fsdp", ranks), ranks, "ddp")
         run(half_of(folder / "ddp", folder / "fsdp-from-ddp", ranks), ranks, "fsdp")
         run(folder / "fsdp-whole-share" / "state-x", ranks, "fsdp", micro_batch=0)
+        # Traced as for the usual backend, but without its minutes in a C++ compiler.
+        torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+        run(folder / "fsdp-compiled" / "state-x", ranks, "fsdp", compile=True)
         message = ""
         try:
             run(folder / "poisoned" / "state-x", ranks, "fsdp", loss=poisoned)

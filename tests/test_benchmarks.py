@@ -40,6 +40,64 @@ def test_model_arithmetic(tmp_path, monkeypatch, capsys):
     assert set(found["gain"]) == {*model.PLAIN, "all"} and "| all | " in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_killed_training(tmp_path, capsys):
+    kill = load("train_kill")
+    assert kill.main(["--quick", "--out", str(tmp_path)]) == 0
+    (series,) = json.loads((tmp_path / "train_kill.json").read_text())["series"]
+    assert series["bit_equal"] and len(series["kills"]) == 2 and series["steps"] == 60
+    assert not kill.passed({**series, "bit_equal": False}), "one process must be equal to the bit"
+
+
+@pytest.mark.slow
+def test_divided_training(tmp_path):
+    names = ["1 process", "1 process, micro-batches of 5"]
+    assert load("train_processes").main(["--steps", "10", "--variants", *names, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "train_processes.json").read_text())
+    assert found["steps"] == 10 and 0 < found["variants"][names[1]]["loss"] < 1e-4
+
+
+@pytest.mark.slow
+def test_training_speed(tmp_path):
+    speed = load("train_speed")
+    speed.main(
+        [
+            "--steps",
+            "2",
+            "--images",
+            "64",
+            "--out",
+            str(tmp_path),
+            "--overrides",
+            "train.global_batch=16",
+            *load("runs").SMALL,
+        ]
+    )
+    found = json.loads((tmp_path / "train_speed.json").read_text())
+    (run,) = found["measured"]
+    assert sum(run["parts"].values()) == pytest.approx(1) and all(share > 0 for share in run["parts"].values())
+    assert 0 < run["bare_share"] < 1.5 and run["batch"] == 16
+    assert "| H100-80GB |" in (tmp_path / "train_speed.md").read_text()
+
+
+def test_counted_operations_and_bytes():
+    """One linear map after another, by hand."""
+    estimate = load("estimate")
+    width, tokens, inner = 16, 16, int(2 / 3 * 64)
+    config = estimate.DiTConfig(4, 1, 8, (width, width), (1, 1), (2, 2), 0, 0.0)
+    attention = 2 * tokens * width * 4 * width + 2 * 2 * tokens * tokens * width
+    block = attention + 2 * tokens * width * 3 * inner
+    embedding = 2 * (2 * tokens * 8 * width) + 2 * (512 * width + width * width)
+    modulation = 2 * width * 6 * width * (1 + tokens) + 2 * tokens * width * 2 * width
+    expected = 2 * block + embedding + modulation + 2 * tokens * width * 8
+    assert estimate.flops_per_image(config, backward=False) == expected
+    assert 2.7 < estimate.flops_per_image(config) / expected < 3
+    deep = estimate.DiTConfig(4, 1, 8, (width, width), (8, 1), (2, 2), 0, 0.0)
+    whole, less = (estimate.activation_bytes_per_image(deep, checkpoint_activations=c) for c in (False, True))
+    assert 0 < less < whole / 4
+    assert estimate.state_bytes(estimate.XL, 8) < estimate.state_bytes(estimate.XL) == 846_959_828 * 22
+
+
 def test_stage_times(tmp_path, capsys, monkeypatch):
     times = load("stage_times")
     (tmp_path / "benchmarks").mkdir()

@@ -59,7 +59,7 @@ def assert_close(state: Path, other: Path) -> None:
             torch.testing.assert_close(tensor, theirs.optimizer()["state"][index][name], atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "ddp-from-fsdp", "fsdp-from-ddp", "fsdp-whole-share"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "ddp-from-fsdp", "fsdp-from-ddp", "fsdp-whole-share", "fsdp-compiled"])
 def test_two_processes_train_as_one(two, one, name):
     assert numbers(two / name / "state-x") == pytest.approx(numbers(one), rel=1e-5)
     assert_close(two / name / "state-x", one)

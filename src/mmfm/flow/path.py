@@ -14,6 +14,9 @@ SHIFT_REFERENCE = 4096
 MAX_TRAIN_TIME = 0.999
 LAST_GRID_TIME = 1 / 1000
 
+_HIGHEST = torch.special.ndtr(torch.tensor(math.log(MAX_TRAIN_TIME / (1 - MAX_TRAIN_TIME)), dtype=torch.float64)).item()
+"""Normal CDF at the logit of the largest training time."""
+
 
 def interpolate(x_data: Tensor, x_source: Tensor, t: Tensor) -> Tensor:
     """x_t = (1 - t) x_data + t x_source, for x (B, ...) and t (B,)."""
@@ -47,8 +50,7 @@ def train_times(uniform: Tensor, shift: float) -> Tensor:
         times (B,) float32 in [0, 1).
     """
     # Inverse CDF in float64: the tail of the normal distribution is lost in float32.
-    highest = torch.special.ndtr(torch.tensor(math.log(MAX_TRAIN_TIME / (1 - MAX_TRAIN_TIME)), dtype=torch.float64))
-    t = torch.sigmoid(torch.special.ndtri(uniform.double() * highest.item()))
+    t = torch.sigmoid(torch.special.ndtri(uniform.double() * _HIGHEST))
     return shift_times(t, shift).float()
 
 

@@ -1,0 +1,129 @@
+"""What DiTDH-XL should need on 8 GPUs: images per second, model FLOPs utilisation and memory, counted and not measured.
+
+python benchmarks/estimate.py
+
+FLOPs are counted by torch.utils.flop_counter over forward and backward pass on the meta device (a product of m x k and
+k x n counts 2 m k n; attention's two products count; nothing elementwise does). Saved activations are counted over
+fake tensors under bf16 autocast. Speed is peak times an assumed utilisation.
+"""
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmfm.models.dit import DIT_PRESETS, DiT, DiTConfig
+
+CARDS = {"A100-40GB": (312e12, 40), "A100-80GB": (312e12, 80), "H100-80GB": (989e12, 80)}
+"""Dense bf16 peak in FLOP/s and memory in GB, of the makers' data sheets."""
+UTILISATION = {"A100-40GB": (0.35, 0.5), "A100-80GB": (0.35, 0.5), "H100-80GB": (0.3, 0.45)}
+"""Assumed share of the peak, from and to: what transformers of this width reach in eager mode and compiled."""
+REFERENCE = 20 * 1_281_167 / (21 * 3600)
+"""Images per second of the reference implementation on 8 A100-40GB: 20 epochs in about 21 hours."""
+ENCODER_FLOPS = 2 * 86e6 * 261 + 12 * 4 * 261**2 * 768
+"""Forward pass of DINOv2-base over 256 + 5 tokens, which has 86 M parameters and 12 blocks of width 768."""
+SHARE = 1024 // 8
+"""Images of the global batch on each GPU."""
+XL = DiTConfig(16, 1, 768, **DIT_PRESETS["XL"], num_classes=8192, label_dropout=0.0)
+
+
+def flops_per_image(config: DiTConfig, *, backward: bool = True, batch: int = 1) -> int:
+    """FLOPs of the network for one image in training (or of the forward pass alone)."""
+    with torch.device("meta"):
+        model = DiT(config)
+        x = torch.empty(batch, config.in_channels, config.input_size, config.input_size)
+        t, y = torch.empty(batch), torch.empty(batch, dtype=torch.long) if config.num_classes else None
+    with FlopCounterMode(display=False) as counter:
+        velocity = model(x, t, y)
+        if backward:
+            velocity.sum().backward()
+    return counter.get_total_flops() // batch
+
+
+def activation_bytes_per_image(config: DiTConfig, *, checkpoint_activations: bool) -> int:
+    """Bytes that autograd keeps for one more image between forward and backward pass, under bf16 autocast."""
+
+    def kept(batch: int) -> int:
+        seen: dict[int, int] = {}
+        with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+            model = DiT(config, checkpoint_activations=checkpoint_activations)
+            own = {p.untyped_storage()._cdata for p in model.parameters()}
+
+            def note(tensor: torch.Tensor) -> torch.Tensor:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in own:
+                    seen[storage._cdata] = storage.nbytes()
+                    alive.append(tensor)
+                return tensor
+
+            alive: list[torch.Tensor] = []
+            x = torch.empty(batch, config.in_channels, config.input_size, config.input_size)
+            y = torch.zeros(batch, dtype=torch.long) if config.num_classes else None
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                velocity = model(x, torch.empty(batch), y)
+            del velocity
+        return sum(seen.values())
+
+    return kept(3) - kept(2)  # what does not grow with the batch (copies of weights in bf16) drops out
+
+
+def state_bytes(config: DiTConfig, shards: int = 1) -> int:
+    """Bytes of weights, gradients, two moments and average in float32, and of the weights' copies in bf16."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in DiT(config).parameters())
+    return count * 5 * 4 // shards + count * 2
+
+
+def full_size() -> dict[str, Any]:
+    """The numbers for XL on 8 GPUs."""
+    flops, forward = flops_per_image(XL), flops_per_image(XL, backward=False)
+    found: dict[str, Any] = {
+        "flops_per_image": flops, "flops_forward": forward, "encoder_flops": ENCODER_FLOPS, "cards": {},
+        "activations_gb_per_image": activation_bytes_per_image(XL, checkpoint_activations=False) / 1e9,
+        "activations_gb_per_image_checkpointed": activation_bytes_per_image(XL, checkpoint_activations=True) / 1e9,
+        "state_gb": state_bytes(XL) / 1e9, "state_gb_fsdp8": state_bytes(XL, 8) / 1e9,
+        "reference_images_per_second": REFERENCE,
+        "reference_utilisation": REFERENCE * flops / (8 * CARDS["A100-40GB"][0]),
+    }  # fmt: skip
+    for card, (peak, gigabytes) in CARDS.items():
+        speeds = [8 * peak * share / flops for share in UTILISATION[card]]
+        # 2 GB for the CUDA context, the encoder and workspaces, 3.2 GB for the source's means in bf16.
+        room = gigabytes - 2 - 3.2 - found["state_gb"]
+        found["cards"][card] = {
+            "utilisation": UTILISATION[card], "images_per_second": speeds,
+            "largest_micro_batch": int(room / found["activations_gb_per_image"]),
+            "largest_micro_batch_checkpointed": int(room / found["activations_gb_per_image_checkpointed"]),
+        }  # fmt: skip
+    return found
+
+
+def report(found: dict[str, Any]) -> str:
+    """Return the Markdown table."""
+    activations, recomputed = found["activations_gb_per_image"], found["activations_gb_per_image_checkpointed"]
+    lines = ["## DiTDH-XL on 8 GPUs: an estimate, not a measurement", ""]
+    lines += [
+        f"{found['flops_per_image'] / 1e12:.2f} TFLOP per image in training,",
+        f"{found['flops_forward'] / 1e12:.2f} of them forward,",
+        f"and {found['encoder_flops'] / 1e12:.3f} in the frozen encoder. Weights, gradients, moments and average:",
+        f"{found['state_gb']:.1f} GB a GPU ({found['state_gb_fsdp8']:.1f} with `train.sharding: fsdp`).",
+        f"Activations: {activations:.2f} GB an image ({recomputed:.3f}, and those of one block, with",
+        "`train.checkpoint_activations`, which costs one more forward pass).",
+        f"The reference's 20 epochs in 21 h on 8 A100-40GB are {found['reference_images_per_second']:.0f} images/s,",
+        f"a utilisation of {found['reference_utilisation']:.0%}.",
+        "",
+    ]
+    lines += ["| 8 x | assumed utilisation | images/s | largest micro-batch | with activations recomputed |"]
+    lines += ["|---|---|---|---|---|"]
+    for card, values in found["cards"].items():
+        (low, high), (slow, fast) = values["utilisation"], values["images_per_second"]
+        whole, less = (min(SHARE, values[f"largest_micro_batch{name}"]) for name in ("", "_checkpointed"))
+        lines.append(
+            f"| {card} | {low:.0%} to {high:.0%} | {slow:,.0f} to {fast:,.0f} | {whole} "
+            f"| {less}{' (the whole share)' if less == SHARE else ''} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(report(full_size()))

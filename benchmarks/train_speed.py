@@ -1,0 +1,196 @@
+"""Where a training step's time goes, what the bare model would take, and what the full size should need.
+
+python benchmarks/train_speed.py [--steps 12] [--overrides train.compile=true ...]
+
+Runs `mmfm train` of the demo's size (setting `mode`, latents cached) on some of the demo's images up to its first step,
+then takes turns between whole steps and the bare forward and backward pass of the same batch, and times the parts of a
+step. On a CPU the process's own time is counted, so that other programs do not. On a GPU it does so with and without
+torch.compile, in bf16. Writes benchmarks/results/train_speed.json and .md.
+"""
+
+import argparse
+import contextlib
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import estimate
+import runs
+from mmfm.cli import train as command
+from mmfm.training import trainer as training
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PARTS = ("latents", "draws and coupling", "forward", "backward", "norm and clip", "optimiser", "average", "rest")
+
+
+def now() -> float:
+    """Seconds: of the process on a CPU, of the wall on a GPU that has finished its work."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+class Parts:
+    """Adds up the time spent in functions, each without those that it calls."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._inner: list[float] = []
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function`` with its time counted as ``part``."""
+
+        def wrapper(*arguments: Any, **keywords: Any) -> Any:
+            self._inner.append(0.0)
+            start = now()
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                passed, inner = now() - start, self._inner.pop()
+                self.seconds[part] += passed - inner
+                if self._inner:
+                    self._inner[-1] += passed
+
+        return wrapper
+
+
+class Finished(Exception):
+    """Everything is measured."""
+
+
+def measure(trainer: training.Trainer, feed: Any, steps: int) -> dict[str, Any]:
+    """Take whole steps and bare passes in turns, then steps with their parts timed."""
+    forward = trainer.division.wrapped(trainer.routine.compile)
+    batches = feed.batches(0, 10**9)
+    bare, plan = bare_pass(trainer, forward, feed), trainer.plan
+    times: dict[str, list[float]] = {"step": [], "bare": []}
+    for turn in range(steps + 2):
+        for name, run in (("step", lambda: trainer._train_step(forward, batches)), ("bare", bare)):
+            start = now()
+            run()
+            if turn > 1:  # the first ones warm up
+                times[name].append(now() - start)
+    parts = parts_of_steps(trainer, forward, batches, steps)
+    step, plain = statistics.median(times["step"]), statistics.median(times["bare"])
+    if DEVICE.type == "cuda":
+        memory, card = torch.cuda.max_memory_allocated() / 1e9, torch.cuda.get_device_name()
+    else:
+        memory, card = (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+            f"CPU, {torch.get_num_threads()} thread",
+        )
+    return {
+        "device": card, "batch": plan.global_batch, "compile": trainer.routine.compile, "seconds_per_step": step,
+        "images_per_second": plan.global_batch / step, "bare_share": plain / step, "peak_memory_gb": memory,
+        "parts": {part: parts[part] / sum(parts.values()) for part in PARTS},
+    }  # fmt: skip
+
+
+def bare_pass(trainer: training.Trainer, forward: torch.nn.Module, feed: Any) -> Callable[[], None]:
+    """Forward and backward pass over the same micro batches, of fixed latents and a loss of one line."""
+    from mmfm.training.loop import autocast
+
+    micros = [inputs.latent for _, inputs in feed.batches(0, 1)]
+    labels = trainer.model.config.num_classes
+
+    def run() -> None:
+        trainer.division.forget_gradients()
+        for x in micros:
+            t = torch.linspace(0, 1, len(x), device=DEVICE)
+            y = torch.arange(len(x), device=DEVICE) % labels if labels else None
+            with autocast("auto", DEVICE):
+                velocity = forward(x, t, y)
+            velocity.float().square().mean().backward()
+
+    return run
+
+
+def parts_of_steps(trainer: training.Trainer, forward: Any, batches: Iterator, steps: int) -> dict[str, float]:
+    """Seconds by part over ``steps`` steps."""
+    parts, division = Parts(), trainer.division
+
+    def latents() -> Iterator:
+        while True:
+            yield parts.timed("latents", next)(batches)
+
+    patches = (
+        (trainer, "losses", "draws and coupling"), (torch.Tensor, "backward", "backward"),
+        (division, "gradients", "norm and clip"), (division, "norm", "norm and clip"),
+        (torch.nn.utils, "clip_grads_with_norm_", "norm and clip"), (trainer.optimizer, "step", "optimiser"),
+        (trainer.ema, "update", "average"),
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for owner, name, part in patches:
+            stack.enter_context(mock.patch.object(owner, name, parts.timed(part, getattr(owner, name))))
+        timed_forward, step = parts.timed("forward", forward), parts.timed("rest", trainer._train_step)
+        inputs = latents()
+        for _ in range(steps):
+            step(timed_forward, inputs)
+    return parts.seconds
+
+
+def hijack(files: list[str], folder: Path, overrides: list[str], steps: int) -> dict[str, Any]:
+    """Start ``mmfm train`` and measure in the place of its loop."""
+    found: dict[str, Any] = {}
+
+    def run(self: training.Trainer, target: int, feed: Any) -> None:
+        found.update(measure(self, feed, steps))
+        raise Finished
+
+    arguments = [*files, "--setting", "mode", "--out-dir", str(folder), "train.logger=none", *overrides]
+    with mock.patch.object(training.Trainer, "run", run), contextlib.suppress(Finished):
+        command.main(arguments)
+    return found
+
+
+def report(found: dict[str, Any]) -> str:
+    """Return the Markdown tables."""
+    lines = ["# Speed of training", ""]
+    for run in found["measured"]:
+        lines += [
+            f"{run['device']}, torch {found['torch']}, compile {'on' if run['compile'] else 'off'}:",
+            f"{run['images_per_second']:,.0f} images/s, {run['seconds_per_step']:.3f} s per step of {run['batch']},",
+            f"peak memory {run['peak_memory_gb']:.1f} GB.",
+            f"Bare forward and backward pass: {run['bare_share']:.1%} of a step.",
+            "",
+            "| part | share of a step |",
+            "|---|---|",
+            *(f"| {part} | {share:.1%} |" for part, share in run["parts"].items()),
+            "",
+        ]
+    return "\n".join([*lines, estimate.report(found["estimate"])])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--overrides", nargs="*", default=[], help="section.key=value of the training run")
+    parser.add_argument("--out", type=Path, default=runs.RESULTS)
+    options = parser.parse_args(arguments)
+    variants = ([], ["train.compile=true"]) if DEVICE.type == "cuda" else ([],)
+    with tempfile.TemporaryDirectory() as temporary:
+        files = runs.prepare(Path(temporary), options.images)
+        measured = [
+            hijack(files, Path(temporary) / str(i), [*options.overrides, *variant], options.steps)
+            for i, variant in enumerate(variants)
+        ]
+    found = {"torch": torch.__version__, "measured": measured, "estimate": estimate.full_size()}
+    runs.publish("train_speed", json.loads(json.dumps(found)), report(found), options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
