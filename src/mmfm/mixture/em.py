@@ -132,6 +132,7 @@ def em_iterations(
         _check_rise(state, bound, slack)
         mixture, loss = m_step(statistics, old.covariance_type, reg_covar)
         mixture, moved = reseeding.reseed(mixture, statistics.count, reg_covar, sum(n > 0 for n in state.reseeded))
+        below_floor = bool(old.diagonal().min() < reg_covar)  # only a start: its bound may be out of reach
         settled = not moved and not (state.reseeded and state.reseeded[-1])
         state = replace(
             state,
@@ -139,7 +140,7 @@ def em_iterations(
             lower_bounds=(*state.lower_bounds, bound),
             converged=bool(state.lower_bounds) and settled and abs(bound - state.lower_bounds[-1]) < tol,
             reseeded=(*state.reseeded, moved),
-            slack=math.inf if moved else loss + rounding(mixture, bound, dtype) + rounding(old, bound, dtype),
+            slack=math.inf if moved or below_floor else loss + rounding(mixture, bound, dtype) + rounding(old, bound, dtype),
             winners=winners,
         )
         yield state

@@ -19,6 +19,12 @@ MOVED = 1e-3
 
 CANDIDATES = 32
 
+RELOCATIONS = (4, 8, 12)
+"""Iterations after which small clusters are given up."""
+
+SMALL = 0.1
+"""Share of the average cluster's rows up to which a cluster is small."""
+
 
 def nearest(rows: Rows, centres: Tensor) -> Tensor:
     """Return the nearest of the centres (K, C) for this process's rows: (n,) int32."""
@@ -31,18 +37,22 @@ def nearest(rows: Rows, centres: Tensor) -> Tensor:
 def lloyd(rows: Rows, centres: Tensor, iterations: int = ITERATIONS) -> tuple[Tensor, Tensor]:
     """Run Lloyd's algorithm from centres (K, C) float32 until few rows move. A collective call.
 
-    A centre without rows moves to the largest cluster, which is split.
+    Seeds like outliers, which they can't leave again: after some iterations the centres with very few rows, and
+    after every one those without rows, move to the largest clusters, which are split.
 
     Returns:
         Centres (K, C) float32, and the cluster of this process's rows (n,) int32 before the centres' last update.
     """
     winners = nearest(rows, centres)
-    for iteration in range(iterations):
+    few = SMALL * rows.n / len(centres)
+    for iteration in range(1, iterations + 1):
         last = winners.clone()
         statistics = _reassigned(rows, centres, winners)
         moved = float(rows.ranks.sum((winners != last).sum().double())) / rows.n
-        centres = _updated(centres, statistics)
-        if iteration and moved <= MOVED:
+        centres, relocated = _updated(centres, statistics, few if iteration in RELOCATIONS else 0)
+        if relocated:
+            winners = nearest(rows, centres)
+        elif moved <= MOVED and iteration > max(RELOCATIONS):
             break
     return centres, winners
 
@@ -69,13 +79,15 @@ def _reassigned(rows: Rows, centres: Tensor, winners: Tensor) -> SufficientStati
     return statistics.share(rows.ranks)
 
 
-def _updated(centres: Tensor, statistics: SufficientStatistics) -> Tensor:
+def _updated(centres: Tensor, statistics: SufficientStatistics, few: float) -> tuple[Tensor, bool]:
+    """Return the clusters' means, those of clusters with at most ``few`` rows moved, and whether any was."""
     count = statistics.count
     new = statistics.means + statistics.first / count.clamp_min(1)[:, None]
-    empty = (count == 0).nonzero().squeeze(1)
-    donors = count.argsort(descending=True, stable=True)[: len(empty)]
-    empty, donors = empty[count[donors] > 1], donors[count[donors] > 1]
-    shift = 1e-3 * new.std(0, correction=0)
+    small = (count <= few).nonzero().squeeze(1)
+    donors = count.argsort(descending=True, stable=True)[: len(small)]
+    donors = donors[count[donors] > max(1, 4 * few)]
+    small = small[count[small].argsort(stable=True)][: len(donors)]
+    shift = 1e-2 * new.std(0, correction=0)
     shift[::2] *= -1
-    new[empty], new[donors] = new[donors] + shift, new[donors] - shift
-    return new.to(centres.dtype)
+    new[small], new[donors] = new[donors] + shift, new[donors] - shift
+    return new.to(centres.dtype), len(small) > 0

@@ -20,7 +20,7 @@ from mmfm.mixture.gaussian import Mixture, exact_float32
 from mmfm.mixture.moments import SufficientStatistics, add_rows
 from mmfm.mixture.streaming import Rows
 
-GROUP_ROWS = 32
+GROUP_ROWS = 128
 """Rows per component that should be in memory together, for groups that are worth a product."""
 
 _BLOCK = 1024  # rows of a group in one product; sums within are in the products' precision
