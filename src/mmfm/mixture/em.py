@@ -140,18 +140,22 @@ def em_iterations(
             lower_bounds=(*state.lower_bounds, bound),
             converged=bool(state.lower_bounds) and settled and abs(bound - state.lower_bounds[-1]) < tol,
             reseeded=(*state.reseeded, moved),
-            slack=math.inf if moved or below_floor else loss + rounding(mixture, bound, dtype) + rounding(old, bound, dtype),
+            slack=math.inf
+            if moved or below_floor
+            else loss + rounding(mixture, bound, dtype) + rounding(old, bound, dtype),
             winners=winners,
         )
         yield state
 
 
-def rounding(mixture: Mixture, bound: float, dtype: torch.dtype) -> float:
-    """Return how wrong a mean log-likelihood in this arithmetic may be: the size of the terms that it is the sum of."""
-    m = mixture.means - mixture.centre()
-    # Components with larger terms are computed in float64.
-    terms = mixture.weights @ (m.square() / mixture.diagonal()).sum(1).clamp_max(SHARP_FROM)
-    return 8 * torch.finfo(dtype).eps * (float(terms) + mixture.dimension + abs(bound))
+def rounding(old: Mixture, new: Mixture, bound: float, dtype: torch.dtype) -> float:
+    """Return how wrong the difference of two mean log-likelihoods may be: by the size of the terms that are summed."""
+    terms = 2 * (old.dimension + abs(bound))
+    for mixture in (old, new):
+        m = mixture.means - mixture.centre()
+        # Components with larger terms are computed in float64.
+        terms += float(mixture.weights @ (m.square() / mixture.diagonal()).sum(1).clamp_max(SHARP_FROM))
+    return 8 * torch.finfo(dtype).eps * terms
 
 
 def _check_rise(state: EMState, bound: float, hidden: Callable[[], float] | None) -> None:
