@@ -140,9 +140,7 @@ def em_iterations(
             lower_bounds=(*state.lower_bounds, bound),
             converged=bool(state.lower_bounds) and settled and abs(bound - state.lower_bounds[-1]) < tol,
             reseeded=(*state.reseeded, moved),
-            slack=math.inf
-            if moved or below_floor
-            else loss + rounding(mixture, bound, dtype) + rounding(old, bound, dtype),
+            slack=math.inf if moved or below_floor else loss + rounding(old, mixture, bound, dtype),
             winners=winners,
         )
         yield state

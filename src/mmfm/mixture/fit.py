@@ -176,6 +176,9 @@ def load_iteration(path: Path, device: torch.device | str = "cpu", local: range 
         raise ValueError(f"{path} is damaged ({error})") from error
     if metadata.get("digest") != store.array_digest(*(arrays[name] for name in sorted(arrays))):
         raise ValueError(f"{path} is damaged; delete it")
+    missing = {"lower_bounds", "converged", "reseeded", "slack"} - set(metadata)
+    if missing:
+        raise ValueError(f"{path} is no checkpoint of fit_gmm (it has no {', '.join(sorted(missing))}); delete it")
     return EMState(
         Mixture.load(path, device),
         tuple(metadata["lower_bounds"]),
