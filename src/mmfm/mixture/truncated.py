@@ -90,24 +90,29 @@ class Table:
 
 
 def neighbours(mixture: Mixture, m: int) -> Tensor:
-    """Return for every component the m best for its own rows, (K, min(m, K)) int64, itself first.
+    """Return the candidates of every component's rows, (K, min(m, K)) int64, the component itself first.
 
-    Best by the expectation of log w_j N(x; mean_j, v_j) over x from component k, a product of moments with the table of
-    densities: this knows the wide components that take their neighbours' outliers, which distances of means don't.
+    With H(i, j) the expectation of log w_j N(x; mean_j, v_j) over x from component i: half are the components best for
+    the rows that are there, the largest H(k, j); half are those whose own rows are likeliest to be there by mistake,
+    the largest H(j, k) - H(j, j). This knows what distances of means don't: the wide components that take their
+    neighbours' outliers, and the narrow ones that must get theirs back. H is a product of moments with the table.
     """
     centre, constant, table = mixture._prepared(torch.float32)[:3]
     means, variances = (mixture.means - centre).float(), mixture.diagonal().float()
-    k = len(means)
+    squares = means.square() + variances
+    if mixture.covariance_type == "spherical":
+        squares = squares.sum(1, keepdim=True)
+    moments, k = torch.cat((means, squares), 1), len(means)
+    at_home = constant + (moments * table.T).sum(1)
     result = torch.empty(k, min(m, k), dtype=torch.int64, device=means.device)
-    linear, quadratic = table[: means.shape[1]], table[means.shape[1] :]
+    half = -(-result.shape[1] // 2)
     with exact_float32(means.device.type):
         for start in range(0, k, _BLOCK):
             own = slice(start, start + _BLOCK)
-            squares = means[own].square() + variances[own]
-            if mixture.covariance_type == "spherical":
-                squares = squares.sum(1, keepdim=True)
-            expected = torch.addmm(constant, means[own], linear).addmm_(squares, quadratic)
-            result[own] = _itself_first(expected, start, result.shape[1])
+            best = _itself_first(torch.addmm(constant, moments[own], table), start, half)
+            mistaken = torch.addmm(constant[own, None] - at_home, table[:, own].T, moments.T)
+            rest = mistaken.scatter_(1, best, -math.inf).topk(result.shape[1] - half, dim=1).indices
+            result[own] = torch.cat((best, rest), 1)
     return result
 
 
