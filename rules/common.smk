@@ -50,8 +50,8 @@ SHARED_CORES = max(1, ALL_CORES // 2)
 # Processes of a job, and the GB that K modes of [768, 16, 16] take as float32 means (less for smaller latents).
 PROCESSES = GPUS or C.processes
 MEANS_GB = C.gmm.n_components * 768 * 16 * 16 * 4 / 1e9 if C.image.size > 64 else 0.1
-# Tokens that k-means starts from, 256 a mode, on the first process.
-KMEANS_GB = C.gmm.n_components * 256 * 768 * 4 / 1e9
+# Tokens that the start of the mixture looks at on the first process, and those that every process keeps.
+START_GB = C.gmm.n_components * (20 if C.gmm.init == "kmeans" else 256) * 768 * 4 / 1e9
 
 # Operation keys by stage, as `section.key=value`. They reach the commands as resources, which are not compared between
 # runs as `params` are: they change no number, so changing them reruns nothing.

@@ -5,6 +5,7 @@ rule fit_gmm:
     input:
         tokens=rules.extract.output.tokens,
         listing=LISTING,
+        init_means=C.gmm.init_means or [],
     output:
         gmm="<results>/gmm/{encoder}/k{k}/gmm.safetensors",
         assignment="<results>/gmm/{encoder}/k{k}/assignment.safetensors",
@@ -38,7 +39,7 @@ rule fit_gmm:
         operation=OPERATION["fit_gmm"],
         gpu=GPUS,
         processes=C.processes,
-        mem_mb=wf.memory_mb(PROCESSES, gb=2 * KMEANS_GB),
+        mem_mb=wf.memory_mb(PROCESSES, gb=2 * START_GB + C.gmm.cache_gb),
         runtime=720,
     params:
         settings=parameter("fit_gmm", lambda wildcards: {"gmm": {"n_components": int(wildcards.k)}}),

@@ -22,13 +22,15 @@ from mmfm.infra.distributed import Ranks
 from mmfm.infra.store import map_arrays
 from mmfm.mixture import fit as stage
 from mmfm.mixture import report
-from mmfm.mixture.em import EMState, Rows, SufficientStatistics, e_step, em_iterations, m_step
+from mmfm.mixture.em import EMState, e_step, em_iterations, posteriors
 from mmfm.mixture.gaussian import Mixture
+from mmfm.mixture.moments import SufficientStatistics, m_step
+from mmfm.mixture.streaming import Rows
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SETTINGS = Gmm(
     n_components=5, covariance_type="diag", init="kmeans", reg_covar=1e-6, tol=1e-4, max_iter=8, seed=0,
-    precision="float64", chunk_size=64, cache_gb=1.0,
+    precision="float64", chunk_size=64, n_init=1, init_means="", e_step="exact", cache_gb=1.0,
 )  # fmt: skip
 
 
@@ -42,8 +44,9 @@ def clustered(n=500, c=6, k=5, seed=0, spread=2.0, offset=0.0):
 
 
 def a_start(data, k, covariance_type="diag"):
-    variances = np.ones((k, data.shape[1]) if covariance_type == "diag" else k)
-    return Mixture(np.full(k, 1 / k), data[:k].astype(np.float64), variances)
+    c = data.shape[1]
+    variances = {"diag": np.ones((k, c)), "spherical": np.ones(k), "tied": np.eye(c), "full": np.stack([np.eye(c)] * k)}
+    return Mixture(np.full(k, 1 / k), data[:k].astype(np.float64), variances[covariance_type], covariance_type)
 
 
 def run(data, start, max_iter, chunk_size=64, dtype=torch.float64, tol=0.0, reg_covar=1e-6):
@@ -57,23 +60,24 @@ def scikit(data, start, max_iter, tol=0.0, reg_covar=1e-6):
     model = GaussianMixture(
         start.n_components, covariance_type=start.covariance_type, max_iter=max_iter, tol=tol, reg_covar=reg_covar,
         weights_init=start.weights.numpy(), means_init=start.means.numpy(),
-        precisions_init=1 / start.variances.numpy(),
+        precisions_init=start.to_sklearn().precisions_,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return model.fit(data.astype(np.float64))
 
 
-@pytest.mark.parametrize("covariance_type", ["diag", "spherical"])
+@pytest.mark.parametrize("covariance_type", ["diag", "spherical", "tied", "full"])
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_every_iteration_equals_scikit_learn(covariance_type, offset):
     data = clustered(offset=offset)
     start = a_start(data, 5, covariance_type)
     state, model = run(data, start, 25), scikit(data, start, 25)
+    assert len(state.lower_bounds) == len(model.lower_bounds_) == 25
     np.testing.assert_allclose(state.lower_bounds, model.lower_bounds_, rtol=1e-6)
     np.testing.assert_allclose(state.mixture.weights, model.weights_, rtol=1e-6)
     np.testing.assert_allclose(state.mixture.means, model.means_, rtol=1e-6, atol=1e-8)
-    np.testing.assert_allclose(state.mixture.variances, model.covariances_, rtol=1e-5)
+    np.testing.assert_allclose(state.mixture.variances, model.covariances_, rtol=1e-5, atol=1e-6)
 
 
 def test_convergence_is_scikit_learns():
@@ -105,19 +109,27 @@ def test_chunking_changes_rounding_only():
     np.testing.assert_allclose(states[0].mixture.means, states[1].mixture.means, rtol=1e-10)
 
 
-@pytest.mark.parametrize("spread", [0.5, 8.0])
-def test_sparse_and_dense_sums_are_the_same(spread, monkeypatch):
-    data = torch.from_numpy(clustered(spread=spread))
+@pytest.mark.parametrize("covariance_type", ["diag", "spherical", "tied", "full"])
+def test_sparse_and_dense_sums_are_the_same(covariance_type, monkeypatch):
+    data = torch.from_numpy(clustered(spread=4.0, offset=20.0))
     mixture = a_start(data.numpy(), 5)
-    sums = []
-    for share in (0.0, 1.0):  # always dense, always sparse
+    joint, sums = mixture.log_joint(data), []
+    for share, mkl in ((0.0, True), (1.0, True), (1.0, False)):  # dense, product with a sparse matrix, segments
         monkeypatch.setattr("mmfm.mixture.em._DENSE_SHARE", share)
-        monkeypatch.setattr("mmfm.mixture.em._PIECE", 100)  # many pieces, which split components
-        statistics = SufficientStatistics(mixture.means)
-        statistics.add(data, mixture.predict_proba(data))
+        monkeypatch.setattr("mmfm.mixture.moments._PIECE", 100)  # many pieces, which split components
+        monkeypatch.setattr("torch.backends.mkl.is_available", lambda mkl=mkl: mkl)
+        statistics = SufficientStatistics(mixture.means, covariance_type)
+        log_prob, responsibilities = posteriors(joint.clone())
+        np.testing.assert_allclose(log_prob, joint.logsumexp(1), rtol=1e-10)
+        if share == 0:
+            statistics.add_dense(data, responsibilities)
+        else:
+            row, component, weight = responsibilities
+            statistics.add_pairs(data, component, row, weight)
         sums.append(statistics)
     for name in ("count", "first", "second"):
-        np.testing.assert_allclose(getattr(sums[0], name), getattr(sums[1], name), rtol=1e-8, atol=1e-8)
+        for other in sums[1:]:
+            np.testing.assert_allclose(getattr(other, name), getattr(sums[0], name), rtol=1e-8, atol=1e-7)
 
 
 def test_empty_components_keep_their_mean_and_duplicates_their_regularised_variance():
@@ -150,7 +162,7 @@ def test_two_processes_share_the_rows_by_chunks():
     parts[0].first += parts[1].first
     parts[0].second += parts[1].second
     np.testing.assert_allclose(
-        m_step(parts[0], "diag", 1e-6).variances, run(data, start, 1).mixture.variances, rtol=1e-12
+        m_step(parts[0], "diag", 1e-6)[0].variances, run(data, start, 1).mixture.variances, rtol=1e-12
     )
 
 

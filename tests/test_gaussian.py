@@ -110,7 +110,7 @@ def test_a_truncated_file_is_refused(tmp_path):
         ({"variances": np.array([[1.0, 1.0], [1.0, 0.0]])}, "component 1 .* not positive"),
         ({"variances": np.ones((2, 2)), "weights": np.array([0.5, 0.6])}, "sum to 1.1"),
         ({"variances": np.ones((2, 3))}, "can't have"),
-        ({"variances": np.ones((2, 2)), "covariance_type": "full"}, "must be one of diag, spherical"),
+        ({"variances": np.ones((2, 2)), "covariance_type": "round"}, "must be one of diag, spherical, tied, full"),
     ],
 )
 def test_impossible_mixtures_are_refused(change, message):

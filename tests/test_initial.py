@@ -6,36 +6,84 @@ import os
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import KMeans
 from test_em import ALONE, SETTINGS, clustered
 
-from mmfm.mixture import initial
-from mmfm.mixture.em import Rows
+from mmfm.infra.distributed import Ranks
+from mmfm.mixture import initial, kmeans
+from mmfm.mixture.gaussian import Mixture
+from mmfm.mixture.streaming import Rows
 
 
 def start(data, **changes):
     settings = dataclasses.replace(SETTINGS, **changes)
     read = lambda a, b: data[a:b]  # noqa: E731
-    return initial.start(read, Rows(read, len(data), settings.chunk_size, ALONE), settings)
+    return initial.start(Rows(read, len(data), settings.chunk_size, ALONE, stretch=160), settings)[0]
 
 
-def test_kmeans_starts_from_the_moments_of_the_nearest_rows():
+def test_kmeans_starts_from_the_moments_of_its_clusters():
     data = clustered(600)
     mixture = start(data)
-    centres = initial.kmeans(data, 5, SETTINGS.seed).astype(np.float64)
-    labels = ((data[:, None] - centres) ** 2).sum(2).argmin(1)
+    rows = Rows(lambda a, b: data[a:b], 600, 64, ALONE)
+    labels = kmeans.lloyd(rows, torch.from_numpy(initial._centres(rows, SETTINGS, 0)))[1].numpy()
     for k in range(5):
         own = data[labels == k].astype(np.float64)
-        np.testing.assert_allclose(mixture.means[k], own.mean(0), rtol=1e-9)
+        np.testing.assert_allclose(mixture.means[k], own.mean(0), rtol=1e-6)
         np.testing.assert_allclose(mixture.variances[k], own.var(0) + 1e-6, rtol=1e-6)
         assert mixture.weights[k].item() == pytest.approx(len(own) / 600)
 
 
-def test_kmeans_finds_separate_clusters():
+def test_lloyd_with_all_candidates_is_scikit_learns(monkeypatch):
+    monkeypatch.setattr(kmeans, "MOVED", 0.0)
+    data = clustered(600, offset=50.0)
+    rows = Rows(lambda a, b: data[a:b], 600, 64, Ranks(0, 1, torch.device("cpu")), stretch=128)
+    centres, labels = kmeans.lloyd(rows, torch.from_numpy(data[:5]))
+    model = KMeans(5, init=data[:5], n_init=1, tol=0, max_iter=50).fit(data)
+    np.testing.assert_allclose(centres, model.cluster_centers_, rtol=1e-5)
+    np.testing.assert_array_equal(labels, model.labels_)
+
+
+def test_lloyd_gives_an_empty_cluster_rows():
+    data = clustered(600, spread=20.0)
+    centres = np.concatenate([data[:4], data[:1] + 1e4]).astype(np.float32)
+    labels = kmeans.lloyd(Rows(lambda a, b: data[a:b], 600, 64, ALONE), torch.from_numpy(centres))[1]
+    assert (torch.bincount(labels.long(), minlength=5) > 0).all()
+
+
+def test_faiss_moves_seeds_to_the_centres_of_separate_clusters():
     data = clustered(600, spread=50.0)
-    centres = initial.kmeans(data, 5, seed=0)
+    centres = initial.kmeans(data, data[initial.kmeans_plusplus(torch.from_numpy(data), 5, 0)])
     nearest = ((data[:, None] - centres) ** 2).sum(2)
     assert np.sqrt(nearest.min(1)).max() < 15
     assert np.bincount(nearest.argmin(1)).min() > 90
+
+
+@pytest.mark.gpu
+def test_faiss_on_a_gpu_finds_the_centres_of_the_cpu():
+    if not (torch.cuda.is_available() and initial.faiss_has_gpu()):
+        pytest.skip("needs a GPU and faiss-gpu")
+    data = clustered(600, spread=50.0)
+    np.testing.assert_allclose(
+        initial.kmeans(data, data[:5], "cuda"), initial.kmeans(data, data[:5], "cpu"), rtol=1e-4, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("name", ["means.npy", "gmm.safetensors"])
+def test_given_means_are_the_start(tmp_path, name):
+    data = clustered(600, spread=20.0)
+    labels = ((data[:, None] - data[:5]) ** 2).sum(2).argmin(1)
+    if name == "means.npy":
+        np.save(tmp_path / name, data[:5])
+    else:
+        Mixture(np.full(5, 0.2), data[:5].astype(np.float64), np.ones(5)).save(tmp_path / name, {})
+    mixture = start(data, init_means=str(tmp_path / name))
+    np.testing.assert_allclose(mixture.means, [data[labels == k].mean(0) for k in range(5)], rtol=1e-4, atol=1e-4)
+
+
+def test_given_means_of_another_shape_are_refused(tmp_path):
+    np.save(tmp_path / "means.npy", np.zeros((4, 6)))
+    with pytest.raises(ValueError, match=r"holds an array \(4, 6\), wanted are finite means \(5, 6\)"):
+        start(clustered(), init_means=str(tmp_path / "means.npy"))
 
 
 def test_spherical_variances_are_the_mean_of_the_diagonal():
@@ -90,8 +138,7 @@ def test_duplicates_are_no_error(init):
 
 def test_kmeans_sees_a_bounded_sample(monkeypatch):
     seen = []
-    monkeypatch.setattr(initial, "POINTS_PER_CENTROID", 20)
-    monkeypatch.setattr(initial, "kmeans", lambda rows, k, *_: seen.append(rows) or rows[:k])
+    monkeypatch.setattr(initial, "kmeans", lambda rows, seeds, *_: seen.append(rows) or seeds)
     start(clustered(), init="kmeans")
     assert seen[0].shape == (100, 6)
     assert len(np.unique(seen[0], axis=0)) == 100
@@ -136,15 +183,15 @@ def test_importing_faiss_leaves_the_environment_alone(monkeypatch):
 def test_two_faiss_wheels_are_refused(monkeypatch):
     monkeypatch.setattr(initial, "faiss_wheels", lambda: ["faiss-cpu", "faiss-gpu-cu12"])
     with pytest.raises(ValueError, match="faiss-cpu and faiss-gpu-cu12 are both installed"):
-        initial.kmeans(np.zeros((4, 2), np.float32), 2, 0)
+        initial.kmeans(np.zeros((4, 2), np.float32), np.zeros((2, 2), np.float32))
 
 
 def test_a_gpu_is_refused_by_a_cpu_build(monkeypatch):
     monkeypatch.setattr(initial, "faiss_has_gpu", lambda: False)
     with pytest.raises(ValueError, match="has no GPU; install faiss-gpu, or use device 'cpu'"):
-        initial.kmeans(np.zeros((4, 2), np.float32), 2, 0, device="cuda")
+        initial.kmeans(np.zeros((4, 2), np.float32), np.zeros((2, 2), np.float32), device="cuda")
 
 
 def test_fewer_rows_than_centroids_are_refused():
     with pytest.raises(ValueError, match="3 rows, k = 4"):
-        initial.kmeans(np.zeros((3, 2), np.float32), 4, 0)
+        initial.kmeans(np.zeros((3, 2), np.float32), np.zeros((4, 2), np.float32))

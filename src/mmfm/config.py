@@ -78,7 +78,7 @@ class Gmm:
     """The mixture of the global tokens."""
 
     n_components: int = key("number of modes K", minimum=1)
-    covariance_type: str = key("shape of the covariances", choices=("diag", "spherical"))
+    covariance_type: str = key("shape of the covariances", choices=("diag", "spherical", "tied", "full"))
     init: str = key("start of EM", choices=("kmeans", "k-means++", "random_from_data"))
     reg_covar: float = key("added to every variance", minimum=0)
     tol: float = key("stop when the mean log-likelihood rises by less", unit="nats per image", minimum=0)
@@ -86,6 +86,9 @@ class Gmm:
     seed: int = key("seed of the start", minimum=0)
     precision: str = key("arithmetic of the E-step's products", choices=("float32", "float64"))
     chunk_size: int = operation("images per E-step product", unit="images", minimum=1)
+    n_init: int = key("starts; the one that ends with the best log-likelihood is kept", minimum=1)
+    init_means: str = key("file of K means to start from instead of `init` (.npy or gmm.safetensors); empty for none")
+    e_step: str = key("`truncated`: images meet the modes near their last one only", choices=("exact", "truncated"))
     cache_gb: float = operation(
         "tokens that a process keeps in memory, and at most a quarter of what is free", unit="GB", minimum=0
     )
@@ -305,7 +308,7 @@ VERSIONS: dict[str, int] = {
     "list_images": 1,
     "extract": 1,
     "latent_stats": 1,
-    "fit_gmm": 1,
+    "fit_gmm": 2,
     "spatial_gmm": 1,
     "train_decoder": 1,
     "train": 2,
@@ -458,6 +461,11 @@ def _check_together(section: Any, where: str) -> None:
         for width, heads in zip(section.hidden_size, section.num_heads, strict=True):
             if width % heads or (width // heads) % 4:
                 raise ValueError(f"'{where}': width {width} over {heads} heads must give a multiple of 4 per head")
+    if isinstance(section, Gmm) and section.e_step == "truncated" and section.covariance_type in ("tied", "full"):
+        raise ValueError(
+            f"'{where}.e_step' truncated needs covariance_type diag or spherical, not {section.covariance_type}; "
+            f"set '{where}.e_step' to exact"
+        )
     if isinstance(section, Decoder) and section.hidden_size % section.num_heads:
         raise ValueError(f"'{where}.hidden_size' {section.hidden_size} is no multiple of num_heads {section.num_heads}")
 

@@ -1,186 +1,75 @@
 """Streaming expectation-maximisation for Gaussian mixtures (Dempster, Laird and Rubin 1977; Bishop 2006, section 9.2).
 
 The rows are cut into chunks by their global index. Only a chunk's (rows, K) responsibilities exist at a time; what is
-kept are the sufficient statistics, (2 C + 1) K numbers in float64. Processes own ranges of whole chunks and share these
+kept are the sufficient statistics (:mod:`mmfm.mixture.moments`). Processes own ranges of whole chunks and share these
 statistics alone, so the result is the same to rounding for any number of them.
 """
 
+import functools
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mmfm import data
-from mmfm.infra.distributed import Ranks
-from mmfm.mixture.gaussian import Mixture
-
-DROPPED_MASS = 1e-10
-"""Posterior mass per image that the M-step may leave out, spread over all components."""
+from mmfm.mixture import reseeding
+from mmfm.mixture.gaussian import SHARP_FROM, Mixture
+from mmfm.mixture.moments import DROPPED_MASS, SufficientStatistics, m_step
+from mmfm.mixture.streaming import Rows
+from mmfm.mixture.truncated import Truncation, exact_winners, truncated_e_step
 
 _DENSE_SHARE = 1 / 16  # of the responsibilities that matter, above which two dense products are cheaper
-_PIECE = 1 << 24  # numbers of a float64 intermediate of the sparse M-step
-_EMPTY = 10 * np.finfo(np.float64).eps  # scikit-learn's addition to every component's count
 
 
-def finite_rows(read: Callable[[int, int], np.ndarray], wanted: range) -> np.ndarray:
-    """Read rows as float32 (b, C).
+def posteriors(joint: Tensor) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor, Tensor]]:
+    """Normalise log-joints (b, K), which are overwritten.
 
-    Raises:
-        ValueError: a value that is not finite; the message names the row.
+    Only components within log(K / DROPPED_MASS) of a row's best can matter; where these are few, nothing else is
+    exponentiated.
+
+    Returns:
+        log p(x) (b,) float64, and the responsibilities: (b, K), or where most are negligible the row (P,), component
+        (P,) and responsibility (P,) float64 of those that aren't, sorted by component.
     """
-    values = np.asarray(read(wanted.start, wanted.stop), np.float32)
-    finite = np.isfinite(values).all(1)
-    if not finite.all():
-        row = wanted.start + int(np.argmin(finite))
-        raise ValueError(
-            f"row {row} of the tokens (image {row} of the listing) is not finite; look at that image and "
-            "at the encoder, then run extract again"
-        )
-    return values
+    top = joint.amax(1, keepdim=True)
+    close = joint > top - math.log(joint.shape[1] / DROPPED_MASS)
+    if int(close.count_nonzero()) > _DENSE_SHARE * close.numel():
+        weight = joint.sub_(top).exp_()
+        total = weight.sum(1, dtype=torch.float64)
+        return top.squeeze(1).double() + total.log(), weight.div_(total[:, None].to(weight.dtype))
+    row, component = close.nonzero().unbind(1)
+    component, order = component.sort(stable=True)
+    row = row[order]
+    weight = (joint[row, component] - top[row, 0]).double().exp_()
+    total = _row_sums(row, weight, len(joint))
+    return top.squeeze(1).double() + total.log(), (row, component, weight / total[row])
 
 
-class Rows:
-    """This process's chunks of N rows, float32, kept on its device as far as there is room.
-
-    At N = 1.28 million and C = 768 all rows are 3.9 GB; over 8 processes 0.5 GB each.
-
-    Args:
-        read: (start, stop) -> float32 (stop - start, C).
-        n: number of rows N.
-        chunk_size: rows of a chunk; chunks are fixed by the global index, whatever the number of processes.
-        cache_gb: most that is kept, 10^9 bytes, and never more than a quarter of the free memory.
-    """
-
-    def __init__(
-        self, read: Callable[[int, int], np.ndarray], n: int, chunk_size: int, ranks: Ranks, cache_gb: float = math.inf
-    ) -> None:
-        self.n, self.ranks = n, ranks
-        self._read = read
-        chunks = data.ranges(0, n, chunk_size)
-        self.ranges = chunks[ranks.rank * len(chunks) // ranks.world : (ranks.rank + 1) * len(chunks) // ranks.world]
-        self._kept: dict[int, Tensor] = {}
-        self._room = min(_free_memory(ranks) // 4, cache_gb * 1e9)
-
-    def __iter__(self) -> Iterator[tuple[range, Tensor]]:
-        """Yield each chunk's range of global indices and its rows (b, C) float32 on the device."""
-        for chunk in self.ranges:
-            if chunk.start in self._kept:
-                yield chunk, self._kept[chunk.start]
-                continue
-            values = finite_rows(self._read, chunk)
-            rows = torch.tensor(values, device=self.ranks.device)
-            if values.nbytes <= self._room:
-                self._room -= values.nbytes
-                self._kept[chunk.start] = rows
-            yield chunk, rows
-
-
-def _free_memory(ranks: Ranks) -> int:
-    if ranks.device.type == "cuda":
-        return torch.cuda.mem_get_info(ranks.device)[0]
-    available = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS lacks the first
-    return os.sysconf(available) * os.sysconf("SC_PAGE_SIZE") // ranks.world
-
-
-class SufficientStatistics:
-    """Sums of responsibilities, of deviations and of squared deviations from reference means, in float64.
-
-    The references are the components' present means: at convergence the sums of deviations vanish, so the variances are
-    not differences of large numbers.
-
-    Attributes:
-        means: (K, C) the references.
-        count: (K,) sum of responsibilities r.
-        first: (K, C) sum of r (x - mean).
-        second: (K, C) sum of r (x - mean)^2.
-        log_likelihood: () sum of log p(x).
-    """
-
-    def __init__(self, means: Tensor) -> None:
-        self.means = means
-        self.centre = means.mean(0)
-        self.count = means.new_zeros(len(means))
-        self.first = torch.zeros_like(means)
-        self.second = torch.zeros_like(means)
-        self.log_likelihood = means.new_zeros(())
-
-    def add(self, x: Tensor, responsibilities: Tensor) -> None:
-        """Add rows x (b, C) with responsibilities (b, K); those below DROPPED_MASS / K may be left out."""
-        keep = responsibilities > DROPPED_MASS / len(self.means)
-        if int(keep.count_nonzero()) > _DENSE_SHARE * keep.numel():
-            self._add_dense(x.double(), responsibilities.double())
-        else:
-            row, component = keep.nonzero().unbind(1)
-            component, order = component.sort(stable=True)
-            row = row[order]
-            self.add_pairs(x, component, row, responsibilities[row, component].double())
-
-    def _add_dense(self, x: Tensor, r: Tensor) -> None:
-        z = x - self.centre
-        count, first = r.sum(0), r.T @ z
-        offset = self.means - self.centre
-        self.second += r.T @ z.square_() - offset * (2 * first - count[:, None] * offset)
-        self.first += first - count[:, None] * offset
-        self.count += count
-
-    def add_pairs(self, x: Tensor, component: Tensor, row: Tensor, weight: Tensor) -> None:
-        """Add pairs (component, row of x, weight), each (P,), sorted by component; x is (b, C), weight float64.
-
-        Each component's pairs are summed in their order (a segmented reduction), so that the result is the same in
-        every run, which atomic additions on a GPU don't give.
-        """
-        step = max(1, _PIECE // x.shape[1])
-        for start in range(0, len(component), step):
-            piece = slice(start, start + step)
-            found, lengths = torch.unique_consecutive(component[piece], return_counts=True)
-            deviation = x[row[piece]].double() - self.means[component[piece]]
-            weighted = deviation * weight[piece, None]
-            self.count[found] += _segment_sums(weight[piece, None], lengths).squeeze(1)
-            self.first[found] += _segment_sums(weighted, lengths)
-            self.second[found] += _segment_sums(weighted.mul_(deviation), lengths)
-
-    def share(self, ranks: Ranks) -> "SufficientStatistics":
-        """Sum over the processes and return self: 100 MB at K = 8192 and C = 768."""
-        for tensor in (self.count, self.first, self.second, self.log_likelihood):
-            ranks.sum(tensor)
-        return self
-
-
-def _segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
-    return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, unsafe=True, initial=0)
-
-
-def m_step(statistics: SufficientStatistics, covariance_type: str, reg_covar: float) -> Mixture:
-    """Return the mixture that maximises the expected log-likelihood, with ``reg_covar`` added to every variance.
-
-    As in scikit-learn every component counts 10 machine epsilons more than its responsibilities. A component without
-    any keeps its mean, gets the variance ``reg_covar`` and that tiny weight, and so stays empty. A spherical variance
-    is the mean of the diagonal.
-    """
-    count = statistics.count + _EMPTY
-    shift = statistics.first / count[:, None]
-    variances = (statistics.second / count[:, None] - shift.square()).clamp_min_(0) + reg_covar
-    if covariance_type == "spherical":
-        variances = variances.mean(1)
-    return Mixture(count / count.sum(), statistics.means + shift, variances, covariance_type)
+def _row_sums(row: Tensor, weight: Tensor, n: int) -> Tensor:
+    """Sum the weights (P,) of every row; by a sort on a GPU, whose additions have no fixed order."""
+    if row.device.type == "cpu":
+        return weight.new_zeros(n).index_add_(0, row, weight)
+    ordered, order = row.sort(stable=True)
+    lengths = torch.bincount(ordered, minlength=n)
+    return torch.segment_reduce(weight[order], "sum", lengths=lengths, unsafe=True, initial=0)
 
 
 def e_step(rows: Rows, mixture: Mixture, dtype: torch.dtype) -> SufficientStatistics:
     """Return the sufficient statistics of all rows under the mixture's posteriors, summed over the processes.
 
     Args:
-        dtype: arithmetic of the two products of the densities; sums are float64 always.
+        dtype: arithmetic of the product of the densities; sums are float64 always.
     """
-    statistics = SufficientStatistics(mixture.means)
+    statistics = SufficientStatistics(mixture.means, mixture.covariance_type)
     for _, x in rows:
-        joint = mixture.log_joint(x, dtype)
-        log_prob = joint.logsumexp(1)
-        statistics.log_likelihood += log_prob.double().sum()
-        statistics.add(x, joint.sub_(log_prob[:, None]).exp_())
+        log_prob, responsibilities = posteriors(mixture.log_joint(x, dtype))
+        statistics.log_likelihood += log_prob.sum()
+        if isinstance(responsibilities, Tensor):
+            statistics.add_dense(x, responsibilities)
+        else:
+            row, component, weight = responsibilities
+            statistics.add_pairs(x, component, row, weight)
     return statistics.share(rows.ranks)
 
 
@@ -192,11 +81,17 @@ class EMState:
         mixture: the parameters after the last M-step; the start where there was none.
         lower_bounds: mean log-likelihood (nats per row) in each iteration's E-step, before its M-step.
         converged: whether the last two differ by less than the tolerance.
+        reseeded: number of components that were empty and moved, after each iteration's M-step.
+        slack: how far the next lower bound may fall below the last: what ``reg_covar`` costs, and rounding.
+        winners: (n,) int32, likeliest component of this process's rows; None in exact mode.
     """
 
     mixture: Mixture
     lower_bounds: tuple[float, ...] = ()
     converged: bool = False
+    reseeded: tuple[int, ...] = ()
+    slack: float = math.inf
+    winners: Tensor | None = None
 
     @property
     def n_iter(self) -> int:
@@ -205,19 +100,76 @@ class EMState:
 
 
 def em_iterations(
-    rows: Rows, state: EMState, *, max_iter: int, tol: float, reg_covar: float, dtype: torch.dtype
+    rows: Rows,
+    state: EMState,
+    *,
+    max_iter: int,
+    tol: float,
+    reg_covar: float,
+    dtype: torch.dtype,
+    truncation: Truncation | None = None,
 ) -> Iterator[EMState]:
     """Run EM from a state, yielding the next one after every iteration, until convergence or ``max_iter`` in all.
 
-    Converges as scikit-learn's GaussianMixture does: when the lower bound changes by less than ``tol``. With float32
-    products, an iteration whose variances are mostly the regularisation (a start from single points) is done in
-    float64: at variances of 1e-6, float32 log-densities are wrong by hundreds.
+    Converges as scikit-learn's GaussianMixture does: when the lower bound changes by less than ``tol``, here only if no
+    component was reseeded just before.
+
+    Args:
+        truncation: how rows are matched to a few components each; None for exact responsibilities.
+
+    Raises:
+        ValueError: a lower bound that falls by more than regularisation, rounding and truncation explain.
     """
     while not state.converged and state.n_iter < max_iter:
-        barely_spread = bool(state.mixture.variances.median() <= 10 * reg_covar)
-        statistics = e_step(rows, state.mixture, torch.float64 if barely_spread else dtype)
-        mixture = m_step(statistics, state.mixture.covariance_type, reg_covar)
+        old, winners = state.mixture, state.winners
+        if truncation is None:
+            statistics, slack = e_step(rows, old, dtype), None
+        else:
+            before = exact_winners(rows, old, dtype) if winners is None else winners
+            statistics, winners = truncated_e_step(rows, old, before, dtype, truncation)
+            slack = functools.partial(truncation.gap_limit, rows, old, before, dtype)
         bound = float(statistics.log_likelihood) / rows.n
-        converged = bool(state.lower_bounds) and abs(bound - state.lower_bounds[-1]) < tol
-        state = replace(state, mixture=mixture, lower_bounds=(*state.lower_bounds, bound), converged=converged)
+        _check_rise(state, bound, slack)
+        mixture, loss = m_step(statistics, old.covariance_type, reg_covar)
+        mixture, moved = reseeding.reseed(mixture, statistics.count, reg_covar, sum(n > 0 for n in state.reseeded))
+        below_floor = bool(old.diagonal().min() < reg_covar)  # only a start: its bound may be out of reach
+        settled = not moved and not (state.reseeded and state.reseeded[-1])
+        state = replace(
+            state,
+            mixture=mixture,
+            lower_bounds=(*state.lower_bounds, bound),
+            converged=bool(state.lower_bounds) and settled and abs(bound - state.lower_bounds[-1]) < tol,
+            reseeded=(*state.reseeded, moved),
+            slack=math.inf if moved or below_floor else loss + rounding(old, mixture, bound, dtype),
+            winners=winners,
+        )
         yield state
+
+
+def rounding(old: Mixture, new: Mixture, bound: float, dtype: torch.dtype) -> float:
+    """Return how wrong the difference of two mean log-likelihoods may be: by the size of the terms that are summed."""
+    terms = 2 * (old.dimension + abs(bound))
+    for mixture in (old, new):
+        m = mixture.means - mixture.centre()
+        # Components with larger terms are computed in float64.
+        terms += float(mixture.weights @ (m.square() / mixture.diagonal()).sum(1).clamp_max(SHARP_FROM))
+    return 8 * torch.finfo(dtype).eps * terms
+
+
+def _check_rise(state: EMState, bound: float, hidden: Callable[[], float] | None) -> None:
+    """Refuse a lower bound that fell by more than is explained; ``hidden`` measures what truncation may hide."""
+    number = state.n_iter + 1
+    if not math.isfinite(bound):
+        raise ValueError(
+            f"EM iteration {number}: the mean log-likelihood is {bound}; raise gmm.reg_covar, or start otherwise"
+        )
+    if not state.lower_bounds or bound >= state.lower_bounds[-1] - state.slack:
+        return
+    fall, allowed = state.lower_bounds[-1] - bound, state.slack
+    if hidden is not None:
+        allowed += hidden()
+    if fall > allowed:
+        raise ValueError(
+            f"EM iteration {number}: the mean log-likelihood fell by {fall:.3g} nats to {bound:.6g}, and at most "
+            f"{allowed:.3g} are explained; set gmm.precision to float64, or gmm.e_step to exact, and report this"
+        )

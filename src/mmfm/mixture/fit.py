@@ -1,13 +1,16 @@
-"""The stage fit_gmm: start, EM with a checkpoint every iteration, labels of all images, report."""
+"""The stage fit_gmm: starts, EM with a checkpoint every iteration, labels of all images, report."""
 
 import functools
 import json
+import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mmfm import config
 from mmfm.config import Gmm
@@ -15,11 +18,15 @@ from mmfm.infra import store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
 from mmfm.mixture import initial, report, validity
-from mmfm.mixture.em import EMState, Rows, em_iterations
-from mmfm.mixture.gaussian import Mixture
+from mmfm.mixture.em import EMState, em_iterations
+from mmfm.mixture.gaussian import Mixture, covariance_shape
+from mmfm.mixture.streaming import Rows
+from mmfm.mixture.truncated import GROUP_ROWS, Truncation, measure_gap
 from mmfm.tokens import TokenStore
 
 VERSION = config.VERSIONS["fit_gmm"]
+
+_COLLAPSED = 10  # times reg_covar: a component whose variances are all below sits on duplicates
 
 
 def fit(tokens: TokenStore, settings: Gmm, out_dir: str | Path, ranks: Ranks) -> dict[str, Any]:
@@ -33,7 +40,7 @@ def fit(tokens: TokenStore, settings: Gmm, out_dir: str | Path, ranks: Ranks) ->
         The report, on every process.
 
     Raises:
-        ValueError: fewer images than components, or a token that is not finite.
+        ValueError: fewer images than components, covariances beyond the memory limit, a token that is not finite.
     """
     out_dir, n = Path(out_dir), len(tokens)
     if n < settings.n_components:
@@ -41,22 +48,26 @@ def fit(tokens: TokenStore, settings: Gmm, out_dir: str | Path, ranks: Ranks) ->
             f"gmm.n_components is {settings.n_components}, but there are only {n} images; "
             f"set it to {n} or less, or use more images"
         )
+    covariance_shape(settings.covariance_type, settings.n_components, tokens.width)
+    inputs = {"tokens": tokens.digest}
+    if settings.init_means:
+        inputs["init_means"] = ranks.from_main(lambda: store.file_digest(settings.init_means))
     identity = config.identity({"gmm": settings})
     state_dir = ranks.from_main(
         lambda: store.state_directory(
-            out_dir / "gmm.safetensors",
-            "fit_gmm",
-            VERSION,
-            identity,
-            {"tokens": tokens.digest},
-            {"tokens": tokens.path},
+            out_dir / "gmm.safetensors", "fit_gmm", VERSION, identity, inputs, {"tokens": tokens.path}
         )
     )
-    rows = Rows(tokens.read, n, settings.chunk_size, ranks, settings.cache_gb)
+    truncated = settings.e_step == "truncated"
+    stretch = GROUP_ROWS * settings.n_components
+    rows = Rows(tokens.read, n, settings.chunk_size, ranks, settings.cache_gb * 1e9, stretch)
     dtype = getattr(torch, settings.precision)
-    state, seconds = _run_em(tokens, rows, settings, state_dir, dtype)
+    runs = [_run_em(rows, settings, state_dir, dtype, number) for number in range(settings.n_init)]
+    best = max(range(len(runs)), key=lambda number: runs[number][0].lower_bounds[-1])
+    state, seconds = runs[best]
     labels, log_likelihood = predict_all(rows, state.mixture, dtype)
     separation = validity.indices(rows, labels, state.mixture.means, settings.seed, ranks)
+    gap = _truncation_gap(rows, state, dtype) if truncated else None
 
     def publish() -> dict[str, Any]:
         counts = np.bincount(labels, minlength=settings.n_components).astype(np.int64)
@@ -65,38 +76,70 @@ def fit(tokens: TokenStore, settings: Gmm, out_dir: str | Path, ranks: Ranks) ->
             "n_iter": state.n_iter,
             "converged": state.converged,
             "lower_bounds": list(state.lower_bounds),
+            "reseeded_components": sum(state.reseeded),
+            "collapsed_components": _collapsed(state.mixture, settings.reg_covar),
             "seconds_per_iteration": float(np.mean(seconds)) if seconds else None,
             "settings": config.keys_of_kind(settings, "identity", "budget"),
         }
+        if truncated:
+            summary["truncation_gap"] = gap
+        if len(runs) > 1:
+            summary["final_lower_bounds_of_starts"] = [run[0].lower_bounds[-1] for run in runs]
         _publish(out_dir, state, labels, counts, summary, tokens)
         return summary
 
     return ranks.from_main(publish)
 
 
-def _run_em(
-    tokens: TokenStore, rows: Rows, settings: Gmm, state_dir: Path, dtype: torch.dtype
-) -> tuple[EMState, list[float]]:
+def _run_em(rows: Rows, settings: Gmm, state_dir: Path, dtype: torch.dtype, number: int) -> tuple[EMState, list[float]]:
+    """Run or continue EM from start ``number``."""
     ranks = rows.ranks
+    if number:
+        state_dir = state_dir / f"start-{number:02d}"
     newest = ranks.from_main(lambda: newest_iteration(state_dir, settings.max_iter))
+    truncated = settings.e_step == "truncated"
     if newest is None:
-        state = EMState(initial.start(tokens.read, rows, settings))
-        ranks.from_main(functools.partial(save_iteration, state_dir, state))
+        mixture, winners = initial.start(rows, settings, number)
+        state = EMState(mixture, winners=winners if truncated else None)
+        _save(rows, state_dir, state)
     else:
-        state = load_iteration(newest, ranks.device)
+        state = load_iteration(newest, ranks.device, rows.local)
     seconds, begin = [], time.perf_counter()
     iterations = em_iterations(
-        rows, state, max_iter=settings.max_iter, tol=settings.tol, reg_covar=settings.reg_covar, dtype=dtype
+        rows,
+        state,
+        max_iter=settings.max_iter,
+        tol=settings.tol,
+        reg_covar=settings.reg_covar,
+        dtype=dtype,
+        truncation=Truncation() if truncated else None,
     )
     with Progress("fit_gmm", settings.max_iter, "iterations", done=state.n_iter, enabled=ranks.is_main) as progress:
         for state in iterations:
-            ranks.from_main(functools.partial(save_iteration, state_dir, state))
+            _save(rows, state_dir, state)
             seconds.append(time.perf_counter() - begin)
             begin = time.perf_counter()
             progress.advance(note=f"log-likelihood {state.lower_bounds[-1]:.4f}")
         progress.say(f"{'converged' if state.converged else 'stopped at gmm.max_iter'} after {state.n_iter} iterations")
         progress.total = progress.done
     return state, seconds
+
+
+def _save(rows: Rows, state_dir: Path, state: EMState) -> None:
+    """Write a state from the main process, with the winners of all."""
+    if state.winners is not None:
+        parts = rows.ranks.gather(state.winners.cpu())
+        state = replace(state, winners=torch.cat(parts))
+    rows.ranks.from_main(functools.partial(save_iteration, state_dir, state))
+
+
+def _truncation_gap(rows: Rows, state: EMState, dtype: torch.dtype) -> dict[str, float]:
+    mean, error = measure_gap(rows, state.mixture, state.winners, Truncation(), dtype)
+    return {"nats_per_image": mean, "standard_error": error, "images": min(rows.n, Truncation().sample)}
+
+
+def _collapsed(mixture: Mixture, reg_covar: float) -> int:
+    return int((mixture.diagonal().amax(1) <= _COLLAPSED * reg_covar).sum())
 
 
 def _iteration_path(state_dir: Path, number: int) -> Path:
@@ -108,15 +151,24 @@ def save_iteration(state_dir: Path, state: EMState) -> None:
 
     Later iterations, left by a run with a larger ``max_iter``, stay.
     """
-    metadata = {"lower_bounds": list(state.lower_bounds), "converged": state.converged}
-    state.mixture.save(_iteration_path(state_dir, state.n_iter), metadata)
+    metadata = {
+        "lower_bounds": list(state.lower_bounds),
+        "converged": state.converged,
+        "reseeded": list(state.reseeded),
+        "slack": state.slack if math.isfinite(state.slack) else None,
+    }
+    winners = {} if state.winners is None else {"winners": state.winners.numpy()}
+    state.mixture.save(_iteration_path(state_dir, state.n_iter), metadata, winners)
     for path in state_dir.glob("iteration-*.safetensors"):
         if 0 < int(path.stem.split("-")[1]) < state.n_iter - 1:
             path.unlink()
 
 
-def load_iteration(path: Path, device: torch.device | str = "cpu") -> EMState:
+def load_iteration(path: Path, device: torch.device | str = "cpu", local: range | None = None) -> EMState:
     """Read what :func:`save_iteration` wrote.
+
+    Args:
+        local: global indices of the rows whose winners are wanted; None for all.
 
     Raises:
         ValueError: the file is truncated, or its contents don't have the digest that they were written with.
@@ -127,7 +179,24 @@ def load_iteration(path: Path, device: torch.device | str = "cpu") -> EMState:
         raise ValueError(f"{path} is damaged ({error})") from error
     if metadata.get("digest") != store.array_digest(*(arrays[name] for name in sorted(arrays))):
         raise ValueError(f"{path} is damaged; delete it")
-    return EMState(Mixture.load(path, device), tuple(metadata["lower_bounds"]), metadata["converged"])
+    missing = {"lower_bounds", "converged", "reseeded", "slack"} - set(metadata)
+    if missing:
+        raise ValueError(f"{path} is no checkpoint of fit_gmm (it has no {', '.join(sorted(missing))}); delete it")
+    return EMState(
+        Mixture.load(path, device),
+        tuple(metadata["lower_bounds"]),
+        metadata["converged"],
+        tuple(metadata["reseeded"]),
+        math.inf if metadata["slack"] is None else metadata["slack"],
+        _local_winners(arrays, local, device),
+    )
+
+
+def _local_winners(arrays: dict[str, np.ndarray], local: range | None, device: torch.device | str) -> Tensor | None:
+    if "winners" not in arrays:
+        return None
+    own = arrays["winners"] if local is None else arrays["winners"][local.start : local.stop]
+    return torch.tensor(own, device=device)
 
 
 def newest_iteration(state_dir: Path, max_iter: int) -> Path | None:

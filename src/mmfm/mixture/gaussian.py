@@ -1,13 +1,14 @@
-"""Gaussian mixtures with diagonal or spherical covariances: densities, posteriors, draws, files.
+"""Gaussian mixtures: densities, posteriors, draws, files.
 
-The log-density of all components is two matrix products. With x and the means taken relative to the mixture's overall
-mean c, and z = x - c, m = mean - c:
+The log-density of all components is one matrix product of features of the data with a table of the components. With x
+and the means taken relative to the mixture's overall mean c, and z = x - c, m = mean - c, for diagonal variances v:
 
-    log w_k N(x; mean_k, v_k) = constant_k + z . (m_k / v_k) - z^2 . (1 / v_k) / 2,
+    log w_k N(x; mean_k, v_k) = constant_k + [z, z^2] . [m_k / v_k, -1 / (2 v_k)],
     constant_k = log w_k - (C log 2 pi + sum log v_k + sum m_k^2 / v_k) / 2
 
-Nothing larger than (B, K) is made. Centring keeps the terms small, so that float32 is enough; TF32 and bfloat16 are
-not.
+Spherical variances need only the sum of z^2, a tied covariance one product with its whitening matrix first, and full
+ones a product for each component. Nothing larger than (B, K) or (B, 2 C) is made. Centring keeps the terms small, so
+that float32 is enough; TF32 and bfloat16 are not.
 """
 
 import math
@@ -23,7 +24,18 @@ from torch import Tensor
 
 from mmfm.infra import rng, store
 
-COVARIANCE_TYPES = ("diag", "spherical")
+COVARIANCE_TYPES = ("diag", "spherical", "tied", "full")
+
+MAX_COVARIANCE_BYTES = 2 << 30
+"""The largest array of covariances that is worked with; a fit holds a handful of them."""
+
+SHARP_FROM = 2e4
+"""Sum of m^2 / v from which float32 terms cancel too much; such components are computed in float64.
+
+At D = 768 this is a component whose mean is 5 standard deviations off the centre along every axis.
+"""
+
+_SCORE_ROWS = 4096
 
 
 @contextmanager
@@ -41,14 +53,33 @@ def exact_float32(device_type: str) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
+def covariance_shape(covariance_type: str, k: int, c: int) -> tuple[int, ...]:
+    """Return the shape of the covariances of K components in C dimensions: that of scikit-learn's ``covariances_``.
+
+    Raises:
+        ValueError: an unknown type, or an array above :data:`MAX_COVARIANCE_BYTES`.
+    """
+    shapes = {"diag": (k, c), "spherical": (k,), "tied": (c, c), "full": (k, c, c)}
+    if covariance_type not in shapes:
+        raise ValueError(f"covariance_type is '{covariance_type}'; it must be one of {', '.join(COVARIANCE_TYPES)}")
+    size, limit = 8 * math.prod(shapes[covariance_type]), MAX_COVARIANCE_BYTES
+    if size > limit:
+        raise ValueError(
+            f"{covariance_type} covariances of {k} components in {c} dimensions take {size / 1e9:.1f} GB, more than "
+            f"the limit of {limit / 1e9:.1f} GB; set gmm.covariance_type to diag or tied, or use fewer components"
+        )
+    return shapes[covariance_type]
+
+
 class Mixture:
     """A mixture of K Gaussians in C dimensions.
 
     Args:
         weights: (K,), sum 1.
         means: (K, C).
-        variances: (K, C) for ``diag``, (K,) for ``spherical``.
-        covariance_type: ``diag`` or ``spherical``; by default what the shape of the variances says.
+        variances: (K, C) for ``diag``, (K,) for ``spherical``; covariances (C, C) for ``tied``, (K, C, C) for ``full``.
+        covariance_type: one of :data:`COVARIANCE_TYPES`; by default ``diag`` or ``spherical`` or ``full``, whichever
+            has variances of this number of axes.
         metadata: whatever the file said besides (``digest``, ``listing_digest``, ...).
 
     All three become float64 tensors on the device of the means.
@@ -68,22 +99,22 @@ class Mixture:
         self.means = torch.as_tensor(means).double()
         self.weights = torch.as_tensor(weights).to(self.means.device, torch.float64)
         self.variances = torch.as_tensor(variances).to(self.means.device, torch.float64)
-        self.covariance_type = covariance_type or ("spherical" if self.variances.ndim == 1 else "diag")
+        by_axes = {1: "spherical", 2: "diag", 3: "full"}
+        self.covariance_type = covariance_type or by_axes.get(self.variances.ndim, "diag")
         self.metadata = dict(metadata or {})
         self._operands: dict[torch.dtype, tuple[Tensor, ...]] = {}
         self._check()
 
     def _check(self) -> None:
-        if self.covariance_type not in COVARIANCE_TYPES:
-            raise ValueError(f"covariance_type is '{self.covariance_type}'; it must be one of diag, spherical")
-        shape = self.means.shape if self.covariance_type == "diag" else self.means.shape[:1]
-        if self.means.ndim != 2 or self.weights.shape != self.means.shape[:1] or self.variances.shape != shape:
+        k, c = (*self.means.shape, 0, 0)[:2]
+        shape = covariance_shape(self.covariance_type, k, c)
+        if self.means.ndim != 2 or self.weights.shape != (k,) or self.variances.shape != shape:
             raise ValueError(
                 f"a {self.covariance_type} mixture can't have weights {tuple(self.weights.shape)}, means "
                 f"{tuple(self.means.shape)} and variances {tuple(self.variances.shape)}; fit or fetch it again"
             )
-        if not (self.variances > 0).all() or not self.means.isfinite().all():
-            bad = (~(self.variances > 0)).reshape(len(self.means), -1).any(1) | ~self.means.isfinite().all(1)
+        bad = ~self.means.isfinite().all(1) | self._impossible_variances()
+        if bad.any():
             raise ValueError(
                 f"component {int(bad.nonzero()[0])} of the mixture has a variance that is not positive or a mean that "
                 "is not finite; raise gmm.reg_covar, or fetch the mixture again"
@@ -92,6 +123,12 @@ class Mixture:
             raise ValueError(
                 f"the mixture's weights sum to {float(self.weights.sum()):.8g}, not 1; fit or fetch it again"
             )
+
+    def _impossible_variances(self) -> Tensor:
+        if self.covariance_type in ("diag", "spherical"):
+            return ~(self.variances > 0).reshape(len(self.means), -1).all(1)
+        self._cholesky, failed = torch.linalg.cholesky_ex(self.variances)
+        return failed.bool().expand(len(self.means))
 
     @property
     def n_components(self) -> int:
@@ -104,6 +141,14 @@ class Mixture:
         return self.means.shape[1]
 
     @property
+    def n_parameters(self) -> int:
+        """Number of free parameters: means, variances (a covariance is symmetric), and weights that sum to 1."""
+        c = self.dimension
+        covariances = {"tied": 1, "full": self.n_components}.get(self.covariance_type)
+        free = self.variances.numel() if covariances is None else covariances * c * (c + 1) // 2
+        return self.means.numel() + free + self.n_components - 1
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.means.device
@@ -113,19 +158,59 @@ class Mixture:
         moved = (p.to(device) for p in (self.weights, self.means, self.variances))
         return Mixture(*moved, self.covariance_type, self.metadata)
 
-    def _prepared(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return centre (C,), constant (K,), m / v (C, K), 1 / v (C, K) or (1, K): made in float64, kept in dtype."""
+    def diagonal(self) -> Tensor:
+        """Return the variances of every component along the axes, (K, C) float64; a view where there is one."""
+        if self.covariance_type == "spherical":
+            return self.variances[:, None].expand_as(self.means)
+        if self.covariance_type == "diag":
+            return self.variances
+        return self.variances.diagonal(dim1=-2, dim2=-1).expand_as(self.means)
+
+    def centre(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return the overall mean (C,) float64, rounded to ``dtype``.
+
+        Rounded before it is used, so that data in that precision and means are relative to exactly the same point.
+        """
+        return (self.weights @ self.means).to(dtype).double()
+
+    def sharp(self) -> Tensor:
+        """Return the components that float32 densities are wrong for, (S,) int64: narrow ones far from the centre."""
+        if self.covariance_type not in ("diag", "spherical"):
+            return torch.empty(0, dtype=torch.int64, device=self.device)
+        terms = ((self.means - self.centre(torch.float32)).square() / self.diagonal()).sum(1)
+        return (terms > SHARP_FROM).nonzero().squeeze(1)
+
+    def whitening(self) -> Tensor:
+        """Return W, (C, C) or (K, C, C) float64, with W W^T the inverse covariance (``tied``, ``full``)."""
+        identity = torch.eye(self.dimension, dtype=torch.float64, device=self.device)
+        return torch.linalg.solve_triangular(self._cholesky, identity, upper=False).mT.contiguous()
+
+    def _prepared(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return centre (C,), constant (K,), table (F, K) and for tied, full the whitening: kept in ``dtype``.
+
+        For diagonal and spherical mixtures in float32, the sharp components and their table in float64 follow.
+        """
         if dtype not in self._operands:
-            # Rounded before use, so that x and the means are relative to exactly the same point.
-            centre = (self.weights @ self.means).to(dtype).double()
-            m = self.means - centre
-            v = self.variances if self.covariance_type == "diag" else self.variances[:, None]
-            log_det = v.log().sum(1) * (self.dimension / v.shape[1])
+            centre = self.centre(dtype)
+            m, whitening = self.means - centre, []
+            if self.covariance_type in ("diag", "spherical"):
+                v = self.variances.reshape(len(m), -1)
+                log_det = v.log().sum(1) * (self.dimension / v.shape[1])
+                linear, quadratic = m / v, v.reciprocal()
+            else:
+                whitening = [self.whitening()]
+                log_det = 2 * self._cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+                m = (m[:, None] @ whitening[0]).squeeze(1)
+                linear, quadratic = m, torch.ones_like(m[:, :1])
             constant = self.weights.log() - 0.5 * (
-                self.dimension * math.log(2 * math.pi) + log_det + (m * m / v).sum(1)
+                self.dimension * math.log(2 * math.pi) + log_det + (m * linear).sum(1)
             )
-            operands = (centre, constant, (m / v).T.contiguous(), v.reciprocal().T.contiguous())
-            self._operands[dtype] = tuple(t.to(dtype) for t in operands)
+            table = torch.cat((linear, -0.5 * quadratic), 1).T.contiguous()
+            extra = [part.to(dtype) for part in whitening]
+            if not whitening and dtype == torch.float32:
+                sharp = self.sharp()
+                extra = [sharp, constant[sharp], table[:, sharp].contiguous()]
+            self._operands[dtype] = (centre.to(dtype), constant.to(dtype), table.to(dtype), *extra)
         return self._operands[dtype]
 
     def log_joint(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -134,23 +219,54 @@ class Mixture:
         Args:
             x: (B, C).
             dtype: arithmetic, float64 or float32. In float32 the error is about 1e-3 nats at C = 768 with variances of
-                the order of the data's; with variances near 1e-6 it is hundreds.
+                the order of the data's. With variances near 1e-6 it would be hundreds: such components are computed in
+                float64 (``diag``, ``spherical``).
 
         Returns:
             (B, K) of ``dtype``.
         """
-        centre, constant, linear, quadratic = self._prepared(dtype)
+        centre, constant, table, *extra = self._prepared(dtype)
         with exact_float32(self.device.type):
             z = x.to(self.device, dtype) - centre
-            result = torch.addmm(constant, z, linear)
-            z.square_()
-            if self.covariance_type == "spherical":
-                z = z.sum(1, keepdim=True)
-            return result.addmm_(z, quadratic, alpha=-0.5)
+            if self.covariance_type == "full":
+                return self._log_joint_full(z, constant, table, extra[0])
+            if self.covariance_type == "tied":
+                z = z @ extra.pop()
+            result = torch.addmm(constant, self._features(z), table)
+            if extra and len(extra[0]):
+                sharp, constant, table = extra
+                z = x.to(self.device, torch.float64) - centre
+                result[:, sharp] = torch.addmm(constant, self._features(z), table).to(dtype)
+            return result
+
+    def _features(self, z: Tensor) -> Tensor:
+        squares = z.square()
+        return torch.cat((z, squares if self.covariance_type == "diag" else squares.sum(1, keepdim=True)), 1)
+
+    @staticmethod
+    def _log_joint_full(z: Tensor, constant: Tensor, table: Tensor, whitening: Tensor) -> Tensor:
+        result = torch.empty(len(z), len(constant), dtype=z.dtype, device=z.device)
+        norms = table[:-1].square().sum(0)
+        for k, matrix in enumerate(whitening):
+            result[:, k] = (z @ matrix - table[:-1, k]).square_().sum(1)
+        return result.mul_(-0.5).add_(constant + 0.5 * norms)
 
     def log_prob(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return the log-density of the mixture at x (B, C): (B,) of ``dtype``, nats."""
         return self.log_joint(x, dtype).logsumexp(1)
+
+    def score(self, x: Tensor, dtype: torch.dtype = torch.float64) -> float:
+        """Return the mean log-density at x (N, C), nats per row."""
+        total = sum(self.log_prob(rows, dtype).double().sum() for rows in x.split(_SCORE_ROWS))
+        return float(total) / len(x)
+
+    def bic(self, x: Tensor) -> float:
+        """Return the Bayesian information criterion for x (N, C); the lower the better."""
+        return -2 * self.score(x) * len(x) + self.n_parameters * math.log(len(x))
+
+    def aic(self, x: Tensor) -> float:
+        """Return Akaike's information criterion for x (N, C); the lower the better."""
+        return -2 * self.score(x) * len(x) + 2 * self.n_parameters
 
     def log_posterior(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return log p(k | x) for x (B, C): (B, K) of ``dtype``."""
@@ -184,11 +300,17 @@ class Mixture:
         index = torch.arange(first, first + count, device=self.device)
         modes = draw_from_weights(self.weights, rng.uniform(seed, "mixture/mode", index))
         noise = rng.normal(seed, "mixture/noise", index, (self.dimension,)).double()
-        return self.means[modes] + self.variances[modes].sqrt().reshape(count, -1) * noise, modes
+        if self.covariance_type in ("diag", "spherical"):
+            return self.means[modes] + self.variances[modes].sqrt().reshape(count, -1) * noise, modes
+        factors = self._cholesky.expand(self.n_components, -1, -1)
+        x = self.means[modes]
+        for k in modes.unique():  # gathered factors would be (count, C, C)
+            x[modes == k] += noise[modes == k] @ factors[k].T
+        return x, modes
 
     @classmethod
     def from_sklearn(cls, model: Any) -> "Mixture":
-        """Take the parameters of a fitted ``sklearn.mixture.GaussianMixture`` of type diag or spherical."""
+        """Take the parameters of a fitted ``sklearn.mixture.GaussianMixture`` of any type."""
         return cls(model.weights_, model.means_, model.covariances_, model.covariance_type)
 
     def to_sklearn(self) -> Any:
@@ -198,15 +320,26 @@ class Mixture:
         model = GaussianMixture(self.n_components, covariance_type=self.covariance_type)
         model.weights_, model.means_ = self.weights.cpu().numpy(), self.means.cpu().numpy()
         model.covariances_ = self.variances.cpu().numpy()
-        model.precisions_ = 1.0 / model.covariances_
-        model.precisions_cholesky_ = np.sqrt(model.precisions_)
+        if self.covariance_type in ("diag", "spherical"):
+            model.precisions_ = 1.0 / model.covariances_
+            model.precisions_cholesky_ = np.sqrt(model.precisions_)
+        else:
+            whitening = self.whitening()
+            model.precisions_ = (whitening @ whitening.mT).cpu().numpy()
+            model.precisions_cholesky_ = whitening.cpu().numpy()
         model.n_features_in_, model.converged_ = self.dimension, True
         return model
 
-    def save(self, path: str | Path, metadata: Mapping[str, Any]) -> str:
-        """Write ``gmm.safetensors`` (layout in docs/stages.md), whole, and return the digest of its arrays."""
+    def save(self, path: str | Path, metadata: Mapping[str, Any], more: Mapping[str, np.ndarray] | None = None) -> str:
+        """Write ``gmm.safetensors`` (layout in docs/stages.md), whole, and return the digest of its arrays.
+
+        Args:
+            more: arrays that are written beside the parameters.
+        """
         arrays = {name: getattr(self, name).cpu().numpy() for name in ("weights", "means", "variances")}
-        return store.write_arrays(path, arrays, {**metadata, "covariance_type": self.covariance_type})
+        return store.write_arrays(
+            path, {**arrays, **(more or {})}, {**metadata, "covariance_type": self.covariance_type}
+        )
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Mixture":

@@ -1,8 +1,7 @@
-"""Starts of EM: k-means by faiss, k-means++, random rows. The only module that calls faiss."""
+"""Starts of EM: k-means, k-means++, random rows, given means. The only module that calls faiss."""
 
 import importlib.metadata
 import os
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,12 +12,16 @@ from torch import Tensor
 from mmfm import data
 from mmfm.config import Gmm
 from mmfm.infra import rng
-from mmfm.mixture.em import Rows, SufficientStatistics, finite_rows, m_step
-from mmfm.mixture.gaussian import Mixture
+from mmfm.mixture.gaussian import Mixture, covariance_shape
+from mmfm.mixture.kmeans import hard_moments, lloyd, nearest
+from mmfm.mixture.moments import m_step
+from mmfm.mixture.streaming import Read, Rows, finite_rows
 
-KMEANS_ITERATIONS = 20
-POINTS_PER_CENTROID = 256
-"""k-means and k-means++ see at most this many rows per component, as faiss does by default."""
+KMEANS_ITERATIONS = 10
+"""Of faiss on the sample. What is left to do is done by all processes on all rows."""
+
+ROWS_PER_COMPONENT = {"kmeans": 20, "k-means++": 256, "random_from_data": 1}
+"""Rows per component that one process looks at for seeds, at most."""
 
 
 def blas_core_type(cpuinfo: str) -> str | None:
@@ -70,15 +73,13 @@ def faiss_has_gpu() -> bool:
 
 
 def kmeans(
-    rows: np.ndarray, k: int, seed: int, device: torch.device | str = "cpu", iterations: int = KMEANS_ITERATIONS
+    rows: np.ndarray, seeds: np.ndarray, device: torch.device | str = "cpu", iterations: int = KMEANS_ITERATIONS
 ) -> np.ndarray:
-    """Cluster rows by Lloyd's algorithm and return the centroids.
-
-    Starts from AFK-MC2 seeds (Bachem et al., "Fast and provably good seedings for k-means", 2016), which are about as
-    good as those of k-means++ without its K passes over the rows; a faiss too old to know them starts from random rows.
+    """Move seeds to the centres of their rows by faiss's k-means and return the centroids.
 
     Args:
         rows: (M, C) float32, all of which are used.
+        seeds: (k, C) float32.
         device: where faiss computes.
 
     Returns:
@@ -87,25 +88,23 @@ def kmeans(
     Raises:
         ValueError: fewer rows than centroids, or a GPU asked of a CPU build (which faiss itself ignores silently).
     """
-    device = torch.device(device)
+    device, k = torch.device(device), len(seeds)
     if len(rows) < k:
         raise ValueError(f"k-means needs at least as many rows as centroids: {len(rows)} rows, k = {k}; lower k")
     if device.type == "cuda" and not faiss_has_gpu():
         raise ValueError(f"this faiss ({', '.join(faiss_wheels())}) has no GPU; install faiss-gpu, or use device 'cpu'")
     faiss = import_faiss()
     faiss.omp_set_num_threads(torch.get_num_threads())
-    seeding = getattr(faiss, "ClusteringInitMethod_AFK_MC2", None)
     clustering = faiss.Kmeans(
         rows.shape[1],
         k,
         niter=iterations,
-        seed=rng.derive_seed(seed, "kmeans") & 0x7FFFFFFF,
+        seed=0,  # unused: the seeds are given
         gpu=device.type == "cuda",
         min_points_per_centroid=1,
         max_points_per_centroid=-(-len(rows) // k),
-        **({} if seeding is None else {"init_method": seeding}),
     )
-    clustering.train(np.ascontiguousarray(rows, np.float32))
+    clustering.train(np.ascontiguousarray(rows, np.float32), init_centroids=np.ascontiguousarray(seeds, np.float32))
     return clustering.centroids
 
 
@@ -141,7 +140,7 @@ def kmeans_plusplus(rows: Tensor, k: int, seed: int) -> Tensor:
     return chosen
 
 
-def read_rows(read: Callable[[int, int], np.ndarray], indices: np.ndarray, block: int) -> np.ndarray:
+def read_rows(read: Read, indices: np.ndarray, block: int) -> np.ndarray:
     """Return the rows of ascending ``indices`` (M,) as float32 (M, C), reading at most ``block`` rows at a time."""
     result, filled = np.empty((0, 0), np.float32), 0
     for chunk in data.ranges(0, int(indices[-1]) + 1, block):
@@ -155,46 +154,70 @@ def read_rows(read: Callable[[int, int], np.ndarray], indices: np.ndarray, block
     return result
 
 
-def start(read: Callable[[int, int], np.ndarray], rows: Rows, settings: Gmm) -> Mixture:
-    """Return the mixture that EM starts from. A collective call: one process chooses the centres.
+def given_means(path: str | Path, k: int, c: int) -> np.ndarray:
+    """Read means to start from: the array of a ``.npy`` file or the means of a ``gmm.safetensors``, (K, C) float32.
 
-    * ``kmeans``: centroids of a sample of the rows, then weights, means and variances of all rows, each given to its
-      nearest centroid.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: another shape, or values that are not finite.
+    """
+    path = Path(path)
+    if path.suffix == ".npy":
+        means = np.load(path, allow_pickle=False)
+    else:
+        means = Mixture.load(path).means.numpy()
+    if means.shape != (k, c) or not np.isfinite(means).all():
+        raise ValueError(
+            f"gmm.init_means: '{path}' holds an array {means.shape}, wanted are finite means ({k}, {c}), one for each "
+            "of gmm.n_components; take another file, or leave the key empty"
+        )
+    return means.astype(np.float32)
+
+
+def start(rows: Rows, settings: Gmm, number: int = 0) -> tuple[Mixture, Tensor | None]:
+    """Return the mixture that EM starts from. A collective call: one process chooses the seeds.
+
+    * ``kmeans``: greedy k-means++ on a sample of the rows, faiss's k-means on that sample, then Lloyd's iterations of
+      all processes on all rows. Weights, means and variances are those of the clusters.
+    * given means: those of the rows that are nearest to each.
     * ``k-means++`` and ``random_from_data``: K rows as means, equal weights, variances ``reg_covar``, which is what
       scikit-learn's starts of these names amount to.
 
     Args:
-        read: (start, stop) -> float32 (stop - start, C).
-        rows: this process's share of the same rows.
+        rows: this process's share of the rows.
+        number: of the start, below ``n_init``; each draws its own seeds.
+
+    Returns:
+        The mixture, and the cluster of this process's rows (n,) int32 where the start has clusters.
     """
+    ranks = rows.ranks
+    centres = torch.tensor(ranks.from_main(lambda: _centres(rows, settings, number)), device=ranks.device)
+    if settings.init_means or settings.init == "kmeans":
+        if settings.init_means:
+            winners = nearest(rows, centres)
+        else:
+            centres, winners = lloyd(rows, centres)
+        moments = hard_moments(rows, centres, winners, settings.covariance_type)
+        return m_step(moments, settings.covariance_type, settings.reg_covar)[0], winners
+    k, c = centres.shape
+    variances = torch.full(covariance_shape(settings.covariance_type, k, c), settings.reg_covar, dtype=torch.float64)
+    if settings.covariance_type in ("tied", "full"):
+        variances = variances * torch.eye(c, dtype=torch.float64)
+    weights = torch.full((k,), 1 / k, dtype=torch.float64)
+    return Mixture(weights, centres, variances.to(ranks.device), settings.covariance_type), None
+
+
+def _centres(rows: Rows, settings: Gmm, number: int) -> np.ndarray:
     k, device = settings.n_components, rows.ranks.device
-    centres = torch.tensor(rows.ranks.from_main(lambda: _centres(read, rows, settings)), device=device)
+    if settings.init_means:
+        return given_means(settings.init_means, k, finite_rows(rows.read, range(1)).shape[1])
+    seed = settings.seed if number == 0 else rng.derive_seed(settings.seed, f"gmm/start/{number}")
+    limit = min(rows.n, ROWS_PER_COMPONENT[settings.init] * k)
+    indices = rng.permutation(seed, "gmm/rows", 0, rows.n)[:limit].sort().values.numpy()
+    sample = read_rows(rows.read, indices, settings.chunk_size)
+    if settings.init == "random_from_data":
+        return sample
+    seeds = sample[kmeans_plusplus(torch.from_numpy(sample).to(device), k, seed).cpu().numpy()]
     if settings.init == "kmeans":
-        return m_step(_hard_statistics(rows, centres), settings.covariance_type, settings.reg_covar)
-    shape = (k, centres.shape[1]) if settings.covariance_type == "diag" else (k,)
-    variances = torch.full(shape, settings.reg_covar, dtype=torch.float64)
-    return Mixture(torch.full((k,), 1 / k, dtype=torch.float64), centres, variances, settings.covariance_type)
-
-
-def _centres(read: Callable[[int, int], np.ndarray], rows: Rows, settings: Gmm) -> np.ndarray:
-    k, device = settings.n_components, rows.ranks.device
-    limit = k if settings.init == "random_from_data" else min(rows.n, POINTS_PER_CENTROID * k)
-    indices = rng.permutation(settings.seed, "gmm/rows", 0, rows.n)[:limit].sort().values.numpy()
-    sample = read_rows(read, indices, settings.chunk_size)
-    if settings.init == "kmeans":
-        return kmeans(sample, k, settings.seed, device if device.type == "cuda" and faiss_has_gpu() else "cpu")
-    if settings.init == "k-means++":
-        return sample[kmeans_plusplus(torch.from_numpy(sample).to(device), k, settings.seed).cpu().numpy()]
-    return sample
-
-
-def _hard_statistics(rows: Rows, centres: Tensor) -> SufficientStatistics:
-    """Return the statistics of all rows (N, C), each given wholly to the nearest of the centres (K, C)."""
-    # The component with the largest posterior under equal spherical Gaussians is the nearest centre.
-    k = len(centres)
-    nearest = Mixture(torch.full((k,), 1 / k, dtype=torch.float64), centres, torch.ones(k))
-    statistics = SufficientStatistics(nearest.means)
-    for _, x in rows:
-        component, row = nearest.predict(x, torch.float32).sort(stable=True)
-        statistics.add_pairs(x, component, row, torch.ones(len(x), dtype=torch.float64, device=x.device))
-    return statistics.share(rows.ranks)
+        return kmeans(sample, seeds, device if device.type == "cuda" and faiss_has_gpu() else "cpu")
+    return seeds

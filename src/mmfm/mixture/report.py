@@ -11,7 +11,7 @@ from mmfm.mixture.gaussian import Mixture
 
 def n_parameters(mixture: Mixture) -> int:
     """Return the number of free parameters: means, variances, and weights that sum to 1."""
-    return mixture.means.numel() + mixture.variances.numel() + mixture.n_components - 1
+    return mixture.n_parameters
 
 
 def entropy(shares: np.ndarray) -> float:

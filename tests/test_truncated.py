@@ -1,0 +1,200 @@
+"""Truncated E-steps, reseeding, and EM's own checks."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_em import ALONE, SETTINGS, a_start, clustered, result, run, store_of_tokens, token_store  # noqa: F401
+
+from mmfm.mixture import fit as stage
+from mmfm.mixture import kmeans, reseeding
+from mmfm.mixture.em import EMState, e_step, em_iterations
+from mmfm.mixture.gaussian import Mixture
+from mmfm.mixture.streaming import Rows
+from mmfm.mixture.truncated import Truncation, exact_winners, measure_gap, neighbours, truncated_e_step
+
+MANY = dataclasses.replace(SETTINGS, n_components=40, e_step="truncated", max_iter=12)
+
+
+def many_clusters(n=4000, k=40, c=8, **options):
+    return clustered(n, c, k, spread=3.0, **options)
+
+
+def fitted(data, k=40, iterations=3):
+    rows = Rows(lambda a, b: data[a:b], len(data), 256, ALONE, stretch=1024)
+    return rows, run(data, a_start(data, k), iterations, 256).mixture
+
+
+@pytest.mark.parametrize("covariance_type", ["diag", "spherical"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_all_candidates_and_no_dropped_mass_are_the_exact_e_step(covariance_type, dtype):
+    data = clustered(offset=30.0)
+    mixture = a_start(data, 5, covariance_type)
+    rows = Rows(lambda a, b: data[a:b], len(data), 64, ALONE, stretch=200)
+    winners = exact_winners(rows, mixture, torch.float64)
+    found, new = truncated_e_step(rows, mixture, winners, dtype, Truncation(candidates=5, mass=0.0))
+    exact = e_step(rows, mixture, torch.float64)
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-4
+    for name in ("count", "second", "log_likelihood"):
+        expected = getattr(exact, name)
+        if name == "second":  # about references that float32 rounded
+            shift = found.means - exact.means
+            expected = expected - 2 * shift * exact.first + exact.count[:, None] * shift**2
+        if covariance_type == "spherical" and name == "second":
+            expected, found.second = expected.mean(1), found.second.mean(1)
+        np.testing.assert_allclose(getattr(found, name), expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(new, winners)
+
+
+def test_the_gap_is_small_measured_and_never_negative():
+    data = many_clusters()
+    rows, mixture = fitted(data)
+    winners = exact_winners(rows, mixture, torch.float64)
+    whole = Truncation(candidates=8, sample=len(data))
+    statistics, _ = truncated_e_step(rows, mixture, winners, torch.float64, whole)
+    exact = e_step(rows, mixture, torch.float64)
+    gap = float(exact.log_likelihood - statistics.log_likelihood) / len(data)
+    mean, _ = measure_gap(rows, mixture, winners, whole, torch.float64)
+    assert mean == pytest.approx(gap, rel=1e-6)
+    assert 0 < gap < 0.1
+    sampled, error = measure_gap(rows, mixture, winners, Truncation(candidates=8, sample=400), torch.float64)
+    assert abs(sampled - gap) < 5 * error
+    more = measure_gap(rows, mixture, winners, Truncation(candidates=20, sample=len(data)), torch.float64)[0]
+    assert more < gap
+
+
+def test_winners_move_to_better_candidates_and_find_the_exact_ones():
+    data = many_clusters()
+    rows, mixture = fitted(data)
+    exact = exact_winners(rows, mixture, torch.float64)
+    winners = neighbours(mixture, 2)[exact.long(), 1].int()  # all wrong, but near
+    shares = []
+    for _ in range(4):
+        winners = truncated_e_step(rows, mixture, winners, torch.float32, Truncation(candidates=12))[1]
+        shares.append(float((winners == exact).double().mean()))
+    assert shares == sorted(shares)
+    assert shares[-1] > 0.9
+
+
+def test_candidates_know_the_wide_neighbour():
+    # A wide component far off is a better second choice than a narrow one nearby.
+    means = np.array([[0.0, 0], [3.0, 0], [8.0, 0]])
+    mixture = Mixture(np.full(3, 1 / 3), means, np.array([[1.0, 1], [0.05, 0.05], [30.0, 30]]))
+    assert neighbours(mixture, 2).tolist()[0] == [0, 2]
+    assert neighbours(mixture, 9).shape == (3, 3)
+
+
+def test_truncated_em_ends_where_exact_em_ends():
+    data = many_clusters()
+    rows, start = fitted(data, iterations=1)
+    bounds = []
+    for truncation in (None, Truncation(candidates=16)):
+        options = {"max_iter": 40, "tol": 1e-3, "reg_covar": 1e-6, "dtype": torch.float32}
+        state = list(em_iterations(rows, EMState(start), truncation=truncation, **options))[-1]
+        bounds.append(float(e_step(rows, state.mixture, torch.float64).log_likelihood) / len(data))
+    assert bounds[1] == pytest.approx(bounds[0], abs=0.02)
+
+
+def test_the_truncated_stage_reports_its_gap_and_resumes(tmp_path):
+    store = token_store(tmp_path / "cls_tokens.zarr", many_clusters(1024))
+    summary = stage.fit(store, MANY, tmp_path / "whole", ALONE)
+    assert 0 <= summary["truncation_gap"]["nats_per_image"] < 0.2
+    assert summary["log_likelihood"] >= summary["lower_bounds"][-1] - 1e-6
+    stage.fit(store, dataclasses.replace(MANY, max_iter=3), tmp_path / "parts", ALONE)
+    stage.fit(store, MANY, tmp_path / "parts", ALONE)
+    assert result(tmp_path / "parts") == result(tmp_path / "whole")
+
+
+def test_truncation_with_full_covariances_is_refused():
+    from mmfm import config
+
+    with pytest.raises(ValueError, match=r"gmm.e_step' truncated needs covariance_type diag or spherical, not full"):
+        config.build(config.Gmm, dataclasses.asdict(MANY) | {"covariance_type": "full"}, "gmm")
+
+
+# Reseeding
+
+
+def dead_start(data):
+    means = np.concatenate([data[:4], data[:1] + 1e4]).astype(np.float64)
+    return Mixture(np.full(5, 0.2), means, np.ones_like(means))
+
+
+@pytest.mark.parametrize("covariance_type", ["diag", "spherical", "tied", "full"])
+def test_an_empty_component_is_given_half_of_the_largest(covariance_type):
+    data = clustered(spread=8.0)
+    start = a_start(data, 5, covariance_type)
+    start = Mixture(start.weights, dead_start(data).means, start.variances, covariance_type)
+    state = run(data, start, 12)
+    assert state.reseeded[0] == 1 and sum(state.reseeded) <= reseeding.ROUNDS
+    assert (state.mixture.weights > 0.01).all()
+    rises = np.diff(state.lower_bounds)[[not moved for moved in state.reseeded[:-1]]]
+    assert (rises > -1e-5).all()
+
+
+def test_reseeding_is_counted_by_the_stage(tmp_path):
+    data = clustered(512, spread=8.0)
+    np.save(tmp_path / "means.npy", dead_start(data).means)
+    chosen = dataclasses.replace(SETTINGS, init_means=str(tmp_path / "means.npy"))
+    summary = stage.fit(token_store(tmp_path / "cls_tokens.zarr", data), chosen, tmp_path / "gmm", ALONE)
+    assert summary["reseeded_components"] >= 1
+    assert summary["empty_components"] == 0
+
+
+def test_the_same_components_are_moved_whatever_the_rounding():
+    mixture = Mixture(np.full(4, 0.25), np.eye(4), np.ones((4, 4)))
+    count = torch.tensor([30.0, 0.0, 30.0, 30.0], dtype=torch.float64)
+    moved = [reseeding.reseed(mixture, count + e, 1e-6, 0)[0].means for e in (0, torch.tensor([0, 0, 1e-9, 2e-9]))]
+    assert torch.equal(*moved)
+
+
+def test_duplicates_are_not_split_and_reseeding_ends():
+    data = np.repeat(clustered(3), 20, axis=0)
+    means = np.concatenate([data[::20], data[:2] + 50]).astype(np.float64)
+    state = run(data, Mixture(np.full(5, 0.2), means, np.ones((5, 6))), 8)
+    assert sum(count > 0 for count in state.reseeded) <= reseeding.ROUNDS
+    assert state.mixture.means.isfinite().all()
+
+
+# What EM checks
+
+
+def test_a_lower_bound_that_falls_is_an_error_naming_the_iteration():
+    data = clustered()
+    rows = Rows(lambda a, b: data[a:b], len(data), 64, ALONE)
+    good = run(data, a_start(data, 5), 3)
+    forged = dataclasses.replace(good, lower_bounds=(*good.lower_bounds[:-1], good.lower_bounds[-1] + 5))
+    with pytest.raises(ValueError, match=r"EM iteration 4: the mean log-likelihood fell by .* nats"):
+        list(em_iterations(rows, forged, max_iter=9, tol=0.0, reg_covar=1e-6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("reg_covar", [1e-6, 0.3, 20.0])
+@pytest.mark.parametrize("covariance_type", ["diag", "spherical", "tied", "full"])
+def test_regularisation_explains_what_it_costs(reg_covar, covariance_type):
+    # A regularisation of the data's own size makes the bound fall; no error may come of it.
+    data = clustered(spread=3.0)
+    bounds = run(data, a_start(data, 5, covariance_type), 15, reg_covar=reg_covar).lower_bounds
+    assert np.isfinite(bounds).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), k=st.integers(1, 12), c=st.integers(1, 6), n=st.integers(12, 80),
+    covariance_type=st.sampled_from(["diag", "spherical", "tied", "full"]),
+)  # fmt: skip
+def test_em_survives_any_data_and_its_bound_rises(seed, k, c, n, covariance_type):
+    data = clustered(n, c, 3, seed=seed)
+    bounds = np.array(run(data, a_start(data, k, covariance_type), 6, reg_covar=1e-6).lower_bounds)
+    assert np.isfinite(bounds).all()
+
+
+def test_small_clusters_are_given_up():
+    data = clustered(1000, k=6, spread=6.0, seed=2)
+    data[:3] += np.array([[200.0], [300], [400]], np.float32)  # outliers that seeds like
+    centres = np.concatenate([data[:3], data[3:6]])
+    rows = Rows(lambda a, b: data[a:b], len(data), 256, ALONE, stretch=512)
+    labels = kmeans.lloyd(rows, torch.from_numpy(centres))[1]
+    assert (torch.bincount(labels.long(), minlength=6) > 16).sum() >= 5
