@@ -14,7 +14,7 @@ import yaml
 from mmfm import config
 
 ROOT = Path(__file__).parent.parent
-TARGETS = ["results/fid/dinov2_mode.txt", "results/fid/dinov2_mode_ag.txt", "results/gmm/dinov2/sweep.png"]
+TARGETS = [*(f"results/fid/dinov2_{name}.txt" for name in ("mode", "mode_ag", "class")), "results/gmm/dinov2/sweep.png"]
 BASE = {"gpus": 0, "decoder": {"weights": "train"}}
 """The decoder's keys count where it is trained."""
 
@@ -32,6 +32,14 @@ OTHER = {
     "models.*.depth": [2, 1],
     "models.*.num_heads": [3, 6],
     "train.betas": [0.9, 0.99],
+    "train.label_dropout": 0.2,
+    "train.milestones": [1],
+    "train.loss_weighting.bounds": [0.4, 2.0],
+    "sample.guidance.interval": [0.1, 0.9],
+    "gmm.init_means": "other/means.npy",
+    "guide.weights": "other/guide.safetensors",
+    "guide.model": "S",
+    "guide.interval": [0.1, 0.9],
     "sweep.modes": [16, 64],
     "gpus": 1,
     "run": "other",
@@ -120,7 +128,7 @@ def checkout(tmp_path_factory):
     for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
         (folder / "other" / "encoder").mkdir(parents=True, exist_ok=True)
         (folder / "other" / "encoder" / name).touch()
-    for name in ("decoder.safetensors", "detector.safetensors", "reference.npz"):
+    for name in ("decoder.safetensors", "detector.safetensors", "reference.npz", "means.npy", "guide.safetensors"):
         (folder / "other" / name).touch()
     made = plans(folder, [{"keys": BASE, "targets": TARGETS, "touch": True}])
     assert stages(made[0]) == set(config.STAGES)

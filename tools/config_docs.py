@@ -34,7 +34,7 @@ DEPENDENTS = {
 }
 """Which stages read a stage's outputs."""
 
-NOT_RERUN = {("gmm", "n_components"): "sweep", ("guide", "scale"): "train", ("guide", "interval"): "train"}
+NOT_RERUN = {("gmm", "n_components"): "sweep"} | {("guide", key): "train" for key in ("weights", "scale", "interval")}
 """Stages that a section's other keys rerun, but not this one: the sweep has numbers of modes of its own."""
 
 INTRODUCTION = """\
