@@ -29,6 +29,9 @@ def test_defaults_load():
         ("train.assignment=sof", "did you mean 'soft'"),
         ("train.betas=[0.9]", "list of 2"),
         ("train.ema_decay=1.0", r"in \[0, 1\)"),
+        ("train.milestones=3", "'train.milestones' must be a list"),
+        ("train.milestones=[0]", "at least 1"),
+        ("train.milestones=[1.5]", "a whole number"),
         ("models.tiny.hidden_size=[190,192]", "models.tiny"),
         ("data=3", "'data' must be a section"),
     ],
@@ -67,3 +70,11 @@ def test_the_imagenet_preset_carries_the_published_numbers():
     assert (loaded.gmm.n_components, loaded.train.global_batch, loaded.train.ema_decay) == (8192, 1024, 0.9995)
     assert loaded.section("model").depth == (28, 2) and loaded.sample.time_points == 50
     assert (loaded.gmm.reg_covar, loaded.gmm.tol, loaded.gmm.max_iter, loaded.gmm.seed) == (1e-6, 1e-3, 100, 42)
+
+
+def test_a_list_passes_through_the_shell_and_back():
+    loaded = config.load([DEFAULTS], ["train.milestones=[20,80]"])
+    assert loaded.train.milestones == (20, 80)
+    flags = config.stage_operation(loaded, "train")
+    assert "train.milestones=[20,80]" in flags
+    assert config.load([DEFAULTS], flags).train.milestones == (20, 80)
