@@ -34,6 +34,9 @@ def test_defaults_load():
         ("guide.interval=[0.8,0.1]", "0 <= lowest <= highest <= 1"),
         ("sample.guidance.interval=[0,2]", "'sample.guidance.interval'"),
         ("sample.solver=dopri55", "did you mean 'dopri5'"),
+        ("train.milestones=3", "'train.milestones' must be a list"),
+        ("train.milestones=[0]", "at least 1"),
+        ("train.milestones=[1.5]", "a whole number"),
         ("models.tiny.hidden_size=[190,192]", "models.tiny"),
         ("data=3", "'data' must be a section"),
     ],
@@ -79,3 +82,11 @@ def test_the_imagenet_preset_carries_the_published_numbers():
     )
     assert (loaded.train.label_dropout, loaded.train.mode_dropout, loaded.train.loss_weighting.rule) == (0.1, 0, "none")
     assert (loaded.gmm.reg_covar, loaded.gmm.tol, loaded.gmm.max_iter, loaded.gmm.seed) == (1e-6, 1e-3, 100, 42)
+
+
+def test_a_list_passes_through_the_shell_and_back():
+    loaded = config.load([DEFAULTS], ["train.milestones=[20,80]"])
+    assert loaded.train.milestones == (20, 80)
+    flags = config.stage_operation(loaded, "train")
+    assert "train.milestones=[20,80]" in flags
+    assert config.load([DEFAULTS], flags).train.milestones == (20, 80)

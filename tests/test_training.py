@@ -367,6 +367,15 @@ def test_nothing_in_a_step_waits_for_the_device(tiny_pipeline, tmp_path, monkeyp
     assert seen == [[]] * STEPS_PER_EPOCH
 
 
+def test_a_cache_that_does_not_fit_says_what_to_lower(tiny_pipeline, tmp_path, monkeypatch):
+    def full(self, images):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(RAE, "encode", full)
+    with pytest.raises(ValueError, match=r"out of memory .* Lower latent_cache_gb"):
+        run(tiny_pipeline, tmp_path)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("compiled", [False, True])

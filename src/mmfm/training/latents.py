@@ -18,6 +18,7 @@ from mmfm import data
 from mmfm.infra import rng
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
+from mmfm.training import memory
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Images (B, 3, S, S) float32 in [0, 1] -> latent (B, C, H, W) and global token (B, C), float32."""
@@ -204,6 +205,7 @@ class _ImageIndices:
                 yield micro.images.tolist()
 
 
+@memory.explained("Lower latent_cache_gb (0 encodes at every step); it changes no result")
 def feed(
     plan: Plan,
     listing: str | Path,
@@ -224,6 +226,9 @@ def feed(
         latent_shape: (C, H, W) of ``encode``'s latents.
         stage: name for the progress line.
         keep_images: whether a cache holds the images too.
+
+    Raises:
+        ValueError: memory ran out.
     """
     channels, height, width = latent_shape
     per_view = channels * (height * width + 1) * 4 + 3 * size * size * keep_images
