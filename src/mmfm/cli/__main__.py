@@ -15,6 +15,7 @@ COMMANDS = {
     "sample": "generate images",
     "fid_reference": "feature moments of the real images",
     "fid": "Frechet distance of generated images",
+    "scale": "estimate what a configuration costs",
     "doctor": "say what this installation can and can't do",
 }
 
