@@ -12,6 +12,7 @@ from mmfm import config as mmfm_config
 from mmfm import unused
 from mmfm import workflow as wf
 from mmfm.infra.store import MODEL_FILES
+from mmfm.needs import Estimator
 from mmfm.settings import SETTINGS as MMFM_SETTINGS
 
 
@@ -47,11 +48,11 @@ ALL_CORES = max(1, workflow.cores or 1)
 # Stages that can run beside others leave them half of the cores.
 SHARED_CORES = max(1, ALL_CORES // 2)
 
-# Processes of a job, and the GB that K modes of [768, 16, 16] take as float32 means (less for smaller latents).
+# What a job of each stage takes, for the schedulers that enforce it; `mmfm scale` prints the same numbers. The first
+# encoder stands for all: they differ little.
 PROCESSES = GPUS or C.processes
-MEANS_GB = C.gmm.n_components * 768 * 16 * 16 * 4 / 1e9 if C.image.size > 64 else 0.1
-# Tokens that the start of the mixture looks at on the first process, and those that every process keeps.
-START_GB = C.gmm.n_components * (20 if C.gmm.init == "kmeans" else 256) * 768 * 4 / 1e9
+NEEDS = Estimator(C, ENCODERS[0], PROCESSES, GPUS > 0).stages()
+MEM_MB = {stage: need.mem_mb(PROCESSES, GPUS > 0) for stage, need in NEEDS.items()}
 
 # Operation keys by stage, as `section.key=value`. They reach the commands as resources, which are not compared between
 # runs as `params` are: they change no number, so changing them reruns nothing.

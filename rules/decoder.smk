@@ -34,8 +34,9 @@ if C.decoder.weights == "train":
             operation=OPERATION["train_decoder"],
             gpu=GPUS,
             processes=C.processes,
-            mem_mb=wf.memory_mb(PROCESSES, C.decoder.workers, gb_per_process=C.decoder.latent_cache_gb),
-            runtime=4320,
+            mem_mb=MEM_MB["train_decoder"],
+            runtime=NEEDS["train_decoder"].minutes,
+            disk_mb=NEEDS["train_decoder"].disk_mb,
         params:
             settings=parameter("train_decoder"),
         shell:

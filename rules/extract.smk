@@ -49,9 +49,9 @@ rule extract:
         operation=OPERATION["extract"],
         gpu=GPUS,
         processes=C.processes,
-        mem_mb=wf.memory_mb(PROCESSES, C.extract.workers),
-        runtime=720,
-        disk_mb=5000,
+        mem_mb=MEM_MB["extract"],
+        runtime=NEEDS["extract"].minutes,
+        disk_mb=NEEDS["extract"].disk_mb,
     params:
         settings=parameter("extract"),
     shell:
@@ -75,8 +75,9 @@ rule latent_stats:
         "../envs/mmfm.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=5,
+        mem_mb=MEM_MB["latent_stats"],
+        runtime=NEEDS["latent_stats"].minutes,
+        disk_mb=NEEDS["latent_stats"].disk_mb,
     params:
         settings=parameter("latent_stats"),
     shell:

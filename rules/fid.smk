@@ -27,8 +27,9 @@ rule fid_reference:
         operation=OPERATION["fid_reference"],
         gpu=GPUS,
         processes=C.processes,
-        mem_mb=wf.memory_mb(PROCESSES, C.fid.workers),
-        runtime=720,
+        mem_mb=MEM_MB["fid_reference"],
+        runtime=NEEDS["fid_reference"].minutes,
+        disk_mb=NEEDS["fid_reference"].disk_mb,
     params:
         settings=parameter("fid_reference"),
     shell:
@@ -58,8 +59,9 @@ rule fid:
         operation=OPERATION["fid"],
         gpu=GPUS,
         processes=C.processes,
-        mem_mb=wf.memory_mb(PROCESSES),
-        runtime=120,
+        mem_mb=MEM_MB["fid"],
+        runtime=NEEDS["fid"].minutes,
+        disk_mb=NEEDS["fid"].disk_mb,
     params:
         settings=parameter("fid"),
     shell:

@@ -39,8 +39,9 @@ rule fit_gmm:
         operation=OPERATION["fit_gmm"],
         gpu=GPUS,
         processes=C.processes,
-        mem_mb=wf.memory_mb(PROCESSES, gb=2 * START_GB + C.gmm.cache_gb),
-        runtime=720,
+        mem_mb=MEM_MB["fit_gmm"],
+        runtime=NEEDS["fit_gmm"].minutes,
+        disk_mb=NEEDS["fit_gmm"].disk_mb,
     params:
         settings=parameter("fit_gmm", lambda wildcards: {"gmm": {"n_components": int(wildcards.k)}}),
     shell:
@@ -71,9 +72,9 @@ rule spatial_gmm:
         operation=OPERATION["spatial_gmm"],
         gpu=GPUS,
         processes=C.processes,
-        mem_mb=wf.memory_mb(PROCESSES, C.spatial_gmm.workers),
-        runtime=720,
-        disk_mb=22000 if C.spatial_gmm.covariance_type == "diag" else 15000,
+        mem_mb=MEM_MB["spatial_gmm"],
+        runtime=NEEDS["spatial_gmm"].minutes,
+        disk_mb=NEEDS["spatial_gmm"].disk_mb,
     params:
         settings=parameter("spatial_gmm"),
     shell:

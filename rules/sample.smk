@@ -35,9 +35,9 @@ rule sample:
         operation=sample_operation,
         gpu=GPUS,
         processes=C.processes,
-        mem_mb=wf.memory_mb(PROCESSES, gb_per_process=MEANS_GB),
-        runtime=720,
-        disk_mb=20000,
+        mem_mb=MEM_MB["sample"],
+        runtime=NEEDS["sample"].minutes,
+        disk_mb=NEEDS["sample"].disk_mb,
     params:
         settings=parameter("sample", sampled),
     shell:

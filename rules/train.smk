@@ -28,9 +28,9 @@ rule train:
         operation=lambda wildcards: f"{OPERATION['train']} --decoder {preview_decoder(wildcards)}",
         gpu=GPUS,
         processes=C.processes,
-        mem_mb=wf.memory_mb(PROCESSES, C.train.workers, gb_per_process=C.train.latent_cache_gb + MEANS_GB),
-        runtime=7200,
-        disk_mb=40000,
+        mem_mb=MEM_MB["train"],
+        runtime=NEEDS["train"].minutes,
+        disk_mb=NEEDS["train"].disk_mb,
     params:
         settings=parameter("train", trained_model),
     shell:

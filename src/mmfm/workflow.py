@@ -171,18 +171,6 @@ def prepare_environment() -> None:
         os.environ[variable] = os.pathsep.join([str(first), *rest])
 
 
-def memory_mb(processes: int, workers: int = 0, gb: float = 0.0, gb_per_process: float = 0.0) -> int:
-    """Estimate a job's memory in MB for the schedulers that enforce it.
-
-    Args:
-        processes: of the stage; each holds PyTorch, an encoder and its batches: about 3 GB.
-        workers: image-reading processes of each, about 0.7 GB with PyTorch imported.
-        gb: what is held once.
-        gb_per_process: what every process holds beyond the usual.
-    """
-    return int(1000 * (processes * (3 + 0.7 * workers + gb_per_process) + gb))
-
-
 def clear_stale_locks(folder: Path) -> IO[str]:
     """Remove Snakemake's lock files if no process that wrote them is alive.
 

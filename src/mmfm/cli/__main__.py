@@ -18,6 +18,7 @@ COMMANDS = {
     "sample": "generate images",
     "fid_reference": "feature moments of the real images",
     "fid": "Frechet distance of generated images",
+    "scale": "estimate what a configuration costs",
     "sweep": "fits with several numbers of modes side by side",
     "clean": "remove unfinished work that no target refers to",
     "doctor": "say what this installation can and can't do",

@@ -1,0 +1,205 @@
+"""The needs of every stage of a configuration, from the arithmetic in :mod:`mmfm.scale`."""
+
+from mmfm import scale
+from mmfm.config import Config
+from mmfm.scale import DOUBLE, FLOAT, Need
+
+_PATCH = {"dinov2": 14, "siglip2": 16, "mae": 16}
+SEEDING = {"kmeans": 20, "k-means++": 256, "random_from_data": 1}
+SEEDING_ITERATIONS, LLOYD_ITERATIONS = 10, 50
+"""Those of mmfm.mixture.initial and mmfm.mixture.kmeans, which import torch: too slow for a workflow's start."""
+_DETECTORS = {"inception": (2048, 11.4e9, 0.1e9), "fashion": (64, 2e7, 1e6)}
+"""Features, operations per image, bytes of weights."""
+
+
+class Estimator:
+    """Needs of the stages of one configuration.
+
+    Args:
+        config: the configuration.
+        encoder: name of the encoder.
+        processes: of every stage.
+        on_gpu: whether each process has a GPU.
+        n_images: training images; by default ImageNet's number, or the demo's.
+    """
+
+    def __init__(self, config: Config, encoder: str, processes: int, on_gpu: bool, n_images: int | None = None) -> None:
+        self.config, self.processes, self.on_gpu = config, max(1, processes), on_gpu
+        entry = config.encoders[encoder]
+        self.encoder = scale.encoder_size(entry.weights, entry.input_size, _PATCH[entry.family])
+        demo = config.data.root == "demo"
+        self.n = n_images or (scale.DEMO_IMAGES if demo else scale.IMAGENET_IMAGES) - config.data.holdout
+        self.image_bytes = scale.DEMO_BYTES if demo else scale.IMAGENET_BYTES
+        self.rates = scale.GPU if on_gpu else scale.CPU
+        self.tokens = self.encoder.grid**2
+        self.model = config.models[config.train.model]
+        self.means = config.gmm.n_components * self.encoder.latent * FLOAT
+
+    def stages(self) -> dict[str, Need]:
+        """Return the needs of all stages in the order of the workflow."""
+        names = (
+            "extract", "latent_stats", "fit_gmm", "spatial_gmm", "train_decoder", "train", "sample", "fid_reference",
+            "fid",
+        )  # fmt: skip
+        return {name: getattr(self, name)() for name in names}
+
+    def _need(
+        self, reads: float, writes: float, disk: float, device: float, *, host: float = 0.0, single: float = 0.0,
+        half: float = 0.0, images: float = 0.0, workers: int = 0,
+    ) -> Need:  # fmt: skip
+        arithmetic = (single / self.rates.single + half / self.rates.half) / self.processes
+        decoding = images / (self.rates.decode * max(1, workers) * self.processes)
+        seconds = max(arithmetic, decoding, (reads + writes) / self.rates.disk)
+        host += scale.PROCESS_BYTES + workers * scale.WORKER_BYTES
+        return Need(reads, writes, disk, host, device, single + half, seconds)
+
+    def _encoding(self, batch: int) -> float:
+        """Memory of encoding a batch: weights, activations, latents in float32 and their deviations in float64."""
+        e = self.encoder
+        activations = batch * e.tokens * e.width * FLOAT * scale.INFERENCE_COPIES
+        return e.parameters * FLOAT + activations + batch * e.latent * (FLOAT + 2 * DOUBLE)
+
+    def extract(self) -> Need:
+        """One pass over the images: a token each, and two moments per shard."""
+        settings, e = self.config.extract, self.encoder
+        shards = -(-self.n // settings.shard_size)
+        written = self.n * e.width * FLOAT + (shards + 1) * 2 * e.latent * DOUBLE
+        return self._need(
+            self.n * self.image_bytes, written, written, self._encoding(settings.batch_size),
+            host=settings.shard_size * e.width * FLOAT, single=self.n * e.flops, images=self.n,
+            workers=settings.workers,
+        )  # fmt: skip
+
+    def latent_stats(self) -> Need:
+        """Moments in, statistics out."""
+        latent = self.encoder.latent
+        return self._need(2 * latent * DOUBLE, 2 * latent * FLOAT, 2 * latent * FLOAT, 0, host=4 * latent * DOUBLE)
+
+    def fit_gmm(self) -> Need:
+        """k-means, then two products of tokens and modes per iteration; tokens read once if they fit."""
+        s, width = self.config.gmm, self.encoder.width
+        share = self.n * width * FLOAT / self.processes
+        cached = share <= s.cache_gb * 1e9
+        sample = min(self.n, SEEDING[s.init] * s.n_components)
+        parameters = s.n_components * (2 * width + 1) * DOUBLE
+        product = 2 * self.n * width * s.n_components
+        # Seeds come from one process alone, Lloyd's iterations are shared.
+        kmeans = SEEDING_ITERATIONS * 2 * sample * width * s.n_components * self.processes
+        kmeans += LLOYD_ITERATIONS * product if s.init == "kmeans" else 0
+        chunk = s.chunk_size * (3 * s.n_components + width) * FLOAT
+        return self._need(
+            self.n * width * FLOAT * (1 if cached else s.max_iter + 1) + sample * width * FLOAT,
+            parameters * s.max_iter + self.n * FLOAT, 5 * parameters + self.n * FLOAT,
+            (share if cached else 0) + 6 * parameters + chunk, host=2 * sample * width * FLOAT,
+            single=(2 * s.max_iter + 1) * product + kmeans,
+        )  # fmt: skip
+
+    def spatial_gmm(self) -> Need:
+        """One pass over the images, a mean per mode."""
+        settings, e = self.config.spatial_gmm, self.encoder
+        stored = self.means * (2 if settings.covariance_type == "diag" else 1)
+        return self._need(
+            self.n * self.image_bytes, stored, stored, self._encoding(settings.batch_size),
+            host=self.n * 40, single=self.n * e.flops, images=self.n, workers=settings.workers,
+        )  # fmt: skip
+
+    def train_decoder(self) -> Need:
+        """Encoder forward, decoder forward and backward; checkpoints of weights and two moments."""
+        s, parameters = self.config.decoder, scale.decoder_parameters(self.config.decoder)
+        images = s.steps * s.global_batch
+        micro = s.micro_batch or -(-s.global_batch // self.processes)
+        activations = micro * self.tokens * s.hidden_size * s.num_layers * scale.ACTIVATION_BYTES
+        checkpoint = parameters * (scale.TRAINED_BYTES - FLOAT)
+        encoding = self._encoding(micro) + s.latent_cache_gb * 1e9
+        return self._need(
+            images * self.image_bytes, checkpoint * s.steps / s.checkpoint_every, 4 * checkpoint,
+            parameters * scale.TRAINED_BYTES + activations + encoding,
+            single=images * self.encoder.flops, half=3 * images * scale.decoder_flops(s, self.tokens + 1),
+            images=images, workers=s.workers,
+        )  # fmt: skip
+
+    def train(self) -> Need:
+        """Encoder and posterior forward, model forward and backward; checkpoints with the EMA."""
+        s, k = self.config.train, self.config.gmm.n_components
+        steps = s.epochs * (self.n // s.global_batch)
+        images = steps * s.global_batch
+        micro = s.micro_batch or -(-s.global_batch // self.processes)
+        parameters = scale.dit_parameters(self.model, self.encoder.width, k)
+        depth = zip(self.model.hidden_size, self.model.depth, strict=True)
+        activations = micro * self.tokens * sum(w * d for w, d in depth) * scale.ACTIVATION_BYTES
+        checkpoint = parameters * (scale.TRAINED_BYTES - FLOAT + scale.EMA_BYTES)
+        model = parameters * (scale.TRAINED_BYTES + scale.EMA_BYTES)
+        posterior = 4 * self.encoder.width * k
+        return self._need(
+            images * self.image_bytes, checkpoint * steps / s.checkpoint_every, (s.keep_checkpoints + 2) * checkpoint,
+            model + activations + self.means + self._encoding(micro) + s.latent_cache_gb * 1e9,
+            single=images * (self.encoder.flops + posterior),
+            half=3 * images * scale.dit_flops(self.model, self.tokens), images=images, workers=s.workers,
+        )  # fmt: skip
+
+    def sample(self) -> Need:
+        """The model at every step, the decoder once; images as shards and as one file."""
+        s, decoder = self.config.sample, self.config.decoder
+        evaluations = (s.time_points - 1) * (2 if s.solver == "heun" else 1)
+        pixels = self.config.image.size**2 * 3
+        weights = scale.dit_parameters(self.model, self.encoder.width, self.config.gmm.n_components)
+        weights += scale.decoder_parameters(decoder)
+        widest = max(*self.model.hidden_size, decoder.hidden_size)
+        activations = s.batch_size * self.tokens * widest * FLOAT * scale.INFERENCE_COPIES
+        half = s.n_images * evaluations * scale.dit_flops(self.model, self.tokens)
+        return self._need(
+            weights * FLOAT + self.means, 2 * s.n_images * pixels, 2 * s.n_images * pixels,
+            weights * FLOAT + self.means + activations, host=s.shard_size * pixels,
+            half=half, single=s.n_images * scale.decoder_flops(decoder, self.tokens + 1),
+        )  # fmt: skip
+
+    def fid_reference(self) -> Need:
+        """One pass over the images, features' moments per shard; or an .npz read."""
+        s, (features, flops, weights) = self.config.fid, _DETECTORS[self.config.fid.detector]
+        moments = features * (features + 1) * DOUBLE
+        if s.reference != "train":
+            return self._need(moments + weights, moments, moments, 0, host=8 * moments, single=60 * features**3)
+        shards = min(128, -(-self.n // 1000))
+        return self._need(
+            self.n * self.image_bytes, (shards + 1) * moments, (shards + 1) * moments, self._detecting(s.batch_size),
+            host=8 * moments, single=self.n * flops + 60 * features**3, images=self.n, workers=s.workers,
+        )  # fmt: skip
+
+    def fid(self) -> Need:
+        """The detector on generated images; a distance."""
+        s, (features, flops, _) = self.config.fid, _DETECTORS[self.config.fid.detector]
+        n, pixels = self.config.sample.n_images, self.config.image.size**2 * 3
+        moments = features * (features + 1) * DOUBLE
+        return self._need(
+            2 * n * pixels, 1e4, 1e4, self._detecting(s.batch_size), host=8 * moments,
+            single=n * flops + 60 * features**3,
+        )  # fmt: skip
+
+    def _detecting(self, batch: int) -> float:
+        features, _, weights = _DETECTORS[self.config.fid.detector]
+        pixels = batch * self.config.image.size**2 * 3
+        return weights + 40 * pixels * FLOAT + 3 * features**2 * DOUBLE
+
+
+def table(config: Config, encoder: str, gpus: int, n_images: int | None = None) -> str:
+    """Return the needs of all stages as a Markdown table; 0 GPUs is one process on a CPU core."""
+    rows = ["| stage | reads | writes | disk | host / rank | GPU / rank | FLOPs | time |", "|---|" + "--:|" * 7]
+    for name, need in Estimator(config, encoder, gpus or 1, gpus > 0, n_images).stages().items():
+        sizes = (need.reads, need.writes, need.disk, need.host, need.device)
+        cells = [f"`{name}`", *map(_bytes, sizes), f"{need.flops:.1e}", _time(need.seconds)]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _bytes(size: float) -> str:
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1e3:.0f} kB"
+
+
+def _time(seconds: float) -> str:
+    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.0f} s"

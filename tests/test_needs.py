@@ -1,0 +1,69 @@
+"""The arithmetic of needs against what it describes, and the document against what the code prints."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmfm import config, needs, scale
+from mmfm.cli.__main__ import main
+from mmfm.decoder import Decoder, DecoderConfig
+from mmfm.mixture import initial, kmeans
+from mmfm.models.dit import DiT, DiTConfig
+from mmfm.needs import Estimator
+
+ROOT = Path(__file__).parent.parent
+FULL = config.load([ROOT / "config" / "config.yaml", ROOT / "config" / "imagenet256.yaml"])
+
+
+def test_the_document_shows_what_is_printed(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["scale", "--config", "config/imagenet256.yaml"]) == 0
+    shown = (ROOT / "docs" / "scale.md").read_text().split("imagenet256.yaml -->\n")[1].split("\n<!-- end")[0]
+    assert shown == capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(("name", "published"), [("XL", 839e6), ("S", 196e6)])
+def test_parameters_of_the_models(name, published):
+    sizes = FULL.models[name]
+    with torch.device("meta"):
+        model = DiT(DiTConfig(16, 1, 768, sizes.hidden_size, sizes.depth, sizes.num_heads, 1000, 0.1))
+    real = sum(p.numel() for p in model.parameters())
+    assert scale.dit_parameters(sizes, 768, 1001) == pytest.approx(real, rel=0.01)
+    assert real == pytest.approx(published, rel=0.01)
+
+
+def test_parameters_of_the_decoder():
+    d = FULL.decoder
+    with torch.device("meta"):
+        sizes = DecoderConfig(768, d.hidden_size, d.intermediate_size, d.num_heads, d.num_layers, 16, 256)
+        real = sum(p.numel() for p in Decoder(sizes).parameters())
+    assert scale.decoder_parameters(d) == pytest.approx(real, rel=0.02)
+
+
+def test_operations_are_those_that_pytorch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    sizes = config.Model((96, 128), (3, 1), (3, 4))
+    model = DiT(DiTConfig(8, 1, 48, sizes.hidden_size, sizes.depth, sizes.num_heads, 0, 0.0))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 48, 8, 8), torch.zeros(1), None)
+    assert scale.dit_flops(sizes, 64) == pytest.approx(counter.get_total_flops(), rel=0.2)
+
+
+def test_files_of_a_fixed_layout_are_exact():
+    full = Estimator(FULL, "dinov2", 8, True)
+    assert full.spatial_gmm().disk == 8192 * 768 * 16 * 16 * 4
+    assert full.extract().disk == pytest.approx(1_281_167 * 768 * 4, rel=0.2)
+
+
+def test_more_processes_take_less_time_and_no_more_memory_each():
+    one, eight = (Estimator(FULL, "dinov2", n, True).stages() for n in (1, 8))
+    for name in ("extract", "fit_gmm", "spatial_gmm", "train", "train_decoder", "sample", "fid"):
+        assert eight[name].seconds < one[name].seconds and eight[name].device <= one[name].device
+    assert one["train"].mem_mb(2, False) > 2 * one["train"].mem_mb(1, True)
+
+
+def test_the_start_of_the_mixture_is_counted_as_it_is():
+    assert needs.SEEDING == initial.ROWS_PER_COMPONENT
+    assert (needs.SEEDING_ITERATIONS, needs.LLOYD_ITERATIONS) == (initial.KMEANS_ITERATIONS, kmeans.ITERATIONS)
