@@ -35,6 +35,13 @@ SECTIONS = {
             "rule": "none", "by": "mode", "decay": 0.9, "gamma": 1.0, "warmup_epochs": 1, "bounds": [0.5, 2.0],
         },
     },
+    "extract": {"shard_size": 8, "batch_size": 4, "workers": 0},
+    "gmm": {
+        "n_components": 4, "covariance_type": "diag", "init": "random_from_data", "reg_covar": 1e-6, "tol": 1e-3,
+        "max_iter": 5, "seed": 0, "precision": "float32", "chunk_size": 64, "n_init": 1, "init_means": "",
+        "e_step": "exact", "cache_gb": 1.0,
+    },
+    "spatial_gmm": {"batch_size": 4, "workers": 0, "covariance_type": "spherical"},
     "sample": {
         "n_images": 22, "time_points": 4, "solver": "euler", "precision": "auto", "shard_size": 5, "batch_size": 4,
         "guidance": {"scale": 1.0, "interval": [0.0, 1.0]}, "rtol": 1e-3, "atol": 1e-3, "mode_draw": "multinomial",
@@ -46,7 +53,7 @@ SECTIONS = {
         "workers": 0, "latent_cache_gb": 1.0, "checkpoint_every": 4,
     },
 }  # fmt: skip
-"""Small settings of the training stages; pass a copy of the sections that a stage reads as JSON."""
+"""Small settings of the stages; pass a copy of the sections that a stage reads as JSON."""
 
 
 def write_images(folder: Path, n: int, classes: int = 2, size: int = SIZE, seed: int = 0) -> Path:

@@ -25,12 +25,7 @@ from mmfm.training.checkpoint import save_ema
 
 MORE = {
     "data": {"root": "unused", "holdout": 0, "seed": 0, "unreadable": "error", "workers": 0},
-    "extract": {"shard_size": 8, "batch_size": 4, "workers": 0},
-    "gmm": {"n_components": 4, "covariance_type": "diag", "init": "random_from_data", "reg_covar": 1e-6, "tol": 1e-3,
-            "max_iter": 5, "seed": 0, "precision": "float32", "chunk_size": 64},
-    "spatial_gmm": {"batch_size": 4, "workers": 0},
-    "sample": {"n_images": 4, "time_points": 3, "solver": "euler", "precision": "auto", "shard_size": 4,
-               "batch_size": 4},
+    "sample": {**SECTIONS["sample"], "n_images": 4, "time_points": 3, "shard_size": 4},
     "fid": {"detector": "fashion", "weights": "unused", "reference": "train", "batch_size": 8, "workers": 0},
 }  # fmt: skip
 DETECTOR = Path(__file__).parent.parent / "resources" / "demo" / "detector" / "detector.safetensors"

@@ -68,7 +68,7 @@ def test_detector_tells_the_classes_apart():
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\0\0\x0d\x01\0\0\0\2ab", b"\0\0\x08\x01\0\0\0\5ab", gzip.compress(b"x" * 99)[:-9]]
+    "content", [b"", b"\0\0\x0d\x01\0\0\0\2ab", b"\0\0\x08\x01\0\0\0\5ab", gzip.compress(b"x" * 99, mtime=0)[:-9]]
 )
 def test_a_broken_idx_file_is_named(tmp_path, content):
     (tmp_path / "broken.gz").write_bytes(content)

@@ -15,12 +15,7 @@ from mmfm.infra import npz, space, store
 from mmfm.tokens import TokenStore
 from mmfm.training.checkpoint import load_ema
 
-SECTIONS_MORE = {
-    "extract": {"shard_size": 8, "batch_size": 4, "workers": 0},
-    "spatial_gmm": {"batch_size": 4, "workers": 0},
-    "sample": {"n_images": 40, "time_points": 3, "solver": "euler", "precision": "auto", "shard_size": 8,
-               "batch_size": 8},
-}  # fmt: skip
+SECTIONS_MORE = {"sample": {**SECTIONS["sample"], "n_images": 40, "time_points": 3, "shard_size": 8, "batch_size": 8}}
 
 
 @pytest.fixture(scope="module")

@@ -18,17 +18,12 @@ DETECTOR = Path(__file__).parent.parent / "resources" / "demo" / "detector" / "d
 
 SMALL = {
     **SECTIONS,
-    "extract": {"shard_size": 8, "batch_size": 3, "workers": 0},
-    "gmm": {
-        "n_components": 5, "covariance_type": "diag", "init": "kmeans", "reg_covar": 1e-6, "tol": 0.0, "max_iter": 6,
-        "seed": 42, "precision": "float32", "chunk_size": 7, "cache_gb": 1.0,
-    },
-    "spatial_gmm": {"batch_size": 3, "workers": 0},
-    "decoder": {**SECTIONS["decoder"], "global_batch": 7, "steps": 7, "checkpoint_every": 2},
-    "train": {**SECTIONS["train"], "global_batch": 7, "epochs": 1, "checkpoint_every": 2},
-    "sample": {
-        "n_images": 23, "time_points": 3, "solver": "euler", "precision": "auto", "shard_size": 5, "batch_size": 3,
-    },
+    "extract": {**SECTIONS["extract"], "batch_size": 3},
+    "gmm": {**SECTIONS["gmm"], "n_components": 5, "init": "kmeans", "tol": 0.0, "max_iter": 6, "chunk_size": 7},
+    "spatial_gmm": {**SECTIONS["spatial_gmm"], "batch_size": 3},
+    "decoder": {**SECTIONS["decoder"], "global_batch": 6, "steps": 7, "checkpoint_every": 2},
+    "train": {**SECTIONS["train"], "global_batch": 6, "epochs": 1, "checkpoint_every": 2},
+    "sample": {**SECTIONS["sample"], "n_images": 23, "time_points": 3, "batch_size": 3},
     "fid": {"detector": "fashion", "weights": str(DETECTOR), "reference": "train", "batch_size": 3, "workers": 0},
 }  # fmt: skip
 """Sizes that divide neither the number of images nor each other."""
