@@ -99,7 +99,7 @@ def measure(trainer: training.Trainer, feed: Any, steps: int) -> dict[str, Any]:
 
 def bare_pass(trainer: training.Trainer, forward: torch.nn.Module, feed: Any) -> Callable[[], None]:
     """Forward and backward pass over the same micro batches, of fixed latents and a loss of one line."""
-    from mmfm.training.loop import autocast
+    from mmfm.infra.precision import autocast
 
     micros = [inputs.latent for _, inputs in feed.batches(0, 1)]
     labels = trainer.model.config.num_classes

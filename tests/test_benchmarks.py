@@ -27,7 +27,7 @@ def test_demo_effect_tables(tmp_path):
     rows = effect.table(found, 10)
     assert "| `gmm` | 11.00 (10.00 to 12.00) | 41.00 (40.00 to 42.00) | 251.00 (250.00 to 252.00) | 0.163 |" in rows
     assert effect.curve(found, 25)["uncond"] == [(186, 400.0), (620, 250.0), (1860, 100.0)]
-    effect.draw(found, tmp_path / "curve.png")
+    effect.draw(found, tmp_path / "curve.png", 10)
     assert (tmp_path / "curve.png").stat().st_size > 5000
 
 

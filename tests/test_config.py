@@ -14,7 +14,7 @@ DEFAULTS = ROOT / "config" / "config.yaml"
 
 def test_defaults_load():
     loaded = config.load([DEFAULTS])
-    assert loaded.gmm.n_components == 64
+    assert loaded.gmm.n_components == 256
     assert loaded.section("model").hidden_size == (192, 192)
 
 

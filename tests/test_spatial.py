@@ -419,7 +419,7 @@ def test_training_and_sampling_draw_from_a_diag_mixture(tiny_pipeline, tmp_path)
     files = replace(tiny_pipeline, spatial_gmm=path)
     given = ["--setting", "mode", "--settings", json_of(config.STAGES["train"], train={"epochs": 1})]
     assert main(["train", *given, "--out-dir", str(tmp_path), *files.train_arguments]) == 0
-    sample = {"n_images": 6, "time_points": 2, "solver": "euler", "precision": "auto", "shard_size": 3, "batch_size": 3}
+    sample = {**SECTIONS["sample"], "n_images": 6, "time_points": 2, "shard_size": 3, "batch_size": 3}
     values = json.dumps({"image": SECTIONS["image"], "encoder": SECTIONS["encoder"], "sample": sample})
     given = ["--settings", values, "--ema", str(tmp_path / "ema.safetensors"), "--encoder-weights", str(files.encoder)]
     given += ["--stats", str(files.stats), "--decoder", str(files.decoder), "--spatial-gmm"]

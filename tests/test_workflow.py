@@ -22,13 +22,13 @@ DEFAULTS = config.load([ROOT / "config" / "config.yaml"])
 @pytest.mark.parametrize(
     ("text", "setting", "expected"),
     [
-        ("", "mode", "seed0.tiny.k64.t25"),
+        ("", "mode", "seed0.tiny.k256.t25"),
         ("", "uncond", "seed0.tiny.t25"),
         (".k512.t4", "gmm", "seed0.tiny.k512.t4"),
         (".seed3.S", "uncond", "seed3.S.t25"),
         (".seed1.tiny.k8.t1", "mode", "seed1.tiny.k8.t1"),
         (".t4", "class", "seed0.tiny.t4.g1"),
-        (".g2.5", "class_gmm", "seed0.tiny.k64.t25.g2.5"),
+        (".g2.5", "class_gmm", "seed0.tiny.k256.t25.g2.5"),
     ],
 )
 def test_variants_are_completed(text, setting, expected):
@@ -41,7 +41,7 @@ def test_variants_are_completed(text, setting, expected):
 
 def test_variants_of_autoguidance_carry_the_guides_scale():
     for text, setting, expected in (
-        ("", "mode", "seed0.tiny.k64.t25.g1.5"),
+        ("", "mode", "seed0.tiny.k256.t25.g1.5"),
         (".t4.g2.0", "uncond", "seed0.tiny.t4.g2"),
     ):
         complete = wf.parse_variant(text, setting, DEFAULTS, guided=True)
@@ -55,7 +55,7 @@ def test_variants_of_autoguidance_carry_the_guides_scale():
 
 def test_a_mode_model_with_dropout_has_a_scale():
     dropout = replace(DEFAULTS, train=replace(DEFAULTS.train, mode_dropout=0.1))
-    assert str(wf.parse_variant(".g3", "mode", dropout)) == "seed0.tiny.k64.t25.g3"
+    assert str(wf.parse_variant(".g3", "mode", dropout)) == "seed0.tiny.k256.t25.g3"
 
 
 @pytest.mark.parametrize(
@@ -177,14 +177,14 @@ def test_a_variant_reuses_what_it_shares(finished):
 def test_a_sweep_reuses_the_tokens_and_the_fit_that_is_there(finished):
     sweep = "results/gmm/dinov2/sweep.png"
     assert finished.jobs(sweep) == {"fit_gmm", "spatial_gmm", "sweep"}
-    assert finished.jobs(sweep, keys={"sweep": {"modes": [64]}}) == {"sweep"}
-    assert finished.jobs(keys={"sweep": {"modes": [64]}}) == set()
+    assert finished.jobs(sweep, keys={"sweep": {"modes": [256]}}) == {"sweep"}
+    assert finished.jobs(keys={"sweep": {"modes": [256]}}) == set()
 
 
 def test_targets_of_autoguidance_train_a_guide_of_its_own(finished):
     """The guide differs from the main model in size or budget alone, and never shares its folder."""
     plan = finished.run("results/fid/dinov2_mode_ag.txt", "-n", keys={"guide": {"model": "tiny", "epochs": 3}}).stdout
-    assert "results/train/dinov2_mode/seed0.tiny.k64.guide/ema.safetensors" in plan
+    assert "results/train/dinov2_mode/seed0.tiny.k256.guide/ema.safetensors" in plan
     (finished.folder / "given").mkdir(exist_ok=True)
     (finished.folder / "given" / "dinov2_mode.safetensors").touch()
     given = {"guide": {"weights": "given/{encoder}_{setting}.safetensors"}}
@@ -194,9 +194,9 @@ def test_targets_of_autoguidance_train_a_guide_of_its_own(finished):
 def test_every_setting_is_a_target(finished):
     names = ["uncond_ag", "class", "class_ag.g2", "class_gmm.t4", "class_gmm_ag"]
     plan = finished.run(*(f"results/fid/dinov2_{name}.txt" for name in names), "-n").stdout
-    for folder in ("uncond/seed0.tiny_guide", "class/seed0.tiny_guide", "class_gmm/seed0.tiny_guide.k64"):
+    for folder in ("uncond/seed0.tiny_guide", "class/seed0.tiny_guide", "class_gmm/seed0.tiny_guide.k256"):
         assert f"results/train/dinov2_{folder}.guide/ema.safetensors" in plan
-    for folder in ("uncond_ag/seed0.tiny.t25.g1.5", "class_gmm/seed0.tiny.k64.t4.g1", "class_ag/seed0.tiny.t25.g2"):
+    for folder in ("uncond_ag/seed0.tiny.t25.g1.5", "class_gmm/seed0.tiny.k256.t4.g1", "class_ag/seed0.tiny.t25.g2"):
         assert f"results/sample/dinov2_{folder}/images.npz" in plan
 
 

@@ -456,7 +456,7 @@ def _check_together(section: Any, where: str) -> None:
         if section.rtol + section.atol <= 0:
             raise ValueError(f"'{where}.rtol' and '{where}.atol' are both 0; {section.solver} needs one of them")
     if isinstance(section, Sweep) and not section.modes:
-        raise ValueError(f"'{where}.modes' is empty; it must be a list of at least one number")
+        raise ValueError(f"'{where}.modes' must be a list of at least one number, got an empty one")
     if isinstance(section, Model):
         for width, heads in zip(section.hidden_size, section.num_heads, strict=True):
             if width % heads or (width // heads) % 4:

@@ -5,6 +5,7 @@ layout, activations and other memory are rules of thumb, and times follow from t
 nothing here was measured at full size. A multiplication and an addition count as two operations.
 """
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +77,9 @@ def encoder_size(weights: str, input_size: int, patch: int) -> EncoderSize:
     """Return the sizes in a local folder's config.json, or those of a base model (width 768, 12 layers)."""
     path, values = Path(weights) / "config.json", {}
     if path.is_file():
-        values = json.loads(path.read_text())
-        values = values.get("vision_config", values)
+        with contextlib.suppress(ValueError):  # a damaged file is the business of the stage that reads it
+            values = json.loads(path.read_text())
+            values = values.get("vision_config", values)
     grid = input_size // int(values.get("patch_size", patch))
     return EncoderSize(int(values.get("hidden_size", 768)), int(values.get("num_hidden_layers", 12)), grid**2 + 5, grid)
 

@@ -104,6 +104,7 @@ def _build_task(
     )
     mixture = Mixture.load(files.gmm, device) if SETTINGS[setting].mixture else None
     if mixture is not None:
+        mixture.posterior(mixture.means[:1].float())  # makes its tables now: the steps are not to wait for the device
         # Imported files carry no digests by which they could be told apart.
         found = (mixture.n_components, mixture.dimension, tuple(source.means.shape[1:]))
         wanted = (source.num_modes, latent_shape[0], latent_shape)
