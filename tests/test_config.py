@@ -58,7 +58,7 @@ def test_settings_hold_identity_and_budget_only():
     assert not {"workers", "checkpoint_every", "preview", "micro_batch"} & set(train)
     built = {"train": loaded.train}
     assert "epochs" not in config.identity(built)["train"]
-    assert "train.preview.every=300" in config.stage_operation(loaded, "train")
+    assert "train.preview.every=60" in config.stage_operation(loaded, "train")
 
 
 def test_every_section_is_read_by_a_stage():
