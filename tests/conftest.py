@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from hypothesis import settings as hypothesis_settings
 from PIL import Image
 
 import mmfm.infra.torchvision_ops  # noqa: F401  (before transformers is imported)
 from mmfm import data
 from mmfm.infra import store
+
+# The same examples in every run.
+hypothesis_settings.register_profile("mmfm", derandomize=True, deadline=None)
+hypothesis_settings.load_profile("mmfm")
 
 SIZE, GRID, CHANNELS, MODES = 32, 4, 32, 4
 

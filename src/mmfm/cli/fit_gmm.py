@@ -20,9 +20,10 @@ writes  gmm.safetensors         weights, means, variances (float64)
         likelihood.png, weights.png
         modes.png               the images nearest to some modes
 
-Start: faiss k-means (gmm.init=kmeans), k-means++ or random images. Stops when the mean log-likelihood rises by less
-than gmm.tol, or after gmm.max_iter iterations. Tokens are streamed in chunks, so memory does not grow with the number
-of images.
+Start: k-means (gmm.init=kmeans), k-means++, random images, or the means of a file (gmm.init_means). Stops when the mean
+log-likelihood changes by less than gmm.tol, or after gmm.max_iter iterations. gmm.e_step=truncated lets images meet the
+modes near their last one only, which is faster on a CPU from about a thousand modes on. Tokens are streamed in chunks;
+gmm.cache_gb of them stay in memory. docs/mixture.md explains the engine.
 
 Resumes by iteration: killed at any instant, the same command goes on from the newest whole one. Raising gmm.max_iter
 continues a finished fit. Under torchrun, or `python -m mmfm.infra.launch --gpus N -- fit_gmm ...`, the processes share

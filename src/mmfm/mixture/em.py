@@ -156,6 +156,10 @@ def rounding(old: Mixture, new: Mixture, bound: float, dtype: torch.dtype) -> fl
     return 8 * torch.finfo(dtype).eps * terms
 
 
+FORGIVEN = 1e-6
+"""A fall of the bound by so many nats per row stops no fit: it is a thousandth of the usual tolerance."""
+
+
 def _check_rise(state: EMState, bound: float, hidden: Callable[[], float] | None) -> None:
     """Refuse a lower bound that fell by more than is explained; ``hidden`` measures what truncation may hide."""
     number = state.n_iter + 1
@@ -163,9 +167,9 @@ def _check_rise(state: EMState, bound: float, hidden: Callable[[], float] | None
         raise ValueError(
             f"EM iteration {number}: the mean log-likelihood is {bound}; raise gmm.reg_covar, or start otherwise"
         )
-    if not state.lower_bounds or bound >= state.lower_bounds[-1] - state.slack:
+    if not state.lower_bounds or bound >= state.lower_bounds[-1] - state.slack - FORGIVEN:
         return
-    fall, allowed = state.lower_bounds[-1] - bound, state.slack
+    fall, allowed = state.lower_bounds[-1] - bound, state.slack + FORGIVEN
     if hidden is not None:
         allowed += hidden()
     if fall > allowed:
