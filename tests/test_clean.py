@@ -54,6 +54,7 @@ def test_a_changed_setting_frees_the_state_of_the_old_one(results, capsys):
         make(results / "a" / "x", "fit_gmm", change("gmm", n_components=7, max_iter=3)),
         make(results / "b" / "x", "train", change("train", seed=5, model="S", workers=3, epochs=1)),
         make(results / "c" / "x", "sample", change("sample", time_points=4)),
+        make(results / "c" / "guided", "sample", change("sample", guidance=config.Guidance(1.5, (0.0, 0.8)))),
     ]  # fmt: skip
     doomed = [
         make(results / "gmm" / "x", "fit_gmm", change("gmm", tol=0.1)),

@@ -2,8 +2,8 @@
 
 A state is unused if the same stage, run now, would not take it up: its VERSION is another one, its settings are not
 those of the configuration, or an input that it was made from has been made anew. Whatever a target's name may say
-instead of the configuration (seed, model, modes, time points) counts as referred to, and so does everything that can't
-be told.
+instead of the configuration (seed, model, modes, time points, guidance) counts as referred to, and so does everything
+that can't be told.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from mmfm.infra import space, store
 RECORD = "configuration.json"
 """Beside the stages' folders: the configuration of the last run, written by the workflow."""
 
-_BY_NAME = {"gmm": ("n_components",), "train": ("seed", "model"), "sample": ("time_points",)}
-"""Keys that a target's name can carry."""
+_BY_NAME = {"gmm": ("n_components",), "train": ("seed", "model"), "sample": ("time_points", "guidance")}
+"""Keys that a target's name can carry (`.gN`, and `_ag`, which takes the guide's)."""
 
 
 @dataclass(frozen=True)
