@@ -128,7 +128,7 @@ def test_stages_without_units_leave_whole_files_or_none(stages, tmp_path, name):
 def test_the_launcher_and_all_its_processes_end(stages, tmp_path, name, processes, number):
     """As from a terminal or a scheduler; torchrun starts its processes in groups of their own."""
     stage, out = stages[name], tmp_path / "out"
-    watch, errors = Watch(out, pause=2 * REST, at=f"/{stage.units}"), errors_file(out)
+    watch, errors = Watch(out, pause=2.0, at=f"/{stage.units}"), errors_file(out)
     path = os.pathsep.join([str(site_folder(tmp_path / "site")), os.environ.get("PYTHONPATH", "")])
     launcher = [sys.executable, "-m", "mmfm.infra.launch", "--processes", str(processes), "--threads", str(processes)]
     with open(errors, "w") as file:
