@@ -17,7 +17,7 @@ from workshop import Stage, digests, errors_file
 RESUMABLE = ("extract", "fit_gmm", "spatial_gmm", "train_decoder", "train", "sample", "fid_reference")
 
 # After every unit the command rests, so that a signal from outside comes before the next one.
-REST = 0.08
+REST = 0.4
 
 
 def wait_for_units(stage: Stage, out: Path, more_than: set[str], is_over) -> set[str]:
