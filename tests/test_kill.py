@@ -135,6 +135,8 @@ def test_the_launcher_and_all_its_processes_end(stages, tmp_path, name, processe
         command = subprocess.Popen(
             [*launcher, "--", *stage.command(out)], env={**os.environ, **watch.environment, "PYTHONPATH": path},
             stdout=file, stderr=file, start_new_session=True,
+            # A shell that runs the tests in the background ignores SIGINT, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
     wait_for_units(stage, out, set(), lambda: command.poll() is not None)
     family = [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]
