@@ -124,7 +124,8 @@ def run_engine(path: Path, k: int, max_iter: int, e_step: str, cache_gb: float) 
     from mmfm.mixture import fit, initial
     from mmfm.mixture.em import EMState, em_iterations
     from mmfm.mixture.streaming import Rows
-    from mmfm.mixture.truncated import GROUP_ROWS, Truncation, measure_gap
+    from mmfm.mixture.groups import GROUP_ROWS
+    from mmfm.mixture.truncated import Truncation, measure_gap
 
     initial.import_faiss()
     baseline = _baseline()

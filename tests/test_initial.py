@@ -34,7 +34,8 @@ def test_kmeans_starts_from_the_moments_of_its_clusters():
 
 
 def test_lloyd_with_all_candidates_is_scikit_learns(monkeypatch):
-    monkeypatch.setattr(kmeans, "MOVED", 0.0)
+    monkeypatch.setattr(kmeans, "ROUNDS", 0)
+    monkeypatch.setattr(kmeans, "ITERATIONS", 50)
     data = clustered(600, offset=50.0)
     rows = Rows(lambda a, b: data[a:b], 600, 64, Ranks(0, 1, torch.device("cpu")), stretch=128)
     centres, labels = kmeans.lloyd(rows, torch.from_numpy(data[:5]))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_em import ALONE, SETTINGS, a_start, clustered, result, run, store_of_tokens, token_store  # noqa: F401
 
 from mmfm.mixture import fit as stage
-from mmfm.mixture import kmeans, reseeding
+from mmfm.mixture import reseeding
 from mmfm.mixture.em import EMState, e_step, em_iterations
 from mmfm.mixture.gaussian import Mixture
 from mmfm.mixture.streaming import Rows
@@ -86,6 +86,19 @@ def test_candidates_know_the_wide_neighbour():
     mixture = Mixture(np.full(3, 1 / 3), means, np.array([[1.0, 1], [0.05, 0.05], [30.0, 30]]))
     assert neighbours(mixture, 3).tolist()[0] == [0, 2, 1]
     assert neighbours(mixture, 9).shape == (3, 3)
+
+
+def test_rows_left_behind_are_found_again():
+    rows, start = fitted(many_clusters())
+    wrong = neighbours(start, 40)[exact_winners(rows, start, torch.float64).long(), 39].int()  # the farthest one
+    options = {"max_iter": 2, "tol": 0.0, "reg_covar": 1e-6, "dtype": torch.float64}
+    found = []
+    for winners, refresh in ((None, 100), (wrong, 1), (wrong, 100)):
+        state = EMState(start, lower_bounds=(-1e9,), winners=winners)
+        truncation = Truncation(candidates=4, refresh=refresh)
+        found.append(next(em_iterations(rows, state, truncation=truncation, **options)).mixture.means)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
 
 
 def test_truncated_em_ends_where_exact_em_ends():
@@ -190,12 +203,3 @@ def test_em_survives_any_data_and_its_bound_rises(seed, k, c, n, covariance_type
     data = clustered(n, c, 3, seed=seed)
     bounds = np.array(run(data, a_start(data, k, covariance_type), 6, reg_covar=1e-6).lower_bounds)
     assert np.isfinite(bounds).all()
-
-
-def test_small_clusters_are_given_up():
-    data = clustered(1000, k=6, spread=6.0, seed=2)
-    data[:3] += np.array([[200.0], [300], [400]], np.float32)  # outliers that seeds like
-    centres = np.concatenate([data[:3], data[3:6]])
-    rows = Rows(lambda a, b: data[a:b], len(data), 256, ALONE, stretch=512)
-    labels = kmeans.lloyd(rows, torch.from_numpy(centres))[1]
-    assert (torch.bincount(labels.long(), minlength=6) > 16).sum() >= 5

@@ -308,7 +308,7 @@ VERSIONS: dict[str, int] = {
     "list_images": 1,
     "extract": 1,
     "latent_stats": 1,
-    "fit_gmm": 2,
+    "fit_gmm": 3,
     "spatial_gmm": 1,
     "train_decoder": 1,
     "train": 2,

@@ -6,7 +6,7 @@ from mmfm.scale import DOUBLE, FLOAT, Need
 
 _PATCH = {"dinov2": 14, "siglip2": 16, "mae": 16}
 SEEDING = {"kmeans": 20, "k-means++": 256, "random_from_data": 1}
-SEEDING_ITERATIONS, LLOYD_ITERATIONS = 10, 50
+SEEDING_ITERATIONS, LLOYD_ITERATIONS = 10, 15
 """Those of mmfm.mixture.initial and mmfm.mixture.kmeans, which import torch: too slow for a workflow's start."""
 _DETECTORS = {"inception": (2048, 11.4e9, 0.1e9), "fashion": (64, 2e7, 1e6)}
 """Features, operations per image, bytes of weights."""
@@ -90,7 +90,7 @@ class Estimator:
         return self._need(
             self.n * width * FLOAT * (1 if cached else s.max_iter + 1) + sample * width * FLOAT,
             parameters * s.max_iter + self.n * FLOAT, 5 * parameters + self.n * FLOAT,
-            (share if cached else 0) + 6 * parameters + chunk, host=2 * sample * width * FLOAT,
+            (share if cached else 0) + 10 * parameters + chunk, host=2 * sample * width * FLOAT,
             single=(2 * s.max_iter + 1) * product + kmeans,
         )  # fmt: skip
 

@@ -18,6 +18,7 @@ from mmfm.mixture.gaussian import SHARP_FROM, Mixture
 from mmfm.mixture.moments import DROPPED_MASS, SufficientStatistics, m_step
 from mmfm.mixture.streaming import Rows
 from mmfm.mixture.truncated import Truncation, exact_winners, truncated_e_step
+from mmfm.mixture.workspace import Workspace
 
 _DENSE_SHARE = 1 / 16  # of the responsibilities that matter, above which two dense products are cheaper
 
@@ -61,9 +62,9 @@ def e_step(rows: Rows, mixture: Mixture, dtype: torch.dtype) -> SufficientStatis
     Args:
         dtype: arithmetic of the product of the densities; sums are float64 always.
     """
-    statistics = SufficientStatistics(mixture.means, mixture.covariance_type)
+    statistics, space = SufficientStatistics(mixture.means, mixture.covariance_type), Workspace(mixture.device)
     for _, x in rows:
-        log_prob, responsibilities = posteriors(mixture.log_joint(x, dtype))
+        log_prob, responsibilities = posteriors(mixture.log_joint(x, dtype, space))
         statistics.log_likelihood += log_prob.sum()
         if isinstance(responsibilities, Tensor):
             statistics.add_dense(x, responsibilities)
@@ -125,7 +126,8 @@ def em_iterations(
         if truncation is None:
             statistics, slack = e_step(rows, old, dtype), None
         else:
-            before = exact_winners(rows, old, dtype) if winners is None else winners
+            lost = winners is None or (state.n_iter and state.n_iter % truncation.refresh == 0)
+            before = exact_winners(rows, old, dtype) if lost else winners
             statistics, winners = truncated_e_step(rows, old, before, dtype, truncation)
             slack = functools.partial(truncation.gap_limit, rows, old, before, dtype)
         bound = float(statistics.log_likelihood) / rows.n

@@ -20,8 +20,10 @@ from mmfm.infra.progress import Progress
 from mmfm.mixture import initial, report, validity
 from mmfm.mixture.em import EMState, em_iterations
 from mmfm.mixture.gaussian import Mixture, covariance_shape
+from mmfm.mixture.groups import GROUP_ROWS
 from mmfm.mixture.streaming import Rows
-from mmfm.mixture.truncated import GROUP_ROWS, Truncation, measure_gap
+from mmfm.mixture.truncated import Truncation, measure_gap
+from mmfm.mixture.workspace import Workspace
 from mmfm.tokens import TokenStore
 
 VERSION = config.VERSIONS["fit_gmm"]
@@ -212,12 +214,15 @@ def newest_iteration(state_dir: Path, max_iter: int) -> Path | None:
 
 def predict_all(rows: Rows, mixture: Mixture, dtype: torch.dtype) -> tuple[np.ndarray, float]:
     """Return the component with the largest posterior of every row, (N,) int32, and the mean log-likelihood (nats)."""
-    labels, total = [np.empty(0, np.int32)], torch.zeros((), dtype=torch.float64, device=rows.ranks.device)
-    for _, x in rows:
-        joint = mixture.log_joint(x, dtype)
-        labels.append(joint.argmax(1).int().cpu().numpy())
-        total += joint.logsumexp(1).double().sum()
-    gathered = np.concatenate(rows.ranks.gather(np.concatenate(labels)))
+    device = rows.ranks.device
+    space, total = Workspace(device), torch.zeros((), dtype=torch.float64, device=device)
+    labels = torch.empty(len(rows.local), dtype=torch.int32, device=device)
+    for chunk, x in rows:
+        joint = mixture.log_joint(x, dtype, space)
+        top, best = joint.max(1, keepdim=True)
+        labels[chunk.start - rows.local.start :][: len(x)] = best.squeeze(1)
+        total += (joint.sub_(top).exp_().sum(1, dtype=torch.float64).log() + top.squeeze(1)).sum()
+    gathered = np.concatenate(rows.ranks.gather(labels.cpu().numpy()))
     return gathered, float(rows.ranks.sum(total)) / rows.n
 
 

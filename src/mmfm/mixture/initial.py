@@ -13,8 +13,8 @@ from mmfm import data
 from mmfm.config import Gmm
 from mmfm.infra import rng
 from mmfm.mixture.gaussian import Mixture, covariance_shape
-from mmfm.mixture.kmeans import hard_moments, lloyd, nearest
-from mmfm.mixture.moments import m_step
+from mmfm.mixture.kmeans import lloyd, nearest
+from mmfm.mixture.moments import hard_moments, m_step
 from mmfm.mixture.streaming import Read, Rows, finite_rows
 
 KMEANS_ITERATIONS = 10
@@ -177,8 +177,8 @@ def given_means(path: str | Path, k: int, c: int) -> np.ndarray:
 def start(rows: Rows, settings: Gmm, number: int = 0) -> tuple[Mixture, Tensor | None]:
     """Return the mixture that EM starts from. A collective call: one process chooses the seeds.
 
-    * ``kmeans``: greedy k-means++ on a sample of the rows, faiss's k-means on that sample, then Lloyd's iterations of
-      all processes on all rows. Weights, means and variances are those of the clusters.
+    * ``kmeans``: faiss's k-means on a sample of the rows, from K of them, then Lloyd's iterations of all processes on
+      all rows, in which clusters are joined and split. Weights, means and variances are those of the clusters.
     * given means: those of the rows that are nearest to each.
     * ``k-means++`` and ``random_from_data``: K rows as means, equal weights, variances ``reg_covar``, which is what
       scikit-learn's starts of these names amount to.
@@ -217,7 +217,7 @@ def _centres(rows: Rows, settings: Gmm, number: int) -> np.ndarray:
     sample = read_rows(rows.read, indices, settings.chunk_size)
     if settings.init == "random_from_data":
         return sample
-    seeds = sample[kmeans_plusplus(torch.from_numpy(sample).to(device), k, seed).cpu().numpy()]
     if settings.init == "kmeans":
+        seeds = sample[np.arange(k) * limit // k]
         return kmeans(sample, seeds, device if device.type == "cuda" and faiss_has_gpu() else "cpu")
-    return seeds
+    return sample[kmeans_plusplus(torch.from_numpy(sample).to(device), k, seed).cpu().numpy()]

@@ -1,6 +1,6 @@
 """k-means over all processes: seeds from one, Lloyd's iterations from all.
 
-Rows meet the centres near their last one (:mod:`mmfm.mixture.truncated`); with as many candidates as centres this is
+Rows meet the centres near their last one (:mod:`mmfm.mixture.groups`); with as many candidates as centres this is
 Lloyd's algorithm, with fewer its approximation by Forster and Lucke (2018). Processes share sums, not rows, so at full
 size all processes of a node work, where faiss would have one work and the others wait.
 """
@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 
 from mmfm.mixture.gaussian import Mixture
+from mmfm.mixture.groups import Table, grouped_pass
 from mmfm.mixture.moments import SufficientStatistics
+from mmfm.mixture.split_merge import redistribute
 from mmfm.mixture.streaming import Rows
-from mmfm.mixture.truncated import Table, exact_winners, grouped_pass, nearest_centres
+from mmfm.mixture.truncated import exact_winners, nearest_centres
 
-ITERATIONS = 50
-MOVED = 1e-3
-"""Lloyd's algorithm stops when no more than this share of the rows changes its cluster."""
+ROUNDS = 4
+"""Redistributions of the clusters, at most."""
 
-CANDIDATES = 32
+SETTLED = 0.01
+"""Share of the clusters up to which a redistribution is the last."""
 
-RELOCATIONS = (4, 8, 12)
-"""Iterations after which small clusters are given up."""
+ITERATIONS = 3
+"""Of Lloyd's algorithm, before and after every redistribution."""
 
-SMALL = 0.1
-"""Share of the average cluster's rows up to which a cluster is small."""
+CANDIDATES = 16
 
 
 def nearest(rows: Rows, centres: Tensor) -> Tensor:
@@ -34,60 +35,32 @@ def nearest(rows: Rows, centres: Tensor) -> Tensor:
     return exact_winners(rows, equal, torch.float32)
 
 
-def lloyd(rows: Rows, centres: Tensor, iterations: int = ITERATIONS) -> tuple[Tensor, Tensor]:
-    """Run Lloyd's algorithm from centres (K, C) float32 until few rows move. A collective call.
-
-    Seeds like outliers, which they can't leave again: after some iterations the centres with very few rows, and
-    after every one those without rows, move to the largest clusters, which are split.
+def lloyd(rows: Rows, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """Run Lloyd's algorithm from centres (K, C) float32, moving clusters to where they are missing. A collective call.
 
     Returns:
         Centres (K, C) float32, and the cluster of this process's rows (n,) int32 before the centres' last update.
     """
     winners = nearest(rows, centres)
-    few = SMALL * rows.n / len(centres)
-    for iteration in range(1, iterations + 1):
-        last = winners.clone()
-        statistics = _reassigned(rows, centres, winners)
-        moved = float(rows.ranks.sum((winners != last).sum().double())) / rows.n
-        centres, relocated = _updated(centres, statistics, few if iteration in RELOCATIONS else 0)
-        if relocated:
-            winners = nearest(rows, centres)
-        elif moved <= MOVED and iteration > max(RELOCATIONS):
+    centres = _settled(rows, centres, winners)
+    for _ in range(ROUNDS):
+        centres, winners, moves = redistribute(rows, centres, winners)
+        centres = _settled(rows, centres, winners)
+        if moves <= SETTLED * len(centres):
             break
     return centres, winners
 
 
-def hard_moments(rows: Rows, centres: Tensor, winners: Tensor, covariance_type: str) -> SufficientStatistics:
-    """Return the moments of all rows (shared), each given wholly to its one of the centres (K, C).
+def _settled(rows: Rows, centres: Tensor, winners: Tensor) -> Tensor:
+    """Give rows to the nearest of their candidates, some times over, and return the clusters' means (K, C) float32.
 
     Args:
-        winners: (n,) cluster of this process's rows.
+        winners: (n,) cluster of this process's rows; overwritten.
     """
-    statistics = SufficientStatistics(centres.double(), covariance_type)
-    for chunk, x in rows:
-        start = chunk.start - rows.local.start
-        component, row = winners[start : start + len(x)].long().sort(stable=True)
-        statistics.add_pairs(x, component, row, torch.ones(len(x), dtype=torch.float64, device=x.device))
-    return statistics.share(rows.ranks)
-
-
-def _reassigned(rows: Rows, centres: Tensor, winners: Tensor) -> SufficientStatistics:
-    """Give rows to the nearest of their candidates (``winners`` are overwritten) and return counts and sums, shared."""
-    table = Table(centres, nearest_centres(centres - centres.mean(0), CANDIDATES), torch.float32)
-    statistics = SufficientStatistics(table.means.double(), "spherical")
-    grouped_pass(rows, table, winners, statistics, None)
-    return statistics.share(rows.ranks)
-
-
-def _updated(centres: Tensor, statistics: SufficientStatistics, few: float) -> tuple[Tensor, bool]:
-    """Return the clusters' means, those of clusters with at most ``few`` rows moved, and whether any was."""
-    count = statistics.count
-    new = statistics.means + statistics.first / count.clamp_min(1)[:, None]
-    small = (count <= few).nonzero().squeeze(1)
-    donors = count.argsort(descending=True, stable=True)[: len(small)]
-    donors = donors[count[donors] > max(1, 4 * few)]
-    small = small[count[small].argsort(stable=True)][: len(donors)]
-    shift = 1e-2 * new.std(0, correction=0)
-    shift[::2] *= -1
-    new[small], new[donors] = new[donors] + shift, new[donors] - shift
-    return new.to(centres.dtype), len(small) > 0
+    for _ in range(ITERATIONS):
+        table = Table(centres, nearest_centres(centres - centres.mean(0), CANDIDATES), torch.float32)
+        statistics = SufficientStatistics(table.means.double(), "spherical")
+        grouped_pass(rows, table, winners, statistics, None)
+        statistics.share(rows.ranks)
+        centres = (statistics.means + statistics.first / statistics.count.clamp_min(1)[:, None]).to(centres.dtype)
+    return centres

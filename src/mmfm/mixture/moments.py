@@ -5,6 +5,7 @@ from torch import Tensor
 
 from mmfm.infra.distributed import Ranks
 from mmfm.mixture.gaussian import Mixture, covariance_shape
+from mmfm.mixture.streaming import Rows
 
 DROPPED_MASS = 1e-10
 """Posterior mass per image that the M-step may leave out, spread over all components."""
@@ -107,6 +108,20 @@ class SufficientStatistics:
         for tensor in (self.count, self.first, self.second, self.log_likelihood):
             ranks.sum(tensor)
         return self
+
+
+def hard_moments(rows: Rows, centres: Tensor, winners: Tensor, covariance_type: str) -> SufficientStatistics:
+    """Return the moments of all rows (shared), each given wholly to its one of the centres (K, C).
+
+    Args:
+        winners: (n,) cluster of this process's rows.
+    """
+    statistics = SufficientStatistics(centres.double(), covariance_type)
+    for chunk, x in rows:
+        start = chunk.start - rows.local.start
+        component, row = winners[start : start + len(x)].long().sort(stable=True)
+        statistics.add_pairs(x, component, row, torch.ones(len(x), dtype=torch.float64, device=x.device))
+    return statistics.share(rows.ranks)
 
 
 def _sparse_matrix(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

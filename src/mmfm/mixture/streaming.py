@@ -1,5 +1,6 @@
 """Rows of the token store in chunks fixed by the global index, shared out over the processes."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from mmfm import data
 from mmfm.infra.distributed import Ranks
+from mmfm.mixture.workspace import Workspace, release
 
 Read = Callable[[int, int], np.ndarray]
 """(start, stop) -> float32 (stop - start, C)."""
@@ -41,7 +43,7 @@ class Rows:
         n: number of rows N.
         chunk_size: rows of a chunk; chunks are fixed by the global index, whatever the number of processes.
         keep_bytes: rows kept in memory between passes, at most a quarter of what is free.
-        stretch: rows that are in memory together in :meth:`stretches`, in whole chunks.
+        stretch: rows that are in memory together in :meth:`stretches`, at most: whole chunks, shared out evenly.
     """
 
     def __init__(
@@ -50,9 +52,13 @@ class Rows:
         self.n, self.ranks, self.read, self.chunk_size = n, ranks, read, chunk_size
         chunks = data.ranges(0, n, chunk_size)
         self.ranges = chunks[ranks.rank * len(chunks) // ranks.world : (ranks.rank + 1) * len(chunks) // ranks.world]
-        per_stretch = max(1, stretch // chunk_size)
-        self._stretches = [self.ranges[i : i + per_stretch] for i in range(0, len(self.ranges), per_stretch)]
+        count = -(-len(self.ranges) // max(1, stretch // chunk_size))
+        cuts = [
+            -(-number * len(self.ranges) // max(1, count)) for number in range(count + 1)
+        ]  # the first is the largest
+        self._stretches = [self.ranges[i:j] for i, j in itertools.pairwise(cuts)]
         self._kept: dict[int, Tensor] = {}
+        self._checked: set[int] = set()
         self._room = min(_free_memory(ranks) // 4, keep_bytes)
 
     @property
@@ -62,25 +68,39 @@ class Rows:
 
     def __iter__(self) -> Iterator[tuple[range, Tensor]]:
         """Yield each chunk's range of global indices and its rows (b, C) float32 on the device."""
+        release()  # what the last pass freed
         for chunks in self._stretches:
             whole = self._kept.get(chunks[0].start)
             if whole is None and self._fits(chunks):
                 whole = self._load(chunks)
             for chunk in chunks:
                 if whole is None:
-                    yield chunk, torch.tensor(finite_rows(self.read, chunk), device=self.ranks.device)
+                    yield chunk, torch.as_tensor(self._read(chunk), device=self.ranks.device)
                 else:
                     yield chunk, whole[chunk.start - chunks[0].start : chunk.stop - chunks[0].start]
 
     def stretches(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the rows in stretches of whole chunks: where they lie in :attr:`local`, and (s, C) float32."""
+        """Yield the rows in stretches of whole chunks: where they lie in :attr:`local`, and (s, C) float32.
+
+        A stretch that is not kept is overwritten by the next.
+        """
+        release()
+        space = Workspace(self.ranks.device)
         for chunks in self._stretches:
             start = chunks[0].start
             whole = self._kept.get(start)
             yield (
                 slice(start - self.local.start, chunks[-1].stop - self.local.start),
-                self._load(chunks) if whole is None else whole,
+                self._load(chunks, space) if whole is None else whole,
             )
+
+    def _read(self, chunk: range) -> np.ndarray:
+        """Read a chunk; only the first time is it searched for values that are not finite."""
+        if chunk.start in self._checked:
+            return np.asarray(self.read(chunk.start, chunk.stop), np.float32)
+        values = finite_rows(self.read, chunk)
+        self._checked.add(chunk.start)
+        return values
 
     def _fits(self, chunks: list[range]) -> bool:
         """Whether a stretch would fit into what may be kept; the width is known from the first row."""
@@ -88,13 +108,14 @@ class Rows:
             self._row_bytes = finite_rows(self.read, range(chunks[0].start, chunks[0].start + 1)).nbytes
         return (chunks[-1].stop - chunks[0].start) * self._row_bytes <= self._room
 
-    def _load(self, chunks: list[range]) -> Tensor:
-        """Read a stretch, and keep it if there is room."""
+    def _load(self, chunks: list[range], space: Workspace | None = None) -> Tensor:
+        """Read a stretch, and keep it if there is room; otherwise it lies in ``space``."""
         start, keep, result = chunks[0].start, self._fits(chunks), None
         for chunk in chunks:
-            values = torch.from_numpy(finite_rows(self.read, chunk))
+            values = torch.from_numpy(self._read(chunk))
             if result is None:
-                result = torch.empty(chunks[-1].stop - start, values.shape[1], device=self.ranks.device)
+                shape = (chunks[-1].stop - start, values.shape[1])
+                result = torch.empty(shape, device=self.ranks.device) if keep else space.take("x", values.dtype, *shape)
             result[chunk.start - start : chunk.stop - start] = values
         if keep:
             self._room -= result.nbytes

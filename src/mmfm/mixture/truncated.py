@@ -17,14 +17,12 @@ import torch
 from torch import Tensor
 
 from mmfm.mixture.gaussian import Mixture, exact_float32
-from mmfm.mixture.moments import SufficientStatistics, add_rows
+from mmfm.mixture.groups import Table, grouped_pass, itself_first
+from mmfm.mixture.moments import SufficientStatistics
 from mmfm.mixture.streaming import Rows
+from mmfm.mixture.workspace import Workspace
 
-GROUP_ROWS = 128
-"""Rows per component that should be in memory together, for groups that are worth a product."""
-
-_BLOCK = 1024  # rows of a group in one product; sums within are in the products' precision
-_FLUSH = 1 << 22  # numbers of the pending float64 sums
+_BLOCK = 1024  # components whose scores with all others are held at a time
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,15 @@ class Truncation:
     Attributes:
         candidates: components that a row meets, M; the last iteration's winner is always among them.
         mass: posterior mass per row (among the candidates) that the M-step may leave out.
+        refresh: iterations after which all rows look for their winner among all components again. Without this a row
+            that a component has left behind stays with its old neighbourhood, and such rows make most of what the
+            truncated bound loses.
         sample: rows on which the truncated bound is compared with the log-likelihood.
     """
 
-    candidates: int = 32
+    candidates: int = 16
     mass: float = 1e-6
+    refresh: int = 10
     sample: int = 4096
 
     def gap_limit(self, rows: Rows, mixture: Mixture, winners: Tensor, dtype: torch.dtype) -> float:
@@ -49,46 +51,12 @@ class Truncation:
         return measure_gap(rows, mixture, winners, replace(self, sample=rows.n), dtype)[0]
 
 
-class Table:
-    """Parameters of the components for groups' products, in one precision, and every component's candidates.
-
-    Args:
-        means: (K, C); rounded to ``dtype`` they are the points from which deviations are taken.
-        candidates: (K, M), a component's own number first.
-        precisions: (K, C), None for unit ones.
-        constants: (K,) log-density of each component at its own mean, with its weight; None for none.
-    """
-
-    def __init__(
-        self,
-        means: Tensor,
-        candidates: Tensor,
-        dtype: torch.dtype,
-        precisions: Tensor | None = None,
-        constants: Tensor | None = None,
-    ) -> None:
-        self.means, self.candidates = means.to(dtype), candidates
-        self.precisions = None if precisions is None else precisions.to(dtype)
-        self.constants = None if constants is None else constants.to(dtype)
-
-    @classmethod
-    def of(cls, mixture: Mixture, truncation: Truncation, dtype: torch.dtype) -> "Table":
-        """Make the table of a diagonal or spherical mixture."""
-        v = mixture.diagonal()
-        constants = mixture.weights.log() - 0.5 * (v.log().sum(1) + mixture.dimension * math.log(2 * math.pi))
-        candidates = neighbours(mixture, truncation.candidates)
-        return cls(mixture.means, candidates, dtype, v.reciprocal(), constants)
-
-    def joint(self, k: int, features: Tensor) -> Tensor:
-        """Return log-joints (n, M) of rows with features [x - mean_k, (x - mean_k)^2] (n, 2 C) or the first half."""
-        own = self.candidates[k]
-        offset = self.means.index_select(0, own).sub_(self.means[k])
-        if self.precisions is None:
-            return torch.addmm(offset.square().sum(1).mul_(-0.5), features, offset.T)
-        precision = self.precisions.index_select(0, own)
-        linear = offset * precision
-        constant = self.constants.index_select(0, own).sub_(offset.mul_(linear).sum(1), alpha=0.5)
-        return torch.addmm(constant, features, torch.cat((linear, precision.mul_(-0.5)), 1).T)
+def table_of(mixture: Mixture, truncation: Truncation, dtype: torch.dtype) -> Table:
+    """Return the table of a diagonal or spherical mixture."""
+    v = mixture.diagonal()
+    constants = mixture.weights.log() - 0.5 * (v.log().sum(1) + mixture.dimension * math.log(2 * math.pi))
+    candidates = neighbours(mixture, truncation.candidates)
+    return Table(mixture.means, candidates, dtype, v.reciprocal(), constants)
 
 
 def neighbours(mixture: Mixture, m: int) -> Tensor:
@@ -111,7 +79,7 @@ def neighbours(mixture: Mixture, m: int) -> Tensor:
     with exact_float32(means.device.type):
         for start in range(0, k, _BLOCK):
             own = slice(start, start + _BLOCK)
-            best = _itself_first(torch.addmm(constant, moments[own], table), start, half)
+            best = itself_first(torch.addmm(constant, moments[own], table), start, half)
             mistaken = torch.addmm(constant[own, None] - at_home, table[:, own].T, moments.T)
             rest = mistaken.scatter_(1, best, -math.inf).topk(result.shape[1] - half, dim=1).indices
             result[own] = torch.cat((best, rest), 1)
@@ -125,100 +93,8 @@ def nearest_centres(centres: Tensor, m: int) -> Tensor:
     with exact_float32(centres.device.type):
         for start in range(0, k, _BLOCK):
             scores = torch.addmm(-half, centres[start : start + _BLOCK], centres.T)
-            result[start : start + _BLOCK] = _itself_first(scores, start, result.shape[1])
+            result[start : start + _BLOCK] = itself_first(scores, start, result.shape[1])
     return result
-
-
-def _itself_first(scores: Tensor, start: int, m: int) -> Tensor:
-    index = torch.arange(len(scores), device=scores.device)
-    scores[index, start + index] = math.inf
-    return scores.topk(m, dim=1).indices
-
-
-class _Pending:
-    """Moments about the groups' winners, moved to the candidates' own means and added a few thousand at a time."""
-
-    def __init__(self, statistics: SufficientStatistics, squares: bool) -> None:
-        self.statistics, self.squares = statistics, squares
-        self._parts: list[tuple[int, Tensor, Tensor, Tensor]] = []
-        self._size = 0
-
-    def add(self, k: int, component: Tensor, count: Tensor, sums: Tensor) -> None:
-        """Add counts (a,) and sums (a, C) or (a, 2 C) of deviations from the mean of k for components (a,)."""
-        self._parts.append((k, component, count, sums))
-        self._size += sums.numel()
-        if self._size > _FLUSH:
-            self.flush()
-
-    def flush(self) -> None:
-        """Add what is pending to the statistics."""
-        if not self._parts:
-            return
-        s, (group, components, counts, sums) = self.statistics, zip(*self._parts, strict=True)
-        lengths = torch.tensor([len(c) for c in components])
-        group = torch.tensor(group).repeat_interleave(lengths).to(s.means.device)
-        component, count, sums = torch.cat(components), torch.cat(counts).double(), torch.cat(sums).double()
-        offset = s.means[component].sub_(s.means[group])
-        first = sums[:, : offset.shape[1]]
-        if self.squares:
-            add_rows(s.second, component, sums[:, offset.shape[1] :] - offset * (2 * first - count[:, None] * offset))
-        add_rows(s.first, component, first - count[:, None] * offset)
-        add_rows(s.count, component, count)
-        self._parts, self._size = [], 0
-
-
-def grouped_pass(
-    rows: Rows, table: Table, winners: Tensor, statistics: SufficientStatistics, mass: float | None
-) -> Tensor:
-    """Match every row to the candidates of its last winner and add its moments to the statistics.
-
-    Args:
-        winners: (n,) last winners of this process's rows; overwritten with the new ones.
-        statistics: its references must be the table's means.
-        mass: of a row's posterior that may be left out; None gives rows wholly to their best candidate (k-means).
-
-    Returns:
-        () float64: the sum over this process's rows of log-sum-joint, or for k-means of the best score.
-    """
-    total = statistics.means.new_zeros(())
-    pending = _Pending(statistics, squares=table.precisions is not None)
-    with exact_float32(statistics.means.device.type):
-        for where, x in rows.stretches():
-            order = winners[where].sort(stable=True).indices
-            counts = torch.bincount(winners[where], minlength=len(table.means)).tolist()
-            start, new = 0, torch.empty_like(winners[where])
-            for k, n in enumerate(counts):
-                for a in range(start, start + n, _BLOCK):
-                    own = order[a : min(a + _BLOCK, start + n)]
-                    best, value = _match(x.index_select(0, own), k, table, pending, mass)
-                    new[own] = best
-                    total += value
-                start += n
-            winners[where] = new
-    pending.flush()
-    return total
-
-
-def _match(x: Tensor, k: int, table: Table, pending: _Pending, mass: float | None) -> tuple[Tensor, Tensor]:
-    """Match rows (n, C) won by k; return their new winners (n,) and the sum of their values."""
-    z = x.to(table.means.dtype).sub_(table.means[k])
-    features = z if table.precisions is None else torch.cat((z, z.square()), 1)
-    joint = table.joint(k, features)
-    top, place = joint.max(1, keepdim=True)
-    own = table.candidates[k]
-    if mass is None:
-        value = top.sum(dtype=torch.float64)
-        r = torch.zeros_like(joint).scatter_(1, place, 1.0)
-        keep = r.any(0).nonzero().squeeze(1)
-    else:
-        r = joint.sub_(top).exp_()
-        total = r.sum(1, keepdim=True)
-        value = (top + total.log()).sum(dtype=torch.float64)
-        r.div_(total)
-        keep = (r.amax(0) > mass / len(own)).nonzero().squeeze(1)
-    kept = r.index_select(1, keep)
-    pending.add(k, own[keep], kept.sum(0), kept.T @ features)
-    return own[place.squeeze(1)].to(torch.int32), value
 
 
 def truncated_e_step(
@@ -229,7 +105,7 @@ def truncated_e_step(
     Args:
         winners: (n,) int32, likeliest component of this process's rows in the last iteration.
     """
-    table = Table.of(mixture, truncation, dtype)
+    table = table_of(mixture, truncation, dtype)
     statistics = SufficientStatistics(table.means.double(), mixture.covariance_type)
     winners = winners.clone()
     statistics.log_likelihood += grouped_pass(rows, table, winners, statistics, truncation.mass)
@@ -238,8 +114,11 @@ def truncated_e_step(
 
 def exact_winners(rows: Rows, mixture: Mixture, dtype: torch.dtype) -> Tensor:
     """Return the likeliest component of this process's rows (n,) int32, of all components."""
-    found = [mixture.log_joint(x, dtype).argmax(1).int() for _, x in rows]
-    return torch.cat(found) if found else torch.empty(0, dtype=torch.int32, device=mixture.device)
+    space = Workspace(mixture.device)
+    winners = torch.empty(len(rows.local), dtype=torch.int32, device=mixture.device)
+    for chunk, x in rows:
+        winners[chunk.start - rows.local.start :][: len(x)] = mixture.log_joint(x, dtype, space).argmax(1)
+    return winners
 
 
 def measure_gap(

@@ -1,0 +1,41 @@
+"""Memory that the chunks of a pass share: fresh pages for every chunk would take as long as its products."""
+
+import ctypes
+import ctypes.util
+import math
+
+import torch
+from torch import Tensor
+
+
+class Workspace:
+    """Named buffers on a device that grow to what was asked of them.
+
+    Args:
+        device: where they are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Return an uninitialised tensor; what was taken before by this name must no longer be needed."""
+        size, key = math.prod(shape), (name, dtype)
+        if key not in self._flat or self._flat[key].numel() < size:
+            self._flat.pop(key, None)  # before the larger one is there
+            self._flat[key] = torch.empty(size, dtype=dtype, device=self.device)
+        return self._flat[key][:size].view(shape)
+
+    def rows(self, name: str, rows: Tensor, index: Tensor) -> Tensor:
+        """Return rows[index] for rows (n, C) and any index; as a flat selection it is several times faster."""
+        result = self.take(name, rows.dtype, *index.shape, rows.shape[1])
+        torch.index_select(rows, 0, index.flatten(), out=result.view(-1, rows.shape[1]))
+        return result
+
+
+def release() -> None:
+    """Give memory that was freed back to the system; the C library would keep most of it for a smaller use later."""
+    libc = ctypes.util.find_library("c")
+    if libc is not None and hasattr(ctypes.CDLL(libc), "malloc_trim"):  # glibc
+        ctypes.CDLL(libc).malloc_trim(0)
