@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODES, Pipeline, settings
+from conftest import MODES, SECTIONS, Pipeline, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfm.cli import train as command
@@ -252,7 +252,7 @@ def test_a_nan_stops_before_it_reaches_the_weights(tiny_pipeline, undisturbed, t
 
 
 def test_previews_are_drawn_as_training_goes(tiny_pipeline, tmp_path):
-    preview = {"every": 5, "n_images": 4, "time_points": 3}
+    preview = {**SECTIONS["train"]["preview"], "every": 5}
     run(tiny_pipeline, tmp_path, preview=preview)
     names = sorted(path.name for path in state_of(tmp_path).glob("*.png"))
     assert names == ["curve.png", "preview-00000005.png", "preview-00000010.png"]
