@@ -1,5 +1,6 @@
 """The arithmetic of needs against what it describes, and the document against what the code prints."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,16 @@ def test_more_processes_take_less_time_and_no_more_memory_each():
 def test_the_start_of_the_mixture_is_counted_as_it_is():
     assert needs.SEEDING == initial.ROWS_PER_COMPONENT
     assert (needs.SEEDING_ITERATIONS, needs.LLOYD_ITERATIONS) == (initial.KMEANS_ITERATIONS, kmeans.ITERATIONS)
+
+
+def test_distances_during_training_cost_what_sampling_them_costs():
+    def estimate(every):
+        preview = dataclasses.replace(FULL.train.preview, fid_every=every, fid_images=50_000)
+        train = dataclasses.replace(FULL.train, preview=preview)
+        return Estimator(dataclasses.replace(FULL, train=train), "dinov2", 8, True)
+
+    steps = 80 * (1_281_167 // 1024)
+    off, twice = estimate(0), estimate(steps // 2)
+    more = (twice.train().flops - off.train().flops) / 2
+    assert more == pytest.approx(off.sample().flops + off.fid().flops, rel=0.02)
+    assert off.train().device == twice.train().device  # a step's activations take more

@@ -130,12 +130,28 @@ class Estimator:
         checkpoint = parameters * (scale.TRAINED_BYTES - FLOAT + scale.EMA_BYTES)
         model = parameters * (scale.TRAINED_BYTES + scale.EMA_BYTES)
         posterior = 4 * self.encoder.width * k
+        measured, (memory, half, single) = s.preview.fid_images, self._measuring()
+        rounds = -(-steps // s.preview.fid_every) if s.preview.fid_every else 0
+        # Nothing of a step's activations is left while images are generated.
+        activations = max(activations, memory if rounds else 0)
         return self._need(
             images * self.image_bytes, checkpoint * steps / s.checkpoint_every, (s.keep_checkpoints + 2) * checkpoint,
             model + activations + self.means + self._encoding(micro) + s.latent_cache_gb * 1e9,
-            single=images * (self.encoder.flops + posterior),
-            half=3 * images * scale.dit_flops(self.model, self.tokens), images=images, workers=s.workers,
+            single=images * (self.encoder.flops + posterior) + rounds * measured * single,
+            half=3 * images * scale.dit_flops(self.model, self.tokens) + rounds * measured * half,
+            images=images, workers=s.workers,
         )  # fmt: skip
+
+    def _measuring(self) -> tuple[float, float, float]:
+        """Memory of a measurement during training, and operations of one of its images, in bf16 and in float32."""
+        s, decoder = self.config.train, self.config.decoder
+        batch, parameters = s.preview.fid_batch_size, scale.dit_parameters(self.model, self.encoder.width)
+        widest = max(*self.model.hidden_size, decoder.hidden_size)
+        memory = batch * self.tokens * widest * FLOAT * scale.INFERENCE_COPIES + self._detecting(batch)
+        whole = parameters * FLOAT if s.sharding == "fsdp" else 0  # every process then has one
+        half = (s.preview.time_points - 1) * scale.dit_flops(self.model, self.tokens)
+        single = scale.decoder_flops(decoder, self.tokens + 1) + _DETECTORS[self.config.fid.detector][1]
+        return memory + whole, half, single
 
     def sample(self) -> Need:
         """The model at every step, the decoder once; images as shards and as one file."""

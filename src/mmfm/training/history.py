@@ -97,21 +97,22 @@ def _draw_loss(axis: Any, lines: list[dict[str, Any]]) -> None:
 
 
 def _draw_distances(axis: Any, distances: list[dict[str, Any]]) -> None:
+    from matplotlib.ticker import LogFormatter
+
     alike: dict[tuple, list[dict[str, Any]]] = {}
     for line in distances:
         alike.setdefault(tuple(line[name] for name in _CIRCUMSTANCES), []).append(line)
     for lines in alike.values():
-        about = f"{lines[0]['n_images']:,} images, {lines[0]['time_points']} time points"
         values = [line["distance"] for line in lines]
+        about = f"{lines[0]['n_images']:,} images, {lines[0]['time_points']} time points; last {values[-1]:.4g}"
         axis.plot([line["step"] for line in lines], values, marker=".", linewidth=1.5, label=about)
-        axis.annotate(
-            f"{values[-1]:.4g}", (lines[-1]["step"], values[-1]), xytext=(0, 6), textcoords="offset points", ha="right"
-        )
     found = [line["distance"] for line in distances]
     if min(found) > 0 and max(found) > 5 * min(found):
         axis.set_yscale("log")
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            which(LogFormatter(minor_thresholds=(2, 0.5)))  # 20 and 200, not powers of ten
     else:
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * max(found) or 1)
     axis.set_ylabel(" / ".join(dict.fromkeys(line["measure"] for line in distances)))
     axis.legend(frameon=False)
 
