@@ -183,7 +183,8 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, 
     }
     group = zarr.open_group(root / "spatial_gmm.zarr", mode="w")
     for name, array in spatial.items():
-        group.create_array(name, data=array, chunks=(1, *array.shape[1:]) if name == "means" else array.shape)
+        chunks = (1, *array.shape[1:]) if name == "means" else array.shape
+        group.create_array(name, data=array, chunks=chunks, compressors=None)
     group.attrs.update(
         {"digest": store.array_digest(*spatial.values()), "gmm_digest": gmm_digest, "stats_digest": stats_digest}
         | made_from
