@@ -124,7 +124,7 @@ class Trainer:
         with memory.explained(routine.remedy), StopRequest() as stop, progress:
             # What a run that was killed while it measured had not finished.
             if self._measure(target, stop, progress):
-                raise KeyboardInterrupt
+                self._leave(progress)
             if goes_on:
                 self._train(target, feed, stop, progress)
         self._record.close()
@@ -151,8 +151,11 @@ class Trainer:
                 if not saved:
                     self._save(feed, milestone)
             if stopping and (not last or self.owes(target)):
-                progress.say(f"asked to stop: step {self.step:,} is saved")
-                raise KeyboardInterrupt
+                self._leave(progress)
+
+    def _leave(self, progress: Progress) -> None:
+        progress.say(f"asked to stop: step {self.step:,} is saved")
+        raise KeyboardInterrupt
 
     def _disk(self) -> int:
         """Bytes that a run writes: the checkpoints kept, a milestone, the one being written, and the weights."""
