@@ -17,7 +17,7 @@ from PIL import Image
 from test_training import STEPS_PER_EPOCH, arguments, assert_equal, assert_same, run, state_of, steps_kept, weights
 from workshop import DETECTOR
 
-from mmfm import rae
+from mmfm import config, rae
 from mmfm.cli import fid_reference
 from mmfm.cli.__main__ import main
 from mmfm.decoder import load_decoder
@@ -29,9 +29,10 @@ from mmfm.flow.path import time_grid, time_shift
 from mmfm.flow.solver import euler
 from mmfm.flow.source import source_for
 from mmfm.infra import rng, store
+from mmfm.infra.distributed import Ranks
 from mmfm.statistics import CovarianceMoments
 from mmfm.training import checkpoint
-from mmfm.training.fid_curve import FidCurve
+from mmfm.training.fid_curve import DistanceFiles, FidCurve
 from mmfm.training.history import read_history
 from mmfm.training.objective import FlowMatching
 
@@ -307,3 +308,23 @@ def test_a_signal_in_shards_ends_all_processes(measured, tmp_path):
     assert command.wait() == 130, command.errors.read_text()
     (step,) = steps_kept(tmp_path / "out")
     assert len(read_history(state_of(tmp_path / "out") / "fid.jsonl")) in (step - 1, step)
+
+
+def test_what_is_said_of_a_distance(reference, tmp_path):
+    """FID is the name of the standard detector's distances; few images are said to be few, once."""
+
+    def noise(model: torch.nn.Module, numbers: range) -> torch.Tensor:
+        return (256 * rng.uniform(0, "noise", torch.tensor(list(numbers)), (3, 32, 32))).to(torch.uint8)
+
+    listing_digest = Reference.open(reference).about["listing_digest"]
+    keys = config.build(config.Preview, preview(fid_images=40), "preview")
+    ranks, files = Ranks(0, 1, torch.device("cpu")), DistanceFiles("fashion", DETECTOR, reference)
+    curve, said = FidCurve(files, noise, keys, 32, listing_digest, tmp_path, "train", ranks), []
+    curve.detector.standard = True
+    for step in (4, 8):
+        assert curve.due(step, last=False)
+        line = curve.measure(torch.nn.Identity(), step, lambda: False, said.append)
+        assert line["measure"] == "FID" and not curve.due(step, last=True)
+    assert said[0] == f"step 4: FID {line['distance']:.4g} (40 images)" and said[2].startswith("step 8: FID ")
+    assert len(said) == 3 and said[1].startswith("40 images are too few for 64 features: compare these distances among")
+    assert not curve.due(0, last=False) and not curve.due(5, last=False) and curve.due(5, last=True)
