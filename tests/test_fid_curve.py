@@ -14,7 +14,17 @@ import test_board
 import torch
 from conftest import SECTIONS, Pipeline, settings
 from PIL import Image
-from test_training import STEPS_PER_EPOCH, arguments, assert_equal, assert_same, run, state_of, steps_kept, weights
+from test_training import (
+    STEPS_PER_EPOCH,
+    arguments,
+    assert_equal,
+    assert_same,
+    poison,
+    run,
+    state_of,
+    steps_kept,
+    weights,
+)
 from workshop import DETECTOR
 
 from mmfm import config, rae
@@ -34,6 +44,7 @@ from mmfm.statistics import CovarianceMoments
 from mmfm.training import checkpoint
 from mmfm.training.fid_curve import DistanceFiles, FidCurve
 from mmfm.training.history import read_history
+from mmfm.training.latents import Plan
 from mmfm.training.objective import FlowMatching
 
 N, SHAPE = 70, (32, 4, 4)
@@ -232,7 +243,11 @@ def test_a_missing_detector_stops_the_stage_before_it_begins(tiny_pipeline, refe
     assert "no weights of the fashion detector at" in capsys.readouterr().err
     assert not list(tmp_path.glob("out/state-*/step-*"))
     assert main(["train", *arguments(tiny_pipeline, tmp_path / "out", "uncond", preview=preview())]) == 2
-    assert "train.preview.fid_every is 4: give --detector" in capsys.readouterr().err
+    assert "train.preview.fid_every is 4: give --decoder, --detector" in capsys.readouterr().err
+    line = arguments(files, tmp_path / "out", "uncond", preview=preview())
+    place = line.index("--decoder")
+    assert main(["train", *line[:place], *line[place + 2 :]]) == 2
+    assert "train.preview.fid_every is 4: give --decoder, --detector" in capsys.readouterr().err
     assert main(["train", *arguments(files, tmp_path / "out", "uncond", epochs=1)]) == 0  # off: nobody asks for it
 
 
@@ -241,6 +256,30 @@ def test_latents_that_are_not_finite_give_no_number(measured, tmp_path, monkeypa
     run(measured, tmp_path, "uncond", epochs=1, preview=preview())
     assert "no Frechet distance at step 4: the flow ends in NaN or Inf" in capsys.readouterr().err
     assert not (tmp_path / "fid.jsonl").exists()
+
+
+def test_weights_that_stand_still_behind_a_nan_are_not_measured(measured, tmp_path, monkeypatch):
+    """A NaN in step 7, which nothing asks for before step 8 is measured."""
+    poison(monkeypatch, int(Plan(seed=0, n_images=40, global_batch=8).images(range(48, 56))[3]), "loss")
+    with pytest.raises(ValueError, match="in step 7"):
+        run(measured, tmp_path, log_every=100, checkpoint_every=100, preview=preview())
+    assert [line["step"] for line in read_history(state_of(tmp_path) / "fid.jsonl")] == [4]
+
+
+def test_weights_that_stand_still_behind_a_nan_are_not_shown(tiny_pipeline, tmp_path, monkeypatch):
+    poison(monkeypatch, int(Plan(seed=0, n_images=40, global_batch=8).images(range(48, 56))[3]), "loss")
+    with pytest.raises(ValueError, match="in step 7"):
+        run(tiny_pipeline, tmp_path, log_every=100, checkpoint_every=100, preview=preview(every=4, fid_every=0))
+    assert [path.name for path in state_of(tmp_path).glob("preview-*")] == ["preview-00000004.png"]
+
+
+def test_a_distance_that_cannot_be_computed_stops_no_training(measured, tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise torch.linalg.LinAlgError("linalg.svd: the algorithm failed to converge")
+
+    monkeypatch.setattr("mmfm.training.fid_curve.frechet_distance", fails)
+    run(measured, tmp_path, "uncond", epochs=1, preview=preview())
+    assert "no Frechet distance at step 4: linalg.svd: the algorithm failed" in capsys.readouterr().err
 
 
 def test_too_little_memory_stops_no_training(measured, tmp_path, monkeypatch, capsys):

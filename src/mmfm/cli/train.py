@@ -59,19 +59,18 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--out-dir", type=Path, required=True, help="folder of the outputs")
     options, sections = parser.parse(arguments)
-    every = sections["train"].preview.fid_every
+    every, decoder = sections["train"].preview.fid_every, options.decoder
     measured = (options.detector, options.detector_weights, options.fid_reference)
-    if every and None in measured:
+    if every and None in (decoder, *measured):
         raise ValueError(
-            f"train.preview.fid_every is {every}: give --detector, --detector-weights and --fid-reference, by which "
-            "distances are measured, or set it to 0"
+            f"train.preview.fid_every is {every}: give --decoder, --detector, --detector-weights and --fid-reference, "
+            "by which distances are measured, or set it to 0"
         )
     from mmfm.infra.distributed import process_group
     from mmfm.training.fid_curve import DistanceFiles
     from mmfm.training.inputs import TrainFiles
     from mmfm.training.loop import train
 
-    decoder = options.decoder
     if decoder is not None and not decoder.exists():
         what = "previews or Frechet distances" if every else "previews"
         print(f"train: no {what}, as there is no decoder at {decoder} yet", file=sys.stderr)

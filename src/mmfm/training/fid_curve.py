@@ -167,5 +167,5 @@ def _tried(function: Callable[[], Any]) -> tuple[Any, str | None]:
     """Return what a function returns, and what it says if it can't."""
     try:
         return function(), None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.linalg.LinAlgError) as error:
         return None, " ".join(str(error).split())

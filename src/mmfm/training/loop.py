@@ -27,8 +27,9 @@ from mmfm.training.history import draw_curve_of, publish_history
 from mmfm.training.inputs import TrainFiles, image_classes
 from mmfm.training.looks import fid_curve, previewer
 from mmfm.training.objective import FlowMatching
+from mmfm.training.recipe import Recipe, Routine
 from mmfm.training.schedule import ConstantThenLinear, Cosine
-from mmfm.training.trainer import Recipe, Routine, Trainer
+from mmfm.training.trainer import Trainer
 from mmfm.training.weighting import LossWeighting
 
 

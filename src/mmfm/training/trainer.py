@@ -123,7 +123,7 @@ class Trainer:
         progress = Progress(self.stage, target, "steps", done=first, enabled=self.ranks.is_main)
         with memory.explained(routine.remedy), StopRequest() as stop, progress:
             # What a run that was killed while it measured had not finished.
-            if self._measure(target, stop, progress):
+            if self._measure(target, feed, stop, progress):
                 self._leave(progress)
             if goes_on:
                 self._train(target, feed, stop, progress)
@@ -145,8 +145,8 @@ class Trainer:
                 self._save(feed, milestone)
             progress.advance(1, note)
             if routine.preview_every and (self.step % routine.preview_every == 0) and not last:
-                self._preview()
-            if not stopping and self._measure(target, stop, progress):
+                self._preview(feed)
+            if not stopping and self._measure(target, feed, stop, progress):
                 stopping = True
                 if not saved:
                     self._save(feed, milestone)
@@ -232,16 +232,18 @@ class Trainer:
 
         self.ranks.from_main(save)
 
-    def _preview(self) -> None:
+    def _preview(self, feed: Feed) -> None:
+        self._check(feed)
         with self._clock.stopped():
             self._averaged = self.division.whole_average()
             if self.preview is not None:
                 self.ranks.from_main(lambda: self.preview(self.step))
 
-    def _measure(self, target: int, stop: StopRequest, progress: Progress) -> bool:
+    def _measure(self, target: int, feed: Feed | None, stop: StopRequest, progress: Progress) -> bool:
         """Measure the present step if that is due, and return whether the run was asked to stop meanwhile."""
         if not self.owes(target):
             return False
+        self._check(feed)
         with self._clock.stopped():
             average = self.division.whole_average(everywhere=True)
             line = self.distances.measure(average, self.step, lambda: stop.agreed(self.ranks), progress.say)
@@ -249,8 +251,11 @@ class Trainer:
                 self._record.add_distance(line, self.distances.title)
         return stop.agreed(self.ranks)
 
-    def _check(self, feed: Feed) -> None:
-        """Raise ValueError if a step since the last check met a loss or gradient that is not finite."""
+    def _check(self, feed: Feed | None) -> None:
+        """Raise ValueError if a step since the last check met a loss or gradient that is not finite.
+
+        Before anything is written or shown of the weights: since that step they stand still.
+        """
         step = self.guard.first_broken()
         if step is not None:
             found = self.ranks.gather(self._culprits(step, feed))
