@@ -81,3 +81,16 @@ def test_distances_during_training_cost_what_sampling_them_costs():
     more = (twice.train().flops - off.train().flops) / 2
     assert more == pytest.approx(off.sample().flops + off.fid().flops, rel=0.02)
     assert off.train().device == twice.train().device  # a step's activations take more
+
+
+@pytest.mark.parametrize("stage", ["train", "sample"])
+def test_means_in_pinned_memory_are_counted_on_the_host(stage):
+    """A scheduler would end the job otherwise. Pinned memory is rounded up to a power of two."""
+
+    def need(where, on_gpu):
+        section = dataclasses.replace(getattr(FULL, stage), means_device=where)
+        return getattr(Estimator(dataclasses.replace(FULL, **{stage: section}), "dinov2", 8, on_gpu), stage)()
+
+    device, host = need("device", True), need("host", True)
+    assert host.host - device.host == 2**33 and device.device - host.device == 8192 * 768 * 256 * 4
+    assert need("host", False).mem_mb(8, False) == need("device", False).mem_mb(8, False)
