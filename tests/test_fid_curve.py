@@ -1,11 +1,13 @@
 """Distances during training: they change nothing, none is missing or twice, and no wrong number is written."""
 
+import copy
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import processes
@@ -46,6 +48,8 @@ from mmfm.training.fid_curve import DistanceFiles, FidCurve
 from mmfm.training.history import read_history
 from mmfm.training.latents import Plan
 from mmfm.training.objective import FlowMatching
+from mmfm.training.parallel import Whole
+from mmfm.training.trainer import Trainer
 
 N, SHAPE = 70, (32, 4, 4)
 
@@ -311,6 +315,25 @@ def test_distances_of_other_weights_do_not_stay(measured, tiny_pipeline, tmp_pat
     assert (tmp_path / "fid.jsonl").exists()
     run(tiny_pipeline, tmp_path, "uncond", epochs=1, lr=5e-4)
     assert not (tmp_path / "fid.jsonl").exists()
+
+
+def test_a_gathered_average_is_gone_when_training_goes_on(measured, tmp_path, monkeypatch):
+    """With `fsdp` it is a whole model more on a GPU."""
+    gathered, step = [], Trainer._train_step
+
+    def gather(self, everywhere=False):
+        gathered.append(weakref.ref(whole := copy.deepcopy(self.average)))
+        return whole
+
+    def watched(self, *inputs):
+        assert not any(average() for average in gathered)
+        step(self, *inputs)
+
+    monkeypatch.setattr(Whole, "whole_average", gather)
+    monkeypatch.setattr(Trainer, "_train_step", watched)
+    for epochs in (1, 2):
+        run(measured, tmp_path, "uncond", epochs=epochs, preview=preview(every=3))
+    assert len(gathered) > 6
 
 
 @pytest.mark.parametrize("setting", ["uncond", "class_gmm"])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mmfm import config, rae
 from mmfm.data import Listing
@@ -77,8 +78,8 @@ def train(
     if settings.preview.fid_every and distance_files is not None and files.decoder is not None:
         distances = fid_curve(task, autoencoder, latent_shape, distance_files, digests["listing"], state, ranks)
 
-    def draw_preview(step: int) -> None:
-        save_picture(preview(trainer.averaged), state / f"preview-{step:08d}.png")
+    def draw_preview(average: nn.Module, step: int) -> None:
+        save_picture(preview(average), state / f"preview-{step:08d}.png")
         draw_curve_of(state, step, state / "curve.png", f"train {setting}")
 
     trainer = Trainer(
@@ -96,7 +97,8 @@ def train(
     elif trainer.owes(target):
         trainer.run(target, None)
     provenance = _provenance(setting, sections, latent_shape, digests, plan, trainer.step)
-    ranks.from_main(lambda: _publish(out_dir, state, trainer, provenance, preview if files.decoder else None))
+    average = trainer.average()
+    ranks.from_main(lambda: _publish(out_dir, state, average, provenance, preview if files.decoder else None))
 
 
 def _load_autoencoder(files: TrainFiles, encoder: config.Encoder, device: torch.device) -> rae.RAE:
@@ -197,10 +199,10 @@ def _provenance(
 
 
 def _publish(
-    out_dir: Path, state: Path, trainer: Trainer, provenance: dict[str, Any], preview: Callable[..., Any] | None
+    out_dir: Path, state: Path, average: nn.Module, provenance: dict[str, Any], preview: Callable[..., Any] | None
 ) -> None:
     """Write the outputs of a finished run."""
-    publish_history(state, trainer.step, out_dir, f"train {provenance['setting']}")
+    publish_history(state, provenance["step"], out_dir, f"train {provenance['setting']}")
     if preview is not None:
-        save_picture(preview(trainer.averaged), out_dir / "preview.png")
-    save_ema(out_dir / "ema.safetensors", trainer.averaged, provenance)
+        save_picture(preview(average), out_dir / "preview.png")
+    save_ema(out_dir / "ema.safetensors", average, provenance)

@@ -32,7 +32,7 @@ class Trainer:
         losses: see :data:`Losses`.
         plan: which images stand where.
         state: directory of the checkpoints.
-        preview: called with the step on the main process; may draw pictures of the present weights.
+        preview: called with the average and the step on the main process; may draw pictures.
         companion: see :class:`Companion`.
         distances: measured as the run goes; None for none.
     """
@@ -47,7 +47,7 @@ class Trainer:
         routine: Routine,
         state: Path,
         ranks: Ranks,
-        preview: Callable[[int], None] | None = None,
+        preview: Callable[[nn.Module, int], None] | None = None,
         companion: Companion | None = None,
         distances: FidCurve | None = None,
     ) -> None:
@@ -61,7 +61,6 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.division.tensors, lr=recipe.lr(0), betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
         )
-        self._averaged = self.model if self.ema is None else self.ema.module
         self.step = self.logged_step = 0
         self.seconds = 0.0
         device = ranks.device
@@ -69,10 +68,9 @@ class Trainer:
         self.norm = torch.zeros((), device=device)
         self.guard = Guard(device)
 
-    @property
-    def averaged(self) -> nn.Module:
-        """The average as a plain module, or the model itself without one; for the main process, when it is called."""
-        return self._averaged
+    def average(self) -> nn.Module:
+        """The average, or else the model, as a plain module; a collective call, of use on the main process."""
+        return self.division.whole_average()
 
     def resume(self, target: int) -> bool:
         """Take up the checkpoint that a run to step ``target`` goes on from; see :func:`mmfm.training.checkpoint.find`.
@@ -98,7 +96,6 @@ class Trainer:
         self.loss_sum.fill_(found.values["loss_sum"])
         if self.companion is not None:
             self.companion.load(found.values["companion"], found.step)
-        self._averaged = self.division.whole_average()
         return self.step == target
 
     def owes(self, target: int) -> bool:
@@ -128,7 +125,6 @@ class Trainer:
             if goes_on:
                 self._train(target, feed, stop, progress)
         self._record.close()
-        self._averaged = self.division.whole_average()
 
     def _train(self, target: int, feed: Feed, stop: StopRequest, progress: Progress) -> None:
         routine = self.routine
@@ -144,7 +140,7 @@ class Trainer:
             if saved:
                 self._save(feed, milestone)
             progress.advance(1, note)
-            if routine.preview_every and (self.step % routine.preview_every == 0) and not last:
+            if self.preview and routine.preview_every and self.step % routine.preview_every == 0 and not last:
                 self._preview(feed)
             if not stopping and self._measure(target, feed, stop, progress):
                 stopping = True
@@ -235,9 +231,8 @@ class Trainer:
     def _preview(self, feed: Feed) -> None:
         self._check(feed)
         with self._clock.stopped():
-            self._averaged = self.division.whole_average()
-            if self.preview is not None:
-                self.ranks.from_main(lambda: self.preview(self.step))
+            average = self.average()
+            self.ranks.from_main(lambda: self.preview(average, self.step))
 
     def _measure(self, target: int, feed: Feed | None, stop: StopRequest, progress: Progress) -> bool:
         """Measure the present step if that is due, and return whether the run was asked to stop meanwhile."""
