@@ -59,9 +59,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--out-dir", type=Path, required=True, help="folder of the outputs")
     options, sections = parser.parse(arguments)
-    every, decoder = sections["train"].preview.fid_every, options.decoder
+    every = sections["train"].preview.fid_every
     measured = (options.detector, options.detector_weights, options.fid_reference)
-    if every and None in (decoder, *measured):
+    if every and None in (options.decoder, *measured):
         raise ValueError(
             f"train.preview.fid_every is {every}: give --decoder, --detector, --detector-weights and --fid-reference, "
             "by which distances are measured, or set it to 0"
@@ -71,14 +71,21 @@ def main(arguments: list[str]) -> int:
     from mmfm.training.inputs import TrainFiles
     from mmfm.training.loop import train
 
-    if decoder is not None and not decoder.exists():
-        what = "previews or Frechet distances" if every else "previews"
-        print(f"train: no {what}, as there is no decoder at {decoder} yet", file=sys.stderr)
-        decoder = None
-    files = TrainFiles(
-        options.listing, options.encoder_weights, options.stats, options.gmm, options.spatial_gmm, decoder
-    )
     with process_group() as ranks:
+        # All processes must draw and measure, or none: the file may appear while they start.
+        decoder = ranks.from_main(lambda: _present(options.decoder, bool(every)))
+        files = TrainFiles(
+            options.listing, options.encoder_weights, options.stats, options.gmm, options.spatial_gmm, decoder
+        )
         distances = DistanceFiles(*measured) if every else None
         train(options.setting, files, sections, VERSION, options.out_dir, ranks, distances)
     return 0
+
+
+def _present(decoder: Path | None, measured: bool) -> Path | None:
+    """Return the decoder if its file is there; say what there will not be if it is missing."""
+    if decoder is None or decoder.exists():
+        return decoder
+    what = "previews or Frechet distances" if measured else "previews"
+    print(f"train: no {what}, as there is no decoder at {decoder} yet", file=sys.stderr)
+    return None
