@@ -123,8 +123,8 @@ def run_engine(path: Path, k: int, max_iter: int, e_step: str, cache_gb: float) 
     from mmfm.infra.distributed import Ranks
     from mmfm.mixture import fit, initial
     from mmfm.mixture.em import EMState, em_iterations
-    from mmfm.mixture.streaming import Rows
     from mmfm.mixture.groups import GROUP_ROWS
+    from mmfm.mixture.streaming import Rows
     from mmfm.mixture.truncated import Truncation, measure_gap
 
     initial.import_faiss()
@@ -176,7 +176,7 @@ def contestant(name: str, path: Path, k: int, max_iter: int, cache_gb: float) ->
     return found
 
 
-def in_a_process(name: str, path: Path, k: int, threads: int, max_iter: int = MAX_ITER, cache_gb: float = 4.0) -> dict:
+def in_a_process(name: str, path: Path, k: int, threads: int, max_iter: int = MAX_ITER, cache_gb: float = 0.0) -> dict:
     """Run one contestant in a process of its own with so many threads."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     line = [sys.executable, __file__, "--contestant", name, "--data", str(path), "--components", str(k)]
@@ -186,7 +186,7 @@ def in_a_process(name: str, path: Path, k: int, threads: int, max_iter: int = MA
     return json.loads(subprocess.run(line, env=environment, check=True, capture_output=True, text=True).stdout)
 
 
-def compare(size: str, rounds: int, threads: int, folder: Path) -> dict[str, Any]:
+def compare(size: str, rounds: int, threads: int, cache_gb: float, folder: Path) -> dict[str, Any]:
     """Run all contestants in turns."""
     n, c, k = SIZES[size]
     path = folder / f"{size}.npy"
@@ -194,11 +194,11 @@ def compare(size: str, rounds: int, threads: int, folder: Path) -> dict[str, Any
     runs: dict[str, list] = {name: [] for name in CONTESTANTS}
     for number in range(rounds):
         for name in CONTESTANTS[number % 3 :] + CONTESTANTS[: number % 3]:
-            runs[name].append(in_a_process(name, path, k, threads))
+            runs[name].append(in_a_process(name, path, k, threads, cache_gb=cache_gb))
             last = runs[name][-1]
             print(f"{size} {name}: {last['total_s']:.1f} s ({last['total_cpu_s']:.1f} s CPU)", file=sys.stderr)
     path.unlink()
-    return {"n": n, "c": c, "k": k, "threads": threads, "runs": runs, "load": os.getloadavg()[0]}
+    return {"n": n, "c": c, "k": k, "threads": threads, "cache_gb": cache_gb, "runs": runs, "load": os.getloadavg()[0]}
 
 
 def scaling(threads: int, folder: Path) -> list[dict[str, Any]]:
@@ -270,7 +270,7 @@ def table(comparison: dict[str, Any]) -> list[str]:
     equal = min(m["n_iter"] for m in middle.values())
     lines = [
         f"N = {comparison['n']:,}, D = {comparison['c']}, K = {comparison['k']}, {comparison['threads']} threads, "
-        f"{len(comparison['runs']['exact'])} round(s)",
+        f"{len(comparison['runs']['exact'])} round(s), {comparison['cache_gb']:g} GB of tokens kept by the engine",
         "",
         "| | " + " | ".join(middle) + " |",
         "|---" * (len(middle) + 1) + "|",
@@ -345,7 +345,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    for name, kind in (("contestant", str), ("data", Path), ("components", int), ("cache-gb", float)):
+    parser.add_argument(
+        "--cache-gb", type=float, default=0.0, help="tokens that the engine keeps; 0: read again in every pass"
+    )
+    for name, kind in (("contestant", str), ("data", Path), ("components", int)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     parser.add_argument("--max-iter", type=int, default=MAX_ITER, help=argparse.SUPPRESS)
     o = parser.parse_args()
@@ -358,7 +361,7 @@ def main() -> None:
     found["machine"] = machine()
     with tempfile.TemporaryDirectory() as folder:
         for size in o.sizes:
-            found[size] = compare(size, o.rounds, o.threads, Path(folder))
+            found[size] = compare(size, o.rounds, o.threads, o.cache_gb, Path(folder))
             path.write_text(json.dumps(found, indent=1))
         if o.scaling:
             found["scaling"], found["profile"] = scaling(1, Path(folder)), profile(1)

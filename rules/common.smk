@@ -202,6 +202,19 @@ def preview_decoder(wildcards):
     return shlex.quote(own if given == "train" else given)
 
 
+def train_operation(wildcards):
+    """Return the operation keys of `train`, the decoder of its previews, and by what it measures distances.
+
+    Detector and reference change no weight, so they are no inputs, as the decoder is none; the rule of the reference
+    has a priority, by which it normally comes first.
+    """
+    words = f"{OPERATION['train']} --decoder {preview_decoder(wildcards)}"
+    if not C.train.preview.fid_every:
+        return words
+    weights, reference = shlex.quote(C.fid.weights), shlex.quote(f"{RESULTS}/fid_reference/reference.safetensors")
+    return f"{words} --detector {C.fid.detector} --detector-weights {weights} --fid-reference {reference}"
+
+
 def complete_name(wildcards, kind):
     """Return the file with the complete name behind a short one; `kind` is txt or json."""
     encoder, setting, ag, text = re.fullmatch(NAME, wildcards.request).group(1, 2, 3, 4)

@@ -27,6 +27,8 @@ if C.decoder.weights == "train":
             "<logs>/train_decoder.{encoder}.log",
         benchmark:
             "<benchmarks>/train_decoder.{encoder}.tsv"
+        # `train` can show images as it goes if the decoder is there.
+        priority: 1
         conda:
             "../envs/mmfm.yaml"
         threads: ALL_CORES

@@ -20,6 +20,8 @@ rule fid_reference:
         "<logs>/fid_reference.log",
     benchmark:
         "<benchmarks>/fid_reference.tsv"
+    # `train` can measure distances as it goes if the reference is there.
+    priority: 1
     conda:
         "../envs/mmfm.yaml"
     threads: SHARED_CORES

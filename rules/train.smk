@@ -25,7 +25,7 @@ rule train:
         "../envs/mmfm.yaml"
     threads: ALL_CORES
     resources:
-        operation=lambda wildcards: f"{OPERATION['train']} --decoder {preview_decoder(wildcards)}",
+        operation=train_operation,
         gpu=GPUS,
         processes=C.processes,
         mem_mb=MEM_MB["train"],

@@ -33,7 +33,10 @@ SECTIONS = {
         "final_lr": 1e-4, "constant_epochs": 1, "decay_end_epoch": 3, "betas": [0.9, 0.95], "weight_decay": 0.0,
         "clip_norm": 1.0, "ema_decay": 0.9, "precision": "auto", "micro_batch": 0, "workers": 0,
         "latent_cache_gb": 1.0, "checkpoint_every": 4, "keep_checkpoints": 2, "log_every": 2, "compile": False,
-        "preview": {"every": 0, "n_images": 4, "time_points": 3}, "label_dropout": 0.1, "mode_dropout": 0.0,
+        "preview": {
+            "every": 0, "n_images": 4, "time_points": 3, "fid_every": 0, "fid_images": 22, "fid_batch_size": 4,
+        },
+        "label_dropout": 0.1, "mode_dropout": 0.0,
         "schedule": "constant_then_linear",
         "checkpoint_activations": False, "sharding": "ddp", "milestones": [], "logger": "none",
         "means_precision": "auto", "means_device": "device", "loss_weighting": {
@@ -180,7 +183,8 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, 
     }
     group = zarr.open_group(root / "spatial_gmm.zarr", mode="w")
     for name, array in spatial.items():
-        group.create_array(name, data=array, chunks=(1, *array.shape[1:]) if name == "means" else array.shape)
+        chunks = (1, *array.shape[1:]) if name == "means" else array.shape
+        group.create_array(name, data=array, chunks=chunks, compressors=None)
     group.attrs.update(
         {"digest": store.array_digest(*spatial.values()), "gmm_digest": gmm_digest, "stats_digest": stats_digest}
         | made_from

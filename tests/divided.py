@@ -15,8 +15,9 @@ from torch import Tensor
 from mmfm.infra.distributed import Ranks, process_group
 from mmfm.models.dit import DiT, DiTConfig
 from mmfm.training import latents
+from mmfm.training.recipe import Recipe, Routine
 from mmfm.training.schedule import ConstantThenLinear
-from mmfm.training.trainer import Recipe, Routine, Trainer
+from mmfm.training.trainer import Trainer
 
 STEPS, HALF, BATCH, IMAGES = 6, 3, 12, 36
 SIZES = DiTConfig(4, 1, 8, (16, 24), (2, 1), (2, 2), 5, 0.0)

@@ -80,6 +80,22 @@ def test_training_speed(tmp_path):
     assert "| H100-80GB |" in (tmp_path / "train_speed.md").read_text()
 
 
+def test_steps_of_the_real_size_in_small(tmp_path, monkeypatch, capsys):
+    full = load("full_size")
+    for name, value in (("SHAPE", (8, 4, 4)), ("LABELS", 5), ("IMAGES", 6)):
+        monkeypatch.setattr(full, name, value)
+    found = full.train("tiny_guide", 2, 1, tmp_path / "state-x", True)
+    assert found["flops_per_step"] > 1e6 and found["gflops"] > 0 and found["gflops_of_passes"] > found["gflops"]
+    assert found["loss"] == pytest.approx(2, abs=0.3)  # two independent normals
+    assert found["checkpoint_gb"] == pytest.approx(16 * found["parameters"] / 1e9, rel=0.05)
+    again = full.resume("tiny_guide", 2, 1, tmp_path / "state-x")
+    run = {"model": "tiny_guide", "threads": 1, "batch": 2, **found, **again}
+    assert "| DiTDH-tiny_guide | 1 | 2 | 0.0 |" in full.report([run])
+    monkeypatch.setattr(full, "free_gb", lambda: 3.0)
+    assert full.main(["--models", "XL", "--out", str(tmp_path)]) == 0
+    assert "| DiTDH-XL | 1 | 1 | does not fit: about 18.4 GB, 3.0 free |" in capsys.readouterr().out
+
+
 def test_counted_operations_and_bytes():
     """One linear map after another, by hand."""
     estimate = load("estimate")

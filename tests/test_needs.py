@@ -1,5 +1,6 @@
 """The arithmetic of needs against what it describes, and the document against what the code prints."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,29 @@ def test_the_start_of_the_mixture_is_counted_as_it_is():
     assert needs.SEEDING == initial.ROWS_PER_COMPONENT
     assert needs.SEEDING_ITERATIONS == initial.KMEANS_ITERATIONS
     assert needs.LLOYD_ITERATIONS == (kmeans.ROUNDS + 1) * kmeans.ITERATIONS
+
+
+def test_distances_during_training_cost_what_sampling_them_costs():
+    def estimate(every):
+        preview = dataclasses.replace(FULL.train.preview, fid_every=every, fid_images=50_000)
+        train = dataclasses.replace(FULL.train, preview=preview)
+        return Estimator(dataclasses.replace(FULL, train=train), "dinov2", 8, True)
+
+    steps = 80 * (1_281_167 // 1024)
+    off, twice = estimate(0), estimate(steps // 2)
+    more = (twice.train().flops - off.train().flops) / 2
+    assert more == pytest.approx(off.sample().flops + off.fid().flops, rel=0.02)
+    assert off.train().device == twice.train().device  # a step's activations take more
+
+
+@pytest.mark.parametrize("stage", ["train", "sample"])
+def test_means_in_pinned_memory_are_counted_on_the_host(stage):
+    """A scheduler would end the job otherwise. Pinned memory is rounded up to a power of two."""
+
+    def need(where, on_gpu):
+        section = dataclasses.replace(getattr(FULL, stage), means_device=where)
+        return getattr(Estimator(dataclasses.replace(FULL, **{stage: section}), "dinov2", 8, on_gpu), stage)()
+
+    device, host = need("device", True), need("host", True)
+    assert host.host - device.host == 2**33 and device.device - host.device == 8192 * 768 * 256 * 4
+    assert need("host", False).mem_mb(8, False) == need("device", False).mem_mb(8, False)

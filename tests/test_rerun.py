@@ -160,6 +160,14 @@ def test_every_key_reruns_what_its_document_says(checkout):
     assert not wrong
 
 
+def test_what_measures_distances_during_training_retrains_nothing(checkout):
+    """Detector and reference are with the operation keys of `train` where distances are asked for."""
+    measured = {**BASE, "train": {"preview": {"fid_every": 50}}}
+    other = {**measured, "fid": {"weights": "other/detector.safetensors", "reference": "other/reference.npz"}}
+    asked, changed_with = plans(checkout, [{"keys": keys, "targets": TARGETS} for keys in (measured, other)])
+    assert asked == [] and stages(changed_with) == {"fid_reference", "fid"}
+
+
 def test_the_image_folder_is_listed_again_when_asked(checkout):
     """A dry run never walks the folder; asked for, the listing and all that hangs on it are made again."""
     calls = [{"keys": BASE, "targets": TARGETS}, {"keys": BASE, "targets": TARGETS, "force": "list_images"}]

@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import processes
 import pytest
+import torch
 import workshop
+import zarr
 from conftest import write_images, write_listing
 
 from mmfm import data, tokens
 from mmfm.infra import store
+from mmfm.mixture.spatial import SpatialMixture
 
 FEW, MANY = 400, 1600
 SIDE = 32
@@ -90,6 +93,27 @@ def test_four_times_the_tokens_take_no_more_memory(stages, tmp_path):
         constants = {"mmfm.mixture.validity.SILHOUETTE_IMAGES": 1000}  # a sample of fixed size, which both are above
         grown.append(processes.growth(stage.command(out, gmm=CHANGES["gmm"]), workshop.errors_file(out), constants))
     assert_flat(*grown)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loading_the_means_takes_the_memory_of_the_means(tmp_path, dtype):
+    """No second copy of the store, and none in another dtype: 64 MB of rows into 64 MB or 32 MB."""
+    shape = (512, 128, 16, 16)
+    group = zarr.open_group(tmp_path / "spatial_gmm.zarr", mode="w")
+    layout = {"shape": shape, "dtype": "float32", "chunks": (1, *shape[1:]), "compressors": None}
+    group.create_array("means", **layout)[:] = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    for name in ("variances", "weights", "counts"):
+        group.create_array(name, data=np.ones(shape[0]))
+    group.attrs["digest"] = "d"
+    grown = processes.call_growth(_load_means, tmp_path / "memory", tmp_path / "spatial_gmm.zarr", dtype)
+    size = dtype.itemsize * np.prod(shape)
+    assert size < grown < 1.05 * size + 3e6
+
+
+def _load_means(path: Path, dtype: torch.dtype) -> None:
+    mixture = SpatialMixture.open(path)
+    means = mixture.load_means(dtype=dtype)
+    assert means.dtype == dtype and means[511, 127, 15, 15] == torch.tensor(mixture.means[511, 127, 15, 15]).to(dtype)
 
 
 def test_a_listing_of_a_million_images_costs_nothing_to_open(tmp_path):

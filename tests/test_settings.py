@@ -63,8 +63,7 @@ def test_settings_without_labels_show_none(tiny_pipeline):
 
 @pytest.mark.parametrize("setting", ["class", "class_gmm"])
 def test_class_settings_train(tiny_pipeline, tmp_path, setting):
-    preview = {"every": 0, "n_images": 4, "time_points": 3}
-    run(tiny_pipeline, tmp_path, setting, epochs=1, preview=preview)
+    run(tiny_pipeline, tmp_path, setting, epochs=1)
     model, about = checkpoint.load_ema(tmp_path / "ema.safetensors")
     assert (model.config.num_classes, model.config.label_dropout, about["setting"]) == (2, 0.1, setting)
     assert weights(tmp_path)["y_embedder.embedding_table.weight"].shape == (3, 32)

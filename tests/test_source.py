@@ -93,6 +93,7 @@ def test_means_on_the_host_give_the_same_on_a_gpu(tiny_pipeline):
     drawn = []
     for where in ("cuda", "cpu"):
         source = source_for("gmm", tiny_pipeline.spatial_gmm, "cuda", means_device=where, dtype=torch.bfloat16)
+        assert where == "cuda" or source.means.is_pinned()
         drawn.append(source.draw(source.draw_modes(rng.uniform(0, "mode", numbers)), noise))
     assert torch.equal(*drawn)
 

@@ -238,6 +238,22 @@ def test_a_damaged_row_is_found_and_made_anew(listing, tmp_path, monkeypatch, ar
     np.testing.assert_allclose(SpatialMixture.open(out).means[3], brute_force(listing)[3][0], atol=3e-6)
 
 
+@pytest.mark.parametrize("array", ["means", "variances"])
+@pytest.mark.parametrize("damage", ["truncated", "longer", "missing"])
+def test_a_row_that_is_not_whole_is_an_error_when_loading(listing, tmp_path, array, damage):
+    fit(listing, tmp_path / "spatial_gmm.zarr", covariance_type="diag")
+    mixture = SpatialMixture.open(tmp_path / "spatial_gmm.zarr")
+    row = tmp_path / "spatial_gmm.zarr" / array / "c" / "3" / "0" / "0" / "0"
+    content = row.read_bytes()
+    row.unlink()  # a hard link to what the state keeps
+    if damage != "missing":
+        row.write_bytes(content[:100] if damage == "truncated" else content + b"0000")
+    with pytest.raises(
+        ValueError, match=r"spatial_gmm.zarr' is damaged \(row 3 .*\); delete it and run spatial_gmm again"
+    ):
+        mixture.load_means() if array == "means" else mixture.load_variances()
+
+
 class Threads:
     """Two processes of the stage as two threads: the same calls, the same order of collectives."""
 

@@ -1,5 +1,6 @@
 """The training loop: the same numbers whatever is interrupted, divided or cached."""
 
+import contextlib
 import functools
 import json
 import os
@@ -12,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODES, Pipeline, settings
+from conftest import MODES, SECTIONS, Pipeline, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfm.cli import train as command
 from mmfm.config import STAGES
 from mmfm.infra import store
+from mmfm.infra.distributed import Ranks
 from mmfm.rae import RAE
 from mmfm.training import checkpoint, trainer
 from mmfm.training.ema import Ema
@@ -252,11 +254,27 @@ def test_a_nan_stops_before_it_reaches_the_weights(tiny_pipeline, undisturbed, t
 
 
 def test_previews_are_drawn_as_training_goes(tiny_pipeline, tmp_path):
-    preview = {"every": 5, "n_images": 4, "time_points": 3}
+    preview = {**SECTIONS["train"]["preview"], "every": 5}
     run(tiny_pipeline, tmp_path, preview=preview)
     names = sorted(path.name for path in state_of(tmp_path).glob("*.png"))
     assert names == ["curve.png", "preview-00000005.png", "preview-00000010.png"]
     assert (tmp_path / "preview.png").stat().st_size > 1000
+
+
+def test_the_main_process_says_whether_there_is_a_decoder(tiny_pipeline, tmp_path, monkeypatch):
+    """It may appear while processes start: previews are collective, so all must draw them or none."""
+    found = []
+
+    class Second(Ranks):
+        def from_main(self, make):
+            return None  # the main process came before the decoder
+
+    monkeypatch.setattr(
+        "mmfm.infra.distributed.process_group", lambda: contextlib.nullcontext(Second(1, 2, torch.device("cpu")))
+    )
+    monkeypatch.setattr("mmfm.training.loop.train", lambda setting, files, *_: found.append(files.decoder))
+    assert command.main(arguments(tiny_pipeline, tmp_path, "mode")) == 0
+    assert found == [None]
 
 
 def test_an_impossible_batch_is_refused(tiny_pipeline, tmp_path):

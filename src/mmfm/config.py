@@ -137,11 +137,19 @@ class Model:
 
 @dataclass(frozen=True)
 class Preview:
-    """Sample grids during training, from the EMA weights."""
+    """Sample grids and Frechet distances during training, from the EMA weights."""
 
     every: int = operation("steps between preview grids; 0 for none", unit="steps", minimum=0)
     n_images: int = operation("images in a grid", unit="images", minimum=1)
-    time_points: int = operation("time points of the solver", minimum=2)
+    time_points: int = operation("time points of the solver, of grids and of distances", minimum=2)
+    fid_every: int = operation(
+        "steps between measurements of the Frechet distance by the detector `fid.detector` from the stage's reference, "
+        "and one at the end; 0 for none",
+        unit="steps",
+        minimum=0,
+    )
+    fid_images: int = operation("images generated for it, from the same noise every time", unit="images", minimum=2)
+    fid_batch_size: int = operation("images of it per model and detector call", unit="images", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -188,7 +196,7 @@ class Train:
     keep_checkpoints: int = operation("newest checkpoints that are kept", minimum=1)
     log_every: int = operation("steps between lines of the history", unit="steps", minimum=1)
     compile: bool = operation("use torch.compile")
-    preview: Preview = field(metadata={"help": "sample grids during training", "kind": "section"})
+    preview: Preview = field(metadata={"help": "sample grids and distances during training", "kind": "section"})
     label_dropout: float = key("probability with which a class label is hidden (settings class, class_gmm)", minimum=0)
     mode_dropout: float = key("probability with which a mode is hidden from the model (setting mode)", minimum=0)
     means_precision: str = key(

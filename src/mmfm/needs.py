@@ -1,5 +1,7 @@
 """The needs of every stage of a configuration, from the arithmetic in :mod:`mmfm.scale`."""
 
+import math
+
 from mmfm import scale
 from mmfm.config import Config
 from mmfm.scale import DOUBLE, FLOAT, Need
@@ -130,12 +132,35 @@ class Estimator:
         checkpoint = parameters * (scale.TRAINED_BYTES - FLOAT + scale.EMA_BYTES)
         model = parameters * (scale.TRAINED_BYTES + scale.EMA_BYTES)
         posterior = 4 * self.encoder.width * k
+        measured, (memory, half, single) = s.preview.fid_images, self._measuring()
+        rounds = -(-steps // s.preview.fid_every) if s.preview.fid_every else 0
+        # Nothing of a step's activations is left while images are generated.
+        activations = max(activations, memory if rounds else 0)
+        means, pinned = self._means(s.means_device)
         return self._need(
             images * self.image_bytes, checkpoint * steps / s.checkpoint_every, (s.keep_checkpoints + 2) * checkpoint,
-            model + activations + self.means + self._encoding(micro) + s.latent_cache_gb * 1e9,
-            single=images * (self.encoder.flops + posterior),
-            half=3 * images * scale.dit_flops(self.model, self.tokens), images=images, workers=s.workers,
+            model + activations + means + self._encoding(micro) + s.latent_cache_gb * 1e9,
+            host=pinned, single=images * (self.encoder.flops + posterior) + rounds * measured * single,
+            half=3 * images * scale.dit_flops(self.model, self.tokens) + rounds * measured * half,
+            images=images, workers=s.workers,
         )  # fmt: skip
+
+    def _means(self, where: str) -> tuple[float, float]:
+        """Memory of the source's means, in float32, on the device and, pinned there, on the host."""
+        if self.on_gpu and where == "host":
+            return 0, 2 ** math.ceil(math.log2(self.means))  # PyTorch rounds pinned memory up
+        return self.means, 0
+
+    def _measuring(self) -> tuple[float, float, float]:
+        """Memory of a measurement during training, and operations of one of its images, in bf16 and in float32."""
+        s, decoder = self.config.train, self.config.decoder
+        batch, parameters = s.preview.fid_batch_size, scale.dit_parameters(self.model, self.encoder.width)
+        widest = max(*self.model.hidden_size, decoder.hidden_size)
+        memory = batch * self.tokens * widest * FLOAT * scale.INFERENCE_COPIES + self._detecting(batch)
+        whole = parameters * FLOAT if s.sharding == "fsdp" else 0  # every process then has one
+        half = (s.preview.time_points - 1) * scale.dit_flops(self.model, self.tokens)
+        single = scale.decoder_flops(decoder, self.tokens + 1) + _DETECTORS[self.config.fid.detector][1]
+        return memory + whole, half, single
 
     def sample(self) -> Need:
         """The model at every step, the decoder once; images as shards and as one file."""
@@ -147,9 +172,10 @@ class Estimator:
         widest = max(*self.model.hidden_size, decoder.hidden_size)
         activations = s.batch_size * self.tokens * widest * FLOAT * scale.INFERENCE_COPIES
         half = s.n_images * evaluations * scale.dit_flops(self.model, self.tokens)
+        means, pinned = self._means(s.means_device)
         return self._need(
             weights * FLOAT + self.means, 2 * s.n_images * pixels, 2 * s.n_images * pixels,
-            weights * FLOAT + self.means + activations, host=s.shard_size * pixels,
+            weights * FLOAT + means + activations, host=s.shard_size * pixels + pinned,
             half=half, single=s.n_images * scale.decoder_flops(decoder, self.tokens + 1),
         )  # fmt: skip
 

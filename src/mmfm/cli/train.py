@@ -7,6 +7,7 @@ from mmfm import config
 from mmfm.cli.common import StageParser
 from mmfm.settings import SETTINGS
 
+DETECTORS = config.Fid.__dataclass_fields__["detector"].metadata["choices"]
 VERSION = config.VERSIONS["train"]
 
 DESCRIPTION = """\
@@ -24,6 +25,10 @@ Train the velocity model that carries the source to the data in the encoder's la
 
 Writes to --out-dir: ema.safetensors (the averaged weights, which `sample` takes), history.jsonl (loss, gradient norm,
 learning rate, speed), curve.png, and with --decoder preview.png. Other seeds: train.seed=1.
+
+With train.preview.fid_every=N the average's Frechet distance is measured every N steps and at the end: into fid.jsonl,
+curve.png and the progress line. It takes --decoder, --detector, --detector-weights and --fid-reference, changes no
+weight, and waits for nothing: while there is no reference, it says so and training goes on.
 
 Killed at any instant, the same command goes on from the newest checkpoint in state-.../ beside the outputs and ends
 with the same weights. SIGTERM, SIGINT and SIGUSR1 save a checkpoint first. More train.epochs continue a finished run.
@@ -47,19 +52,40 @@ def main(arguments: list[str]) -> int:
         "--spatial-gmm", type=Path, nargs="?", help="spatial mixture (settings gmm, mode and class_gmm)"
     )
     parser.add_argument("--decoder", type=Path, help="decoder for previews; without the file there are none")
+    parser.add_argument("--detector", choices=DETECTORS, help="feature network of train.preview.fid_every")
+    parser.add_argument("--detector-weights", type=Path, help="its weights; they must be there from the start")
+    parser.add_argument(
+        "--fid-reference", type=Path, help="reference from fid_reference with that detector; may come during training"
+    )
     parser.add_argument("--out-dir", type=Path, required=True, help="folder of the outputs")
     options, sections = parser.parse(arguments)
+    every = sections["train"].preview.fid_every
+    measured = (options.detector, options.detector_weights, options.fid_reference)
+    if every and None in (options.decoder, *measured):
+        raise ValueError(
+            f"train.preview.fid_every is {every}: give --decoder, --detector, --detector-weights and --fid-reference, "
+            "by which distances are measured, or set it to 0"
+        )
     from mmfm.infra.distributed import process_group
+    from mmfm.training.fid_curve import DistanceFiles
     from mmfm.training.inputs import TrainFiles
     from mmfm.training.loop import train
 
-    decoder = options.decoder
-    if decoder is not None and not decoder.exists():
-        print(f"train: no previews, as there is no decoder at {decoder} yet", file=sys.stderr)
-        decoder = None
-    files = TrainFiles(
-        options.listing, options.encoder_weights, options.stats, options.gmm, options.spatial_gmm, decoder
-    )
     with process_group() as ranks:
-        train(options.setting, files, sections, VERSION, options.out_dir, ranks)
+        # All processes must draw and measure, or none: the file may appear while they start.
+        decoder = ranks.from_main(lambda: _present(options.decoder, bool(every)))
+        files = TrainFiles(
+            options.listing, options.encoder_weights, options.stats, options.gmm, options.spatial_gmm, decoder
+        )
+        distances = DistanceFiles(*measured) if every else None
+        train(options.setting, files, sections, VERSION, options.out_dir, ranks, distances)
     return 0
+
+
+def _present(decoder: Path | None, measured: bool) -> Path | None:
+    """Return the decoder if its file is there; say what there will not be if it is missing."""
+    if decoder is None or decoder.exists():
+        return decoder
+    what = "previews or Frechet distances" if measured else "previews"
+    print(f"train: no {what}, as there is no decoder at {decoder} yet", file=sys.stderr)
+    return None

@@ -9,6 +9,7 @@ import torch
 from mmfm import config, data
 from mmfm.evaluation.detector import Detector
 from mmfm.evaluation.frechet import frechet_distance
+from mmfm.evaluation.moments import merged, own_part
 from mmfm.evaluation.reference import Reference
 from mmfm.infra import npz, store
 from mmfm.infra.distributed import Ranks
@@ -75,21 +76,12 @@ def _check(
     images: np.ndarray, images_path: str | Path, samples: dict[str, Any], samples_path: str | Path,
     reference: Reference, reference_path: str | Path, detector: Detector,
 ) -> None:  # fmt: skip
-    about = reference.about
-    if about["detector_digest"] != detector.digest:
-        raise ValueError(
-            f"the reference '{reference_path}' has features of another detector ({about['detector']}, weights "
-            f"{about['detector_digest'][:12]}) than {detector.name} ({detector.digest[:12]}); run fid_reference with it"
-        )
+    reference.require_detector(detector, reference_path)
     if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3 or images.dtype != np.uint8:
         raise ValueError(f"'{images_path}' holds {images.shape} {images.dtype}; images are (n, S, S, 3) uint8")
     if len(images) < 2:
         raise ValueError(f"'{images_path}' holds {len(images)} image; a covariance takes at least 2: raise n_images")
-    if about["image_size"] not in (None, images.shape[1]):
-        raise ValueError(
-            f"the images in '{images_path}' have {images.shape[1]} pixels a side, those of the reference "
-            f"{about['image_size']}; run fid_reference with image.size={images.shape[1]}"
-        )
+    reference.require_size(images.shape[1], f"the images in '{images_path}'")
     if not isinstance(samples, dict) or "images_digest" not in samples:
         raise ValueError(f"'{samples_path}' is no description of samples; give the samples.json that sample wrote")
 
@@ -114,22 +106,17 @@ def image_moments(
     Args:
         features: (n, D) of the same images and detector, where they are known; otherwise they are computed.
     """
-    n = len(images)
-    start, stop = n * ranks.rank // ranks.world, n * (ranks.rank + 1) // ranks.world
+    n, own = len(images), own_part(len(images), ranks)
     moments = CovarianceMoments.zeros(detector.dimension, ranks.device)
     with Progress("fid", n, "images", enabled=ranks.is_main) as progress:
-        for rows in data.ranges(start, stop, batch_size):
+        for rows in data.ranges(own.start, own.stop, batch_size):
             if features is None:
                 batch = torch.from_numpy(np.array(images[rows.start : rows.stop])).permute(0, 3, 1, 2)
                 moments.update(detector.features(batch))
             else:
                 moments.update(torch.from_numpy(np.array(features[rows.start : rows.stop])).to(ranks.device))
             progress.advance(min(len(rows) * ranks.world, n - progress.done))
-    parts = [CovarianceMoments.from_arrays(arrays) for arrays in ranks.gather(moments.to_arrays())]
-    merged = parts[0]
-    for part in parts[1:]:
-        merged.merge(part)
-    return merged
+    return merged(moments, ranks)
 
 
 def _measure_name(detector: Detector, n: int) -> str:

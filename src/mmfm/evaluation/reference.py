@@ -55,6 +55,31 @@ class Reference:
             raise ValueError(f"'{path}' is no reference of the Frechet distance; make it with fid_reference") from error
         return found
 
+    def require_detector(self, detector: Detector, path: str | Path) -> None:
+        """Raise ValueError unless the features are this detector's; ``path`` is where the reference lies."""
+        if self.about["detector_digest"] != detector.digest:
+            raise ValueError(
+                f"the reference '{path}' has features of another detector ({self.about['detector']}, weights "
+                f"{self.about['detector_digest'][:12]}) than {detector.name} ({detector.digest[:12]}); run "
+                "fid_reference with it"
+            )
+
+    def require_size(self, size: int, images: str) -> None:
+        """Raise ValueError if it is of images of another size; ``images`` are what has ``size`` pixels a side."""
+        if self.about["image_size"] not in (None, size):
+            raise ValueError(
+                f"{images} have {size} pixels a side, those of the reference {self.about['image_size']}; run "
+                f"fid_reference with image.size={size}"
+            )
+
+    def require_listing(self, digest: str, path: str | Path) -> None:
+        """Raise ValueError if it is of images of another listing than the one with this digest."""
+        if self.about["listing_digest"] not in (None, digest):
+            raise ValueError(
+                f"the reference '{path}' is of the images of another listing (digest "
+                f"{self.about['listing_digest'][:12]}, not {digest[:12]}); run fid_reference with this one"
+            )
+
 
 @dataclass(frozen=True)
 class _Shard:

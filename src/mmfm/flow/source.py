@@ -49,8 +49,8 @@ class MixtureSource:
 
     Args:
         means: (K, C, H, W), any floating dtype. They may lie on another device than the noise (8192 means of
-            [768, 16, 16] are 6.4 GB in float32): the rows of a batch are then gathered there, into pinned memory, and
-            moved, which costs a wait for the modes.
+            [768, 16, 16] are 6.4 GB in float32): the rows of a batch are then moved, from pinned memory one by one
+            beside the GPU's work. That costs a wait for the modes.
         variances: (K,), one scalar per mode, or (K, C, H, W), one for every position; these may be rows that are read
             from disk batch by batch.
         weights: (K,), their probabilities up to a factor.
@@ -123,13 +123,12 @@ class MixtureSource:
     def _rows(self, modes: Tensor, device: torch.device) -> Tensor:
         """Means of modes (B,) on ``device``, in the dtype that they are kept in."""
         rows = modes.to(self.means.device)
-        if self.means.device == device or device.type != "cuda":
+        if device.type != "cuda" or not self.means.is_pinned():
             return self.means.index_select(0, rows).to(device)
-        # Gathered into pinned memory, from which the copy runs beside the GPU's work; the allocator keeps the block
-        # until the copy is over.
-        pinned = torch.empty((len(rows), *self.means.shape[1:]), dtype=self.means.dtype, pin_memory=True)
-        torch.index_select(self.means, 0, rows, out=pinned)
-        return pinned.to(device, non_blocking=True)
+        gathered = torch.empty((len(rows), *self.means.shape[1:]), dtype=self.means.dtype, device=device)
+        for place, row in enumerate(rows.tolist()):
+            gathered[place].copy_(self.means[row], non_blocking=True)
+        return gathered
 
 
 def couple_modes(mixture: Mixture, tokens: Tensor, uniforms: Tensor, assignment: str) -> Tensor:
@@ -182,5 +181,6 @@ def source_for(
     from mmfm.mixture.spatial import SpatialMixture
 
     spatial = SpatialMixture.open(spatial_gmm)
-    means = spatial.load_means(torch.device(means_device or device), dtype)
+    device, place = torch.device(device), torch.device(means_device or device)
+    means = spatial.load_means(place, dtype, pinned=place.type == "cpu" and device.type == "cuda")
     return MixtureSource(means, spatial.load_variances(), torch.as_tensor(spatial.weights), device)

@@ -1,5 +1,6 @@
-"""Rows of a large store, memory-mapped: what a batch needs is read when the batch needs it."""
+"""Rows of a large store, memory-mapped: read when a batch needs them, or copied to where they are kept."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor
 
 _MAPS_KEPT = 16384  # Linux allows a process 65,530
+_STAGED_BYTES = 64 << 20
 
 
 class MappedRows:
-    """Rows of a zarr array (K, *shape) float32 with one uncompressed chunk a row, never loaded as a whole.
+    """Rows of a zarr array (K, *shape) float32 with one uncompressed chunk a row.
 
     The chunks' files are mapped, so that all processes of a machine share the pages and the system drops those that
     nobody reads. This is ten times faster than zarr's own selection of single rows.
@@ -39,16 +41,66 @@ class MappedRows:
         return self.shape[0]
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        """Return rows (B,) int64 as float32 (B, *shape) in this process's memory."""
+        """Return rows (B,) int64 as float32 (B, *shape) in this process's memory.
+
+        Raises:
+            ValueError: a row is missing or truncated.
+        """
         result = np.empty((len(rows), *self.shape[1:]), np.float32)
         for i, row in enumerate(rows.tolist()):
             result[i] = self._map(row)
         return torch.from_numpy(result)
 
+    def check(self) -> None:
+        """Look at the size of every row's file.
+
+        Raises:
+            ValueError: a row is missing or truncated.
+        """
+        for row in range(len(self)):
+            self._file(row)
+
+    def copy_to(self, result: Tensor) -> None:
+        """Copy all rows to ``result`` (K, *shape), of any dtype and on any device.
+
+        A row goes from its pages straight to its place, rounded on the way if need be; for a GPU a few dozen at a time
+        pass through pinned memory. No page stays mapped.
+
+        Raises:
+            ValueError: a row is missing or truncated.
+        """
+        if result.device.type == "cpu":
+            for row in range(len(self)):
+                result[row].copy_(self._tensor(row))
+            return
+        block = max(1, _STAGED_BYTES // (result[0].numel() * result.element_size()))
+        staged = torch.empty((block, *self.shape[1:]), dtype=result.dtype, pin_memory=result.device.type == "cuda")
+        for start in range(0, len(self), block):
+            stop = min(start + block, len(self))
+            for row in range(start, stop):
+                staged[row - start].copy_(self._tensor(row))
+            result[start:stop] = staged[: stop - start]
+
+    def _tensor(self, row: int) -> Tensor:
+        # Private pages are shared until somebody writes; read-only ones would make PyTorch warn.
+        return torch.from_numpy(np.memmap(self._file(row), np.float32, "c", shape=self.shape[1:]))
+
+    def _file(self, row: int) -> Path:
+        """The file of a row, after a look at its size."""
+        path = self._folder / self._key((row, *self._origin))
+        expected = 4 * math.prod(self.shape[1:])
+        try:
+            found = path.stat().st_size
+        except FileNotFoundError:
+            found = None
+        if found != expected:
+            state = "is missing" if found is None else f"has {found:,} bytes, not {expected:,}"
+            raise ValueError(f"row {row} ('{path}') {state}; delete the store and make it again")
+        return path
+
     def _map(self, row: int) -> np.ndarray:
         if row not in self._maps:
-            path = self._folder / self._key((row, *self._origin))
-            mapped = np.memmap(path, np.float32, "r", shape=self.shape[1:])
+            mapped = np.memmap(self._file(row), np.float32, "r", shape=self.shape[1:])
             if len(self._maps) >= _MAPS_KEPT:
                 return mapped
             self._maps[row] = mapped

@@ -5,7 +5,8 @@ nothing of a latent is kept but its contribution to the moments of its mode. At 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,25 +90,43 @@ class SpatialMixture:
         return "diag" if self.variances.ndim == 4 else "spherical"
 
     def load_variances(self) -> Tensor | MappedRows:
-        """Return the variances: (K,) float64, or with ``diag`` rows (C, H, W) that are read batch by batch."""
-        return MappedRows(self.variances) if self.covariance_type == "diag" else torch.as_tensor(self.variances)
-
-    def load_means(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-        """Read the means (K, C, H, W) onto a device, 256 MB at a time.
+        """Return the variances: (K,) float64, or with ``diag`` rows (C, H, W) that are read batch by batch.
 
         Raises:
             ValueError: the store is damaged.
         """
-        result = torch.empty(self.means.shape, dtype=dtype, device=device)
-        block = max(1, (256 << 20) // (4 * math.prod(self.means.shape[1:])))
-        for part in data.ranges(0, self.n_components, block):
-            try:
-                result[part.start : part.stop] = torch.from_numpy(self.means[part.start : part.stop])
-            except (ValueError, RuntimeError) as error:
-                raise ValueError(
-                    f"spatial mixture '{self.path}' is damaged ({error}); delete it and run spatial_gmm again"
-                ) from error
+        if self.covariance_type != "diag":
+            return torch.as_tensor(self.variances)
+        with self._damage_named():
+            rows = MappedRows(self.variances)
+            rows.check()
+        return rows
+
+    def load_means(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, pinned: bool = False
+    ) -> Tensor:
+        """Copy the means (K, C, H, W) to a device; see :meth:`mmfm.mixture.rows.MappedRows.copy_to`.
+
+        Args:
+            pinned: of the host's memory, take what a GPU can read by itself. PyTorch rounds its size up to a power of
+                two.
+
+        Raises:
+            ValueError: the store is damaged.
+        """
+        result = torch.empty(self.means.shape, dtype=dtype, device=device, pin_memory=pinned)
+        with self._damage_named():
+            MappedRows(self.means).copy_to(result)
         return result
+
+    @contextmanager
+    def _damage_named(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"spatial mixture '{self.path}' is damaged ({error}); delete it and run spatial_gmm again"
+            ) from error
 
 
 def union_with_flips(moments: Moments) -> tuple[Tensor, float]:

@@ -64,7 +64,7 @@ class TensorBoard:
     def _add(self, line: dict[str, Any]) -> None:
         for name, value in line.items():
             if name != "step":
-                self._writer.add_scalar(f"train/{name}", value, line["step"])
+                self._writer.add_scalar(name if "/" in name else f"train/{name}", value, line["step"])
 
 
 class Wandb:

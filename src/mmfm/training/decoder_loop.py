@@ -17,8 +17,9 @@ from mmfm.infra.precision import autocast
 from mmfm.pictures import paired_grid, save_picture
 from mmfm.training import latents
 from mmfm.training.history import publish_history, read_history
+from mmfm.training.recipe import Recipe, Routine
 from mmfm.training.schedule import Cosine
-from mmfm.training.trainer import Recipe, Routine, Trainer
+from mmfm.training.trainer import Trainer
 
 _LOG_EVERY = 20
 _KEEP_CHECKPOINTS = 2

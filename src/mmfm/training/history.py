@@ -1,4 +1,4 @@
-"""The record of a training run: one JSON line per logged step, and its curve."""
+"""The records of a training run, one JSON line per logged step or measured distance, and its curve."""
 
 import json
 import os
@@ -7,9 +7,15 @@ from typing import Any
 
 from mmfm.infra import store
 
+HISTORY, DISTANCES = "history.jsonl", "fid.jsonl"
+"""Names of the two records."""
+
+_CIRCUMSTANCES = ("measure", "n_images", "time_points", "detector_digest", "reference_digest")
+"""Distances that differ in one of these can't be compared."""
+
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """Read the lines of a history; a last line that a kill cut short is left out."""
+    """Read the lines of a record; a last line that a kill cut short is left out, a file that is not there has none."""
     path = Path(path)
     lines = []
     for line in path.read_text().splitlines() if path.is_file() else []:
@@ -21,59 +27,53 @@ def read_history(path: str | Path) -> list[dict[str, Any]]:
 
 
 def write_history(path: str | Path, lines: list[dict[str, Any]]) -> None:
-    """Write a whole history, one JSON object per line."""
+    """Write a whole record, one JSON object per line."""
     with store.whole_file(path) as partial:
         partial.write_text("".join(store.canonical_json(line) + "\n" for line in lines))
 
 
-class History:
-    """``history.jsonl``, appended to as training goes.
+def keep_until(path: Path, step: int | None) -> None:
+    """Remove the lines of steps beyond ``step`` (None: of none), and one that a kill cut short."""
+    if path.is_file():
+        write_history(path, [line for line in read_history(path) if step is None or line["step"] <= step])
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add one line and hand it to the operating system at once, so that a kill loses none."""
+    with open(path, "a") as file:
+        file.write(store.canonical_json(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def draw_curve(
+    lines: list[dict[str, Any]], path: str | Path, title: str, distances: list[dict[str, Any]] | None = None
+) -> None:
+    """Draw loss, learning rate and, where some were measured, distances over the steps as a PNG.
 
     Args:
-        path: the file.
-        step: the step that training goes on from; later lines, of steps that will be taken again, are removed.
+        lines: of the history; the loss is shown with a running mean where it is noisy.
+        distances: lines of the other record; only those that can be compared are joined.
     """
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        self.lines = [line for line in read_history(path) if line["step"] <= step]
-        write_history(path, self.lines)
-
-    def append(self, line: dict[str, Any]) -> None:
-        """Add one line and hand it to the operating system at once, so that a kill loses none."""
-        self.lines.append(line)
-        with open(self.path, "a") as file:
-            file.write(store.canonical_json(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def draw_curve(lines: list[dict[str, Any]], path: str | Path, title: str) -> None:
-    """Draw loss and learning rate over the steps as a PNG; the loss with a running mean where it is noisy."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 5), sharex=True, height_ratios=(3, 1), layout="constrained")
-    window = max(1, len(lines) // 25)
-    if window == 1:
-        top.plot(steps, losses, color="tab:blue", linewidth=1.5, marker="." if len(lines) < 25 else "")
-    else:
-        top.plot(steps, losses, color="0.75", linewidth=1, label="logged")
-        means = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
-        top.plot(steps, means, color="tab:blue", linewidth=1.5, label=f"mean of {window}")
-        top.legend(frameon=False)
-    if losses and min(losses) > 0 and max(losses) > 5 * min(losses):
-        top.set_yscale("log")
-    top.set_ylabel("loss")
+    ratios = (3, 2, 1) if distances else (3, 1)
+    figure, axes = plt.subplots(
+        len(ratios), 1, figsize=(7, 1 + sum(ratios)), sharex=True, height_ratios=ratios, layout="constrained"
+    )
+    top, bottom = axes[0], axes[-1]
+    _draw_loss(top, lines)
     top.set_title(title)
-    bottom.plot(steps, [line["lr"] for line in lines], color="tab:orange", linewidth=1.5)
+    if distances:
+        _draw_distances(axes[1], distances)
+    bottom.plot([line["step"] for line in lines], [line["lr"] for line in lines], color="tab:orange", linewidth=1.5)
     bottom.set_ylim(bottom=0)
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("step")
-    for axis in (top, bottom):
+    for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     with store.whole_file(path) as partial:
@@ -81,8 +81,61 @@ def draw_curve(lines: list[dict[str, Any]], path: str | Path, title: str) -> Non
     plt.close(figure)
 
 
+def _draw_loss(axis: Any, lines: list[dict[str, Any]]) -> None:
+    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+    window = max(1, len(lines) // 25)
+    if window == 1:
+        axis.plot(steps, losses, color="tab:blue", linewidth=1.5, marker="." if len(lines) < 25 else "")
+    else:
+        axis.plot(steps, losses, color="0.75", linewidth=1, label="logged")
+        means = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
+        axis.plot(steps, means, color="tab:blue", linewidth=1.5, label=f"mean of {window}")
+        axis.legend(frameon=False)
+    if losses and min(losses) > 0 and max(losses) > 5 * min(losses):
+        axis.set_yscale("log")
+    axis.set_ylabel("loss")
+
+
+def _draw_distances(axis: Any, distances: list[dict[str, Any]]) -> None:
+    from matplotlib.ticker import LogFormatter
+
+    alike: dict[tuple, list[dict[str, Any]]] = {}
+    for line in distances:
+        alike.setdefault(tuple(line[name] for name in _CIRCUMSTANCES), []).append(line)
+    for lines in alike.values():
+        values = [line["distance"] for line in lines]
+        about = f"{lines[0]['n_images']:,} images, {lines[0]['time_points']} time points; last {values[-1]:.4g}"
+        axis.plot([line["step"] for line in lines], values, marker=".", linewidth=1.5, label=about)
+    found = [line["distance"] for line in distances]
+    if min(found) > 0 and max(found) > 5 * min(found):
+        axis.set_yscale("log")
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            which(LogFormatter(minor_thresholds=(2, 0.5)))  # 20 and 200, not powers of ten
+    else:
+        axis.set_ylim(0, 1.1 * max(found) or 1)
+    axis.set_ylabel(" / ".join(dict.fromkeys(line["measure"] for line in distances)))
+    axis.legend(frameon=False)
+
+
+def draw_curve_of(state: Path, step: int, path: Path, title: str) -> None:
+    """Draw the curve of the records in a run's state up to ``step``."""
+    draw_curve(_until(state / HISTORY, step), path, title, _until(state / DISTANCES, step))
+
+
 def publish_history(state: Path, step: int, out_dir: Path, title: str) -> None:
-    """Write ``history.jsonl`` and ``curve.png`` of a run that ends at ``step`` from the history in its state."""
-    lines = [line for line in read_history(state / "history.jsonl") if line["step"] <= step]
-    write_history(out_dir / "history.jsonl", lines)
-    draw_curve(lines, out_dir / "curve.png", title)
+    """Write ``history.jsonl`` and ``curve.png`` of a run that ends at ``step``, and ``fid.jsonl`` if it has lines.
+
+    One that lies there without belonging to the run is removed.
+    """
+    write_history(out_dir / HISTORY, _until(state / HISTORY, step))
+    distances = _until(state / DISTANCES, step)
+    if distances:
+        write_history(out_dir / DISTANCES, distances)
+    else:
+        (out_dir / DISTANCES).unlink(missing_ok=True)
+    draw_curve_of(state, step, out_dir / "curve.png", title)
+
+
+def _until(path: Path, step: int) -> list[dict[str, Any]]:
+    lines = [line for line in read_history(path) if line["step"] <= step]
+    return sorted(lines, key=lambda line: line["step"])

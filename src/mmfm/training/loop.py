@@ -19,28 +19,38 @@ from mmfm.infra.distributed import Ranks
 from mmfm.infra.precision import uses_bf16
 from mmfm.mixture.gaussian import Mixture
 from mmfm.models.dit import DiT, DiTConfig
-from mmfm.pictures import image_grid, save_picture
+from mmfm.pictures import save_picture
 from mmfm.settings import SETTINGS
 from mmfm.training import latents
 from mmfm.training.checkpoint import save_ema
-from mmfm.training.history import draw_curve, publish_history, read_history
+from mmfm.training.fid_curve import DistanceFiles
+from mmfm.training.history import draw_curve_of, publish_history
 from mmfm.training.inputs import TrainFiles, image_classes
+from mmfm.training.looks import fid_curve, previewer
 from mmfm.training.objective import FlowMatching
+from mmfm.training.recipe import Recipe, Routine
 from mmfm.training.schedule import ConstantThenLinear, Cosine
-from mmfm.training.trainer import Recipe, Routine, Trainer
+from mmfm.training.trainer import Trainer
 from mmfm.training.weighting import LossWeighting
 
 
-def train(setting: str, files: TrainFiles, sections: dict[str, Any], version: int, out_dir: Path, ranks: Ranks) -> None:
+def train(
+    setting: str, files: TrainFiles, sections: dict[str, Any], version: int, out_dir: Path, ranks: Ranks,
+    distance_files: DistanceFiles | None = None,
+) -> None:  # fmt: skip
     """Train the velocity model of one setting and publish its EMA weights; contract in docs/stages.md.
 
     Args:
         setting: name in :data:`mmfm.settings.SETTINGS`.
         sections: built sections ``image``, ``encoder``, ``model``, ``train``.
         version: of the stage.
-        out_dir: gets ``ema.safetensors``, ``history.jsonl``, ``curve.png`` and, with a decoder, ``preview.png``.
+        out_dir: gets ``ema.safetensors``, ``history.jsonl``, ``curve.png`` and, with a decoder, ``preview.png``; with
+            distances ``fid.jsonl``.
+        distance_files: what these are measured with, where ``train.preview.fid_every`` asks for them and there is a
+            decoder.
 
     Raises:
+        FileNotFoundError: a file is missing.
         ValueError: inputs that do not belong together, an impossible setting, or NaN or Inf in training.
         KeyboardInterrupt: stopped by a signal, after a checkpoint.
     """
@@ -63,16 +73,19 @@ def train(setting: str, files: TrainFiles, sections: dict[str, Any], version: in
     task = _build_task(setting, files, settings, latent_shape, ranks.device)
     task = replace(task, weighting=_build_weighting(task, plan.steps_per_epoch, ranks.device))
     model = _build_model(task, sections["model"], latent_shape).to(ranks.device)
-    preview = _previewer(task, autoencoder, latent_shape, settings.preview)
+    preview = previewer(task, autoencoder, latent_shape, settings.preview)
+    distances = None
+    if settings.preview.fid_every and distance_files is not None and files.decoder is not None:
+        distances = fid_curve(task, autoencoder, latent_shape, distance_files, digests["listing"], state, ranks)
 
-    def draw_preview(step: int) -> None:
-        save_picture(preview(trainer.averaged), state / f"preview-{step:08d}.png")
-        draw_curve(read_history(state / "history.jsonl"), state / "curve.png", f"train {setting}")
+    def draw_preview(average: nn.Module, step: int) -> None:
+        save_picture(preview(average), state / f"preview-{step:08d}.png")
+        draw_curve_of(state, step, state / "curve.png", f"train {setting}")
 
     trainer = Trainer(
         "train", model, task.losses, plan, _recipe(settings, plan.steps_per_epoch),
         _routine(settings, plan.steps_per_epoch), state, ranks, draw_preview if files.decoder else None,
-        task.weighting,
+        task.weighting, distances,
     )  # fmt: skip
     target = settings.epochs * plan.steps_per_epoch
     if not trainer.resume(target):
@@ -81,8 +94,11 @@ def train(setting: str, files: TrainFiles, sections: dict[str, Any], version: in
             stage="train", workers=settings.workers, cache_gb=settings.latent_cache_gb,
         )  # fmt: skip
         trainer.run(target, feed)
+    elif trainer.owes(target):
+        trainer.run(target, None)
     provenance = _provenance(setting, sections, latent_shape, digests, plan, trainer.step)
-    ranks.from_main(lambda: _publish(out_dir, state, trainer, provenance, preview if files.decoder else None))
+    average = trainer.average()
+    ranks.from_main(lambda: _publish(out_dir, state, average, provenance, preview if files.decoder else None))
 
 
 def _load_autoencoder(files: TrainFiles, encoder: config.Encoder, device: torch.device) -> rae.RAE:
@@ -164,19 +180,6 @@ def _routine(settings: config.Train, steps_per_epoch: int) -> Routine:
     )  # fmt: skip
 
 
-def _previewer(
-    task: FlowMatching, autoencoder: rae.RAE, latent_shape: tuple[int, int, int], settings: config.Preview
-) -> Callable[[nn.Module], Any]:
-    """Return a function from a model to the picture of its samples."""
-
-    @torch.no_grad()
-    def draw(model: nn.Module) -> Any:
-        x = task.sample(model, latent_shape, settings.n_images, settings.time_points)
-        return image_grid(rae.to_uint8(autoencoder.decode(x)), columns=8)
-
-    return draw
-
-
 def _provenance(
     setting: str, sections: dict[str, Any], latent_shape: tuple[int, int, int], digests: dict[str, str],
     plan: latents.Plan, step: int,
@@ -196,10 +199,10 @@ def _provenance(
 
 
 def _publish(
-    out_dir: Path, state: Path, trainer: Trainer, provenance: dict[str, Any], preview: Callable[..., Any] | None
+    out_dir: Path, state: Path, average: nn.Module, provenance: dict[str, Any], preview: Callable[..., Any] | None
 ) -> None:
     """Write the outputs of a finished run."""
-    publish_history(state, trainer.step, out_dir, f"train {provenance['setting']}")
+    publish_history(state, provenance["step"], out_dir, f"train {provenance['setting']}")
     if preview is not None:
-        save_picture(preview(trainer.averaged), out_dir / "preview.png")
-    save_ema(out_dir / "ema.safetensors", trainer.averaged, provenance)
+        save_picture(preview(average), out_dir / "preview.png")
+    save_ema(out_dir / "ema.safetensors", average, provenance)

@@ -87,15 +87,21 @@ class FlowMatching:
         return torch.where(dropped, self.num_labels, labels)
 
     @torch.no_grad()
-    def sample(self, model: nn.Module, latent_shape: tuple[int, int, int], n: int, time_points: int) -> Tensor:
-        """Generate latents (n, C, H, W) for a preview: the same noise and modes whenever it is called."""
-        device = next(model.parameters()).device
-        keys = torch.arange(n, device=device)
-        modes = self.source.draw_modes(rng.uniform(self.settings.seed, "preview/mode", keys))
-        x = self.source.draw(modes, rng.normal(self.settings.seed, "preview/noise", keys, latent_shape))
+    def sample(
+        self, model: nn.Module, latent_shape: tuple[int, int, int], numbers: range, time_points: int, purpose: str
+    ) -> Tensor:
+        """Generate the latents (B, C, H, W) with these numbers: the same noise and modes whenever it is called.
+
+        Args:
+            purpose: what they are for, ``preview`` or ``fid_curve``; each has random numbers of its own.
+        """
+        device, seed = next(model.parameters()).device, self.settings.seed
+        keys = torch.arange(numbers.start, numbers.stop, device=device)
+        modes = self.source.draw_modes(rng.uniform(seed, f"{purpose}/mode", keys))
+        x = self.source.draw(modes, rng.normal(seed, f"{purpose}/noise", keys, latent_shape))
         labels = modes if SETTINGS[self.setting].condition == "mode" else None
         if SETTINGS[self.setting].condition == "class":
-            labels = draws.class_labels(self.settings.seed, keys, self.num_labels, "equal", "preview/label")
+            labels = draws.class_labels(seed, keys, self.num_labels, "equal", f"{purpose}/label")
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             with autocast(self.settings.precision, device):

@@ -86,8 +86,12 @@ class Whole:
         """Take up what :meth:`optimizer_state` gave."""
         optimizer.load_state_dict(state)
 
-    def whole_average(self) -> nn.Module:
-        """The average, or else the model, as a plain module; a collective call, of use on the main process."""
+    def whole_average(self, everywhere: bool = False) -> nn.Module:
+        """The average, or else the model, as a plain module; a collective call, of use on the main process.
+
+        Args:
+            everywhere: of use on every process, which then holds the whole of it.
+        """
         return self.model if self.average is None else self.average
 
     def _module(self, part: str) -> nn.Module:
@@ -194,14 +198,21 @@ class Sharded(Whole):
         }
         optimizer.load_state_dict({**state, "state": shards})
 
-    def whole_average(self) -> nn.Module:
-        """See :class:`Whole`."""
-        state = self.state("model" if self.average is None else "ema")
-        if not self.ranks.is_main:
-            return self._plain
-        whole = copy.deepcopy(self._plain).to_empty(device=self.ranks.device)
-        whole.load_state_dict(state)
-        return whole.eval().requires_grad_(False)
+    @torch.no_grad()
+    def whole_average(self, everywhere: bool = False) -> nn.Module:
+        """See :class:`Whole`. Gathering gives every process every tensor anyway: it is a matter of keeping them."""
+        part, whole, own = "model" if self.average is None else "ema", self._plain, {}
+        if self.ranks.is_main or everywhere:
+            whole = copy.deepcopy(self._plain).to_empty(device=self.ranks.device).eval().requires_grad_(False)
+            own = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
+        for name, shard in self._shards[part].items():
+            tensor = shard.full_tensor()
+            if own:
+                own[name].copy_(tensor)
+        for name, buffer in self._module(part).named_buffers():
+            if own:
+                own[name].copy_(buffer)
+        return whole
 
     def _kept(self, tensor: Tensor) -> Tensor:
         """A gathered tensor, which only the main process keeps and not on the device."""

@@ -1,0 +1,203 @@
+"""Training steps of the real size, on whatever there is: seconds, FLOP/s, memory, and a checkpoint written and read.
+
+python benchmarks/full_size.py [--models S XL] [--batch 1] [--steps 2] [--threads 1] [--no-checkpoint]
+
+DiTDH over latents [768, 16, 16] with a table of 8192 labels, float32, by the trainer itself; latents and source are
+random numbers. Every model is trained in a process of its own and resumed in another, so that the peaks of memory are
+theirs. A model that does not fit into the free memory is passed over, with the numbers. Seconds are of the wall: leave
+the machine alone. Writes benchmarks/results/full_size.json and .md.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import estimate
+import runs
+import train_speed
+from mmfm import config
+from mmfm.flow.path import time_shift
+from mmfm.flow.source import GaussianSource
+from mmfm.infra import rng
+from mmfm.infra.distributed import Ranks, choose_device
+from mmfm.models.dit import DIT_PRESETS, DiTConfig
+from mmfm.training import latents, loop
+from mmfm.training.objective import FlowMatching
+from mmfm.training.record import Clock
+from mmfm.training.trainer import Trainer
+
+SHAPE, LABELS, IMAGES = (768, 16, 16), 8192, 8192
+CPU_ACTIVATIONS = 2.2
+"""Times the activations counted under bf16: float32, and what a block holds while it computes."""
+
+
+class RandomLatents:
+    """A feed that reads no image."""
+
+    def __init__(self, plan: latents.Plan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+
+    def batches(self, first_step: int, stop_step: int) -> Iterator[tuple[latents.MicroBatch, latents.Inputs]]:
+        """Yield the micro batches of steps [first_step, stop_step)."""
+        for step in range(first_step, stop_step):
+            for micro in self.plan.micro_batches(step):
+                keys = micro.key_tensor(self.device)
+                yield micro, latents.Inputs(rng.normal(0, "benchmark/latent", keys, SHAPE), keys)
+
+
+def make_trainer(name: str, batch: int, state: Path) -> Trainer:
+    """The trainer of the ImageNet preset with another model and batch, in float32."""
+    folder = runs.ROOT / "config"
+    read = config.load([folder / "config.yaml", folder / "imagenet256.yaml"])
+    settings = replace(
+        read.train, global_batch=batch, micro_batch=0, precision="float32", label_dropout=0.0, logger="none"
+    )
+    ranks = Ranks(0, 1, choose_device())
+    plan = latents.Plan(0, IMAGES, batch)
+    labels = torch.arange(IMAGES) % LABELS
+    task = FlowMatching("class", GaussianSource(), None, settings, time_shift(SHAPE), (labels, LABELS))
+    model = loop._build_model(task, read.models[name], SHAPE).to(ranks.device)
+    state.mkdir(parents=True, exist_ok=True)
+    recipe, routine = loop._recipe(settings, plan.steps_per_epoch), loop._routine(settings, plan.steps_per_epoch)
+    return Trainer("train", model, task.losses, plan, recipe, routine, state, ranks)
+
+
+def needed_gb(name: str, batch: int) -> float:
+    """Memory that a step should take: weights, gradients, moments and average, and activations; float32."""
+    size = DiTConfig(16, 1, 768, **DIT_PRESETS[name], num_classes=LABELS, label_dropout=0.0)
+    activations = batch * estimate.activation_bytes_per_image(size, checkpoint_activations=False)
+    return (estimate.state_bytes(size) * 20 / 22 + CPU_ACTIVATIONS * activations) / 1e9 + 0.5
+
+
+def free_gb() -> float:
+    """Memory that the system could give now."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024 / 1e9
+
+
+def peak_gb() -> float:
+    """Most memory that this process had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def train(name: str, batch: int, steps: int, state: Path, keep: bool) -> dict[str, Any]:
+    """Take a step to warm up, ``steps`` timed ones, and one whose parts are timed; write a checkpoint."""
+    trainer = make_trainer(name, batch, state)
+    feed, forward = RandomLatents(trainer.plan, trainer.ranks.device), trainer.division.wrapped(False)
+    batches, seconds = feed.batches(0, 10**9), []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        trainer._train_step(forward, batches)
+        trainer.loss_sum.item()
+        seconds.append(time.perf_counter() - start)
+    first, *timed = seconds
+    parts = train_speed.parts_of_steps(trainer, forward, batches, 1)
+    trainer._check(feed)
+    flops = batch * estimate.flops_per_image(trainer.model.config)
+    step, passes = min(timed), sum(parts[name] for name in ("forward", "backward")) / sum(parts.values())
+    found = {
+        "parameters": sum(p.numel() for p in trainer.model.parameters()), "first_step_seconds": first,
+        "seconds_per_step": step, "flops_per_step": flops, "gflops": flops / step / 1e9, "passes_share": passes,
+        "gflops_of_passes": flops / (step * passes) / 1e9, "loss": trainer.loss_sum.item() / trainer.step,
+        "peak_gb": peak_gb(), "parts": {part: parts[part] / sum(parts.values()) for part in train_speed.PARTS},
+    }  # fmt: skip
+    if keep:
+        trainer._clock = Clock(0, 0.0)
+        start = time.perf_counter()
+        trainer._save(feed, milestone=True)
+        size = sum(path.stat().st_size for path in state.rglob("*") if path.is_file())
+        found |= {"save_seconds": time.perf_counter() - start, "checkpoint_gb": size / 1e9, "save_peak_gb": peak_gb()}
+    return found
+
+
+def resume(name: str, batch: int, steps: int, state: Path) -> dict[str, Any]:
+    """Take up the checkpoint, which verifies it."""
+    trainer = make_trainer(name, batch, state)
+    start = time.perf_counter()
+    assert trainer.resume(steps + 2) and trainer.step == steps + 2
+    return {"resume_seconds": time.perf_counter() - start, "resume_peak_gb": peak_gb()}
+
+
+def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Both phases of a model, each in a process of its own."""
+    found: dict[str, Any] = {"model": name, "batch": options.batch, "threads": options.threads}
+    found |= {"needed_gb": needed_gb(name, options.batch), "free_gb": free_gb()}
+    if found["needed_gb"] > found["free_gb"] - 1:
+        return found
+    variables = {**runs.environment(), **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads))}
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+        for phase in ("train", "resume") if options.checkpoint else ("train",):
+            line = [sys.executable, __file__, "--models", name, "--batch", str(options.batch), "--phase", phase]
+            line += ["--steps", str(options.steps), "--scratch", f"{folder}/state-x"]
+            line += [] if options.checkpoint else ["--no-checkpoint"]
+            done = subprocess.run(line, env=variables, check=True, stdout=subprocess.PIPE, text=True)
+            found |= json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def report(found: list[dict[str, Any]]) -> str:
+    """Return the Markdown table."""
+    lines = ["# Steps of the real size", "", f"torch {torch.__version__}, {cpu_name()}, float32.", ""]
+    lines += ["| | threads | batch | s per step | GFLOP/s | of the passes | peak memory | checkpoint | write | read |"]
+    lines += ["|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    for run in found:
+        head = f"| DiTDH-{run['model']} | {run['threads']} | {run['batch']} "
+        if "seconds_per_step" not in run:
+            lines.append(f"{head}| does not fit: about {run['needed_gb']:.1f} GB, {run['free_gb']:.1f} free |")
+            continue
+        cells = [f"{run['seconds_per_step']:.1f}", f"{run['gflops']:.0f}", f"{run['gflops_of_passes']:.0f}"]
+        cells.append(f"{run['peak_gb']:.1f} GB")
+        if "checkpoint_gb" in run:
+            cells += [
+                f"{run['checkpoint_gb']:.1f} GB",
+                f"{run['save_seconds']:.0f} s",
+                f"{run['resume_seconds']:.0f} s",
+            ]
+        lines.append(f"{head}| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system says it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "CPU")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=DIT_PRESETS, default=["S", "XL"])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--no-checkpoint", dest="checkpoint", action="store_false", help="write and read none")
+    parser.add_argument("--scratch", type=Path, help="folder for the checkpoint")
+    parser.add_argument("--phase", choices=("train", "resume"), help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=runs.RESULTS)
+    options = parser.parse_args(arguments)
+    if options.phase:
+        # If memory runs out after all, it is this process that goes.
+        Path(f"/proc/{os.getpid()}/oom_score_adj").write_text("1000")
+        run = (*options.models, options.batch, options.steps, options.scratch)
+        print(json.dumps(train(*run, options.checkpoint) if options.phase == "train" else resume(*run)))
+        return 0
+    found = [measure(options, name) for name in options.models]
+    runs.publish(
+        "full_size", {"torch": torch.__version__, "cpu": cpu_name(), "runs": found}, report(found), options.out
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

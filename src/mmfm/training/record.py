@@ -1,0 +1,100 @@
+"""What a run writes down as it goes: its clock, the history, the board and the distances."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmfm.infra.distributed import Ranks
+from mmfm.training.board import Board, open_board
+from mmfm.training.history import DISTANCES, HISTORY, append_line, draw_curve_of, keep_until, read_history
+
+
+class Clock:
+    """Seconds and speed of training; what is looked at on the side does not count.
+
+    Args:
+        step: steps taken so far.
+        seconds: that they took, in earlier runs.
+    """
+
+    def __init__(self, step: int, seconds: float) -> None:
+        self._start = time.perf_counter() - seconds
+        self._last = (time.perf_counter(), step)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all runs so far."""
+        return time.perf_counter() - self._start
+
+    def steps_per_second(self, step: int) -> float:
+        """Speed since the last call, ``step`` steps being taken now."""
+        (before, first), now = self._last, time.perf_counter()
+        self._last = (now, step)
+        return (step - first) / max(now - before, 1e-9)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Do not count the time of the block."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            passed = time.perf_counter() - begin
+            self._start += passed
+            self._last = (self._last[0] + passed, self._last[1])
+
+
+class Record:
+    """History, distances and board of a run; all but the clock is the main process's.
+
+    Args:
+        state: directory of the run.
+        stage: name of the run on the board.
+        logger: see :mod:`mmfm.training.board`.
+        step: the step that training goes on from. Later lines are of steps that will be taken again, and are removed;
+            none are where it does not go on (None).
+
+    Raises:
+        ValueError: the logger is unknown or not installed.
+    """
+
+    def __init__(self, state: Path, stage: str, logger: str, step: int | None, ranks: Ranks) -> None:
+        self.state, self.ranks = state, ranks
+        self._board: Board | None = None
+
+        def open_all() -> None:
+            for name in (HISTORY, DISTANCES):
+                keep_until(state / name, step)
+            lines = [*read_history(state / HISTORY), *map(_shown, read_history(state / DISTANCES))]
+            self._board = open_board(logger, state, stage, lines)
+
+        ranks.from_main(open_all)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Add a line of the history; a collective call."""
+        self.ranks.from_main(lambda: self._write(HISTORY, line, line))
+
+    def add_distance(self, line: dict[str, Any], title: str) -> None:
+        """Add a line of the distances and draw the curve in the state under ``title``; a collective call."""
+
+        def add() -> None:
+            self._write(DISTANCES, line, _shown(line))
+            draw_curve_of(self.state, line["step"], self.state / "curve.png", title)
+
+        self.ranks.from_main(add)
+
+    def close(self) -> None:
+        """Finish the board."""
+        if self._board is not None:
+            self._board.close()
+
+    def _write(self, name: str, line: dict[str, Any], shown: dict[str, Any]) -> None:
+        append_line(self.state / name, line)
+        self._board.write(shown)
+
+
+def _shown(line: dict[str, Any]) -> dict[str, Any]:
+    """What a board shows of a distance."""
+    return {"step": line["step"], "preview/fid": line["distance"]}
