@@ -211,7 +211,7 @@ def train_operation(wildcards):
     words = f"{OPERATION['train']} --decoder {preview_decoder(wildcards)}"
     if not C.train.preview.fid_every:
         return words
-    weights, reference = shlex.quote(C.fid.weights), shlex.quote(f"{RESULTS}/fid_reference/reference.safetensors")
+    weights, reference = shlex.quote(C.fid.weights), shlex.quote(REFERENCE.replace("<results>", RESULTS))
     return f"{words} --detector {C.fid.detector} --detector-weights {weights} --fid-reference {reference}"
 
 

@@ -60,6 +60,13 @@ def test_the_cheapest_join_is_that_of_all_pairs():
         assert float(losses[i]) == pytest.approx(every[best], rel=1e-6)
 
 
+def test_clusters_that_choose_each_other_cost_the_same():
+    data = clustered(900, c=5, k=12, offset=10.0)
+    partners, losses = clusters_of(data, np.arange(900) % 12, 12).cheapest_joins()
+    mutual = [i for i in range(12) if partners[partners[i]] == i]
+    assert mutual and all(losses[i] == losses[partners[i]] for i in mutual)
+
+
 def test_a_cluster_moves_to_where_one_is_missing():
     data = clustered(1000, c=4, k=5, spread=30.0)
     truth = np.random.default_rng(0)  # as in `clustered`

@@ -425,6 +425,23 @@ def test_an_image_is_encoded_once_a_view_with_a_cache_and_once_a_step_without(ti
     assert sum(seen) == STEPS_PER_EPOCH * 8
 
 
+@pytest.mark.parametrize(
+    ("where", "remedy"),
+    [
+        ("mmfm.training.loop.source_for", "set train.means_device to host"),
+        ("mmfm.training.trainer.Ema", "train.sharding fsdp"),
+        ("mmfm.training.looks.image_grid", "Lower train.preview.n_images"),
+    ],
+)
+def test_out_of_memory_outside_the_steps_says_what_to_change(tiny_pipeline, tmp_path, monkeypatch, where, remedy):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(where, full)
+    with pytest.raises(ValueError, match=f"out of memory .*{remedy}"):
+        run(tiny_pipeline, tmp_path, "mode", preview={**SECTIONS["train"]["preview"], "every": 3})
+
+
 @pytest.mark.parametrize("text", ["CUDA out of memory. Tried to allocate 2 GiB", "DefaultCPUAllocator: can't allocate"])
 def test_out_of_memory_says_what_to_lower(tiny_pipeline, undisturbed, tmp_path, monkeypatch, text):
     error = torch.OutOfMemoryError if "CUDA" in text else RuntimeError

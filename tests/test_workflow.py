@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -198,6 +199,20 @@ def test_every_setting_is_a_target(finished):
         assert f"results/train/dinov2_{folder}.guide/ema.safetensors" in plan
     for folder in ("uncond_ag/seed0.tiny.t25.g1.5", "class_gmm/seed0.tiny.k256.t4.g1", "class_ag/seed0.tiny.t25.g2"):
         assert f"results/sample/dinov2_{folder}/images.npz" in plan
+
+
+def test_distances_during_training_reach_the_command(finished, tmp_path):
+    weights = tmp_path / "a detector.safetensors"
+    weights.touch()
+    keys = {"gpus": 0, "train": {"preview": {"fid_every": 20}}, "fid": {"weights": str(weights)}}
+    plan = finished.run("results/fid/dinov2_mode.seed7.txt", "-n", "-p", keys=keys)
+    assert plan.returncode == 0, plan.stdout + plan.stderr
+    (line,) = (line for line in plan.stdout.splitlines() if " -- train " in line)
+    words = shlex.split(line)
+    assert words[words.index("--detector") + 1] == "fashion"
+    assert words[words.index("--detector-weights") + 1] == str(weights)
+    assert words[words.index("--fid-reference") + 1] == "results/fid_reference/reference.safetensors"
+    assert "train.preview.fid_every=20" in words
 
 
 def test_a_scale_without_guidance_is_refused(finished):

@@ -8,7 +8,7 @@ from mmfm.scale import DOUBLE, FLOAT, Need
 
 _PATCH = {"dinov2": 14, "siglip2": 16, "mae": 16}
 SEEDING = {"kmeans": 20, "k-means++": 256, "random_from_data": 1}
-SEEDING_ITERATIONS, LLOYD_ITERATIONS = 10, 15
+SEEDING_ITERATIONS, LLOYD_ITERATIONS = 10, 10
 """Those of mmfm.mixture.initial and mmfm.mixture.kmeans, which import torch: too slow for a workflow's start."""
 _DETECTORS = {"inception": (2048, 11.4e9, 0.1e9), "fashion": (64, 2e7, 1e6)}
 """Features, operations per image, bytes of weights."""
@@ -136,7 +136,7 @@ class Estimator:
         rounds = -(-steps // s.preview.fid_every) if s.preview.fid_every else 0
         # Nothing of a step's activations is left while images are generated.
         activations = max(activations, memory if rounds else 0)
-        means, pinned = self._means(s.means_device)
+        means, pinned = self._means(s.means_device, s.means_precision)
         return self._need(
             images * self.image_bytes, checkpoint * steps / s.checkpoint_every, (s.keep_checkpoints + 2) * checkpoint,
             model + activations + means + self._encoding(micro) + s.latent_cache_gb * 1e9,
@@ -145,11 +145,13 @@ class Estimator:
             images=images, workers=s.workers,
         )  # fmt: skip
 
-    def _means(self, where: str) -> tuple[float, float]:
-        """Memory of the source's means, in float32, on the device and, pinned there, on the host."""
+    def _means(self, where: str, precision: str = "float32") -> tuple[float, float]:
+        """Memory of the source's means on the device and, pinned there, on the host."""
+        halved = precision == "bf16" or (precision == "auto" and self.on_gpu)
+        size = self.means / 2 if halved else self.means
         if self.on_gpu and where == "host":
-            return 0, 2 ** math.ceil(math.log2(self.means))  # PyTorch rounds pinned memory up
-        return self.means, 0
+            return 0, 2 ** math.ceil(math.log2(size))  # PyTorch rounds pinned memory up
+        return size, 0
 
     def _measuring(self) -> tuple[float, float, float]:
         """Memory of a measurement during training, and operations of one of its images, in bf16 and in float32."""

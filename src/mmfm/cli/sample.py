@@ -49,6 +49,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--detector-weights", type=Path, help="its weights file; without the file no features")
     parser.add_argument("--out-dir", type=Path, required=True, help="folder of the outputs")
     options, sections = parser.parse(arguments)
+    from mmfm.infra import memory
     from mmfm.infra.distributed import process_group
     from mmfm.sampler import SampleFiles, Sampler
     from mmfm.sampling import sample
@@ -58,7 +59,8 @@ def main(arguments: list[str]) -> int:
     )
     if options.guide and sections["sample"].guidance.scale == 1:
         print("sample: a guide with sample.guidance.scale = 1 changes nothing; 1.5 is usual", file=sys.stderr)
-    with process_group() as ranks:
+    remedy = "Lower sample.batch_size, or set sample.means_device to host; the images stay the same"
+    with process_group() as ranks, memory.explained(remedy):
         sampler = Sampler(files, sections, options.seed, ranks.device, options.setting)
         sample(sampler, options.out_dir, sections, ranks, _detector(options, sections["sample"], ranks.device))
     return 0

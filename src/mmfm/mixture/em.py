@@ -18,7 +18,6 @@ from mmfm.mixture.gaussian import SHARP_FROM, Mixture
 from mmfm.mixture.moments import DROPPED_MASS, SufficientStatistics, m_step
 from mmfm.mixture.streaming import Rows
 from mmfm.mixture.truncated import Truncation, exact_winners, truncated_e_step
-from mmfm.mixture.workspace import Workspace
 
 _DENSE_SHARE = 1 / 16  # of the responsibilities that matter, above which two dense products are cheaper
 
@@ -62,9 +61,9 @@ def e_step(rows: Rows, mixture: Mixture, dtype: torch.dtype) -> SufficientStatis
     Args:
         dtype: arithmetic of the product of the densities; sums are float64 always.
     """
-    statistics, space = SufficientStatistics(mixture.means, mixture.covariance_type), Workspace(mixture.device)
+    statistics = SufficientStatistics(mixture.means, mixture.covariance_type)
     for _, x in rows:
-        log_prob, responsibilities = posteriors(mixture.log_joint(x, dtype, space))
+        log_prob, responsibilities = posteriors(mixture.log_joint(x, dtype, rows.space))
         statistics.log_likelihood += log_prob.sum()
         if isinstance(responsibilities, Tensor):
             statistics.add_dense(x, responsibilities)

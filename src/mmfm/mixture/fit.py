@@ -23,7 +23,6 @@ from mmfm.mixture.gaussian import Mixture, covariance_shape
 from mmfm.mixture.groups import GROUP_ROWS
 from mmfm.mixture.streaming import Rows
 from mmfm.mixture.truncated import Truncation, measure_gap
-from mmfm.mixture.workspace import Workspace
 from mmfm.tokens import TokenStore
 
 VERSION = config.VERSIONS["fit_gmm"]
@@ -215,10 +214,10 @@ def newest_iteration(state_dir: Path, max_iter: int) -> Path | None:
 def predict_all(rows: Rows, mixture: Mixture, dtype: torch.dtype) -> tuple[np.ndarray, float]:
     """Return the component with the largest posterior of every row, (N,) int32, and the mean log-likelihood (nats)."""
     device = rows.ranks.device
-    space, total = Workspace(device), torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     labels = torch.empty(len(rows.local), dtype=torch.int32, device=device)
     for chunk, x in rows:
-        joint = mixture.log_joint(x, dtype, space)
+        joint = mixture.log_joint(x, dtype, rows.space)
         top, best = joint.max(1, keepdim=True)
         labels[chunk.start - rows.local.start :][: len(x)] = best.squeeze(1)
         total += (joint.sub_(top).exp_().sum(1, dtype=torch.float64).log() + top.squeeze(1)).sum()

@@ -122,7 +122,7 @@ def grouped_pass(
     Returns:
         () float64: the sum over this process's rows of log-sum-joint, or for k-means of the best score.
     """
-    total, pending, space = statistics.means.new_zeros(()), _Pending(statistics), Workspace(statistics.means.device)
+    total, pending, space = statistics.means.new_zeros(()), _Pending(statistics), rows.space
     with exact_float32(statistics.means.device.type):
         for where, x in rows.stretches():
             last = winners[where]

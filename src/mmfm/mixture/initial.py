@@ -198,6 +198,7 @@ def start(rows: Rows, settings: Gmm, number: int = 0) -> tuple[Mixture, Tensor |
         else:
             centres, winners = lloyd(rows, centres)
         moments = hard_moments(rows, centres, winners, settings.covariance_type)
+        rows.space.clear()  # EM's chunks are of other sizes
         return m_step(moments, settings.covariance_type, settings.reg_covar)[0], winners
     k, c = centres.shape
     variances = torch.full(covariance_shape(settings.covariance_type, k, c), settings.reg_covar, dtype=torch.float64)

@@ -18,10 +18,10 @@ from mmfm.mixture.truncated import exact_winners, nearest_centres
 ROUNDS = 4
 """Redistributions of the clusters, at most."""
 
-SETTLED = 0.01
+SETTLED = 0.02
 """Share of the clusters up to which a redistribution is the last."""
 
-ITERATIONS = 3
+ITERATIONS = 2
 """Of Lloyd's algorithm, before and after every redistribution."""
 
 CANDIDATES = 16

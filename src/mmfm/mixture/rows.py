@@ -30,7 +30,7 @@ class MappedRows:
         if array.dtype != np.dtype("<f4") or array.chunks != (1, *array.shape[1:]) or codecs != ["BytesCodec"]:
             raise ValueError(
                 f"'{array.path}' has dtype {array.dtype}, chunks {array.chunks} and codecs {', '.join(codecs)}; only "
-                "uncompressed float32 with one chunk a row can be mapped: make the store again"
+                "uncompressed float32 with one chunk a row can be mapped"
             )
         self.shape = tuple(array.shape)
         self._folder, self._key = Path(array.store.root) / array.path, array.metadata.encode_chunk_key
@@ -95,7 +95,7 @@ class MappedRows:
             found = None
         if found != expected:
             state = "is missing" if found is None else f"has {found:,} bytes, not {expected:,}"
-            raise ValueError(f"row {row} ('{path}') {state}; delete the store and make it again")
+            raise ValueError(f"row {row} ('{path}') {state}")
         return path
 
     def _map(self, row: int) -> np.ndarray:

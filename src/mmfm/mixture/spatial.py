@@ -123,7 +123,7 @@ class SpatialMixture:
     def _damage_named(self) -> Iterator[None]:
         try:
             yield
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise ValueError(
                 f"spatial mixture '{self.path}' is damaged ({error}); delete it and run spatial_gmm again"
             ) from error

@@ -70,7 +70,10 @@ class Clusters:
             loss, place = (own[i] + own[j] - self.log_likelihood(both, within.add_(between))).min(1)
             partners.append(j.gather(1, place[:, None]).squeeze(1))
             losses.append(loss)
-        return torch.cat(partners), torch.cat(losses)
+        partner, loss = torch.cat(partners), torch.cat(losses)
+        # Two that choose each other are one join: rounding must not say which of them is the cheaper.
+        mutual = partner[partner] == torch.arange(len(partner), device=partner.device)
+        return partner, loss.where(~mutual, (loss + loss[partner]) / 2)
 
 
 def redistribute(rows: Rows, centres: Tensor, winners: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -44,6 +44,9 @@ class Rows:
         chunk_size: rows of a chunk; chunks are fixed by the global index, whatever the number of processes.
         keep_bytes: rows kept in memory between passes, at most a quarter of what is free.
         stretch: rows that are in memory together in :meth:`stretches`, at most: whole chunks, shared out evenly.
+
+    Attributes:
+        space: memory for what passes make of a chunk.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Rows:
         self._stretches = [self.ranges[i:j] for i, j in itertools.pairwise(cuts)]
         self._kept: dict[int, Tensor] = {}
         self._checked: set[int] = set()
+        self.space = Workspace(ranks.device)
         self._room = min(_free_memory(ranks) // 4, keep_bytes)
 
     @property
@@ -85,13 +89,12 @@ class Rows:
         A stretch that is not kept is overwritten by the next.
         """
         release()
-        space = Workspace(self.ranks.device)
         for chunks in self._stretches:
             start = chunks[0].start
             whole = self._kept.get(start)
             yield (
                 slice(start - self.local.start, chunks[-1].stop - self.local.start),
-                self._load(chunks, space) if whole is None else whole,
+                self._load(chunks) if whole is None else whole,
             )
 
     def _read(self, chunk: range) -> np.ndarray:
@@ -108,14 +111,15 @@ class Rows:
             self._row_bytes = finite_rows(self.read, range(chunks[0].start, chunks[0].start + 1)).nbytes
         return (chunks[-1].stop - chunks[0].start) * self._row_bytes <= self._room
 
-    def _load(self, chunks: list[range], space: Workspace | None = None) -> Tensor:
-        """Read a stretch, and keep it if there is room; otherwise it lies in ``space``."""
+    def _load(self, chunks: list[range]) -> Tensor:
+        """Read a stretch, and keep it if there is room; otherwise the next will lie in its place."""
         start, keep, result = chunks[0].start, self._fits(chunks), None
         for chunk in chunks:
             values = torch.from_numpy(self._read(chunk))
             if result is None:
                 shape = (chunks[-1].stop - start, values.shape[1])
-                result = torch.empty(shape, device=self.ranks.device) if keep else space.take("x", values.dtype, *shape)
+                new = torch.empty(shape, device=self.ranks.device) if keep else None
+                result = self.space.take("stretch", values.dtype, *shape) if new is None else new
             result[chunk.start - start : chunk.stop - start] = values
         if keep:
             self._room -= result.nbytes

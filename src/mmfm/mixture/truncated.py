@@ -20,7 +20,6 @@ from mmfm.mixture.gaussian import Mixture, exact_float32
 from mmfm.mixture.groups import Table, grouped_pass, itself_first
 from mmfm.mixture.moments import SufficientStatistics
 from mmfm.mixture.streaming import Rows
-from mmfm.mixture.workspace import Workspace
 
 _BLOCK = 1024  # components whose scores with all others are held at a time
 
@@ -114,10 +113,9 @@ def truncated_e_step(
 
 def exact_winners(rows: Rows, mixture: Mixture, dtype: torch.dtype) -> Tensor:
     """Return the likeliest component of this process's rows (n,) int32, of all components."""
-    space = Workspace(mixture.device)
     winners = torch.empty(len(rows.local), dtype=torch.int32, device=mixture.device)
     for chunk, x in rows:
-        winners[chunk.start - rows.local.start :][: len(x)] = mixture.log_joint(x, dtype, space).argmax(1)
+        winners[chunk.start - rows.local.start :][: len(x)] = mixture.log_joint(x, dtype, rows.space).argmax(1)
     return winners
 
 

@@ -27,6 +27,10 @@ class Workspace:
             self._flat[key] = torch.empty(size, dtype=dtype, device=self.device)
         return self._flat[key][:size].view(shape)
 
+    def clear(self) -> None:
+        """Forget all buffers."""
+        self._flat.clear()
+
     def rows(self, name: str, rows: Tensor, index: Tensor) -> Tensor:
         """Return rows[index] for rows (n, C) and any index; as a flat selection it is several times faster."""
         result = self.take(name, rows.dtype, *index.shape, rows.shape[1])

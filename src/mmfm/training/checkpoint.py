@@ -47,8 +47,8 @@ class Checkpoint:
         return load_file(self.path / f"{part}.safetensors", device=str(device))
 
     def optimizer(self) -> dict[str, Any]:
-        """Load the optimiser's state dict, onto the CPU."""
-        return torch.load(self.path / "optimizer.pt", map_location="cpu", weights_only=True)
+        """Load the optimiser's state dict, mapped: eight processes with 7 GB each would not fit many a node."""
+        return torch.load(self.path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
 
 
 def save(

@@ -15,13 +15,15 @@ from mmfm.evaluation.detector import Detector, load_detector
 from mmfm.evaluation.frechet import frechet_distance
 from mmfm.evaluation.moments import merged, own_part
 from mmfm.evaluation.reference import Reference
+from mmfm.infra import memory
 from mmfm.infra.distributed import Ranks
 from mmfm.statistics import CovarianceMoments
-from mmfm.training import memory
 from mmfm.training.history import DISTANCES, read_history
 
 Generate = Callable[[nn.Module, range], Tensor]
 """(model, numbers of the images) -> (B, 3, S, S) uint8; an image hangs on the model and its number alone."""
+
+_SILENCE = 15.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class FidCurve:
         begin = time.perf_counter()
         problem = self.ranks.from_main(lambda: _tried(self._reference)[1])
         if problem is None:
-            moments, problem = self._moments(model, stopped)
+            moments, problem = self._moments(model, stopped, say)
             if problem is None and moments is None:
                 return None
         if problem is None:
@@ -130,8 +132,11 @@ class FidCurve:
         reference.require_size(self.image_size, "the decoder's images")
         return reference
 
-    def _moments(self, model: nn.Module, stopped: Callable[[], bool]) -> tuple[CovarianceMoments | None, str | None]:
+    def _moments(
+        self, model: nn.Module, stopped: Callable[[], bool], say: Callable[[str], None]
+    ) -> tuple[CovarianceMoments | None, str | None]:
         """Moments of all images' features, and what went wrong; neither if it was given up."""
+        said = time.monotonic()
         n, batch = self.settings.fid_images, self.settings.fid_batch_size
         own = own_part(n, self.ranks)
         batches = data.ranges(own.start, own.stop, batch)
@@ -140,6 +145,9 @@ class FidCurve:
         for turn in range(math.ceil(math.ceil(n / self.ranks.world) / batch)):
             if stopped():
                 return None, None
+            if time.monotonic() - said > _SILENCE:
+                said = time.monotonic()
+                say(f"measuring a distance: {min(turn * batch * self.ranks.world, n):,} of {n:,} images")
             if turn < len(batches) and problem is None:
                 _, problem = _tried(lambda rows=batches[turn]: self._add(moments, model, rows))
         problem = next((found for found in self.ranks.gather(problem) if found is not None), None)

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from mmfm import data
-from mmfm.infra import rng
+from mmfm.infra import memory, rng
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
-from mmfm.training import memory
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Images (B, 3, S, S) float32 in [0, 1] -> latent (B, C, H, W) and global token (B, C), float32."""

@@ -14,7 +14,7 @@ from mmfm.decoder import load_decoder
 from mmfm.encoders import load_encoder
 from mmfm.flow import path as flow
 from mmfm.flow.source import source_for
-from mmfm.infra import rng, store
+from mmfm.infra import memory, rng, store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.precision import uses_bf16
 from mmfm.mixture.gaussian import Mixture
@@ -32,6 +32,11 @@ from mmfm.training.recipe import Recipe, Routine
 from mmfm.training.schedule import ConstantThenLinear, Cosine
 from mmfm.training.trainer import Trainer
 from mmfm.training.weighting import LossWeighting
+
+_ROOM = (
+    "Model, average, optimiser and the source's means do not fit: set train.means_device to host (changes no result), "
+    "train.means_precision to bf16, or take train.sharding fsdp with several GPUs"
+)
 
 
 def train(
@@ -68,11 +73,12 @@ def train(
     plan = latents.Plan(
         settings.seed, n_images, settings.global_batch, ranks.rank, ranks.world, settings.micro_batch, settings.flip
     )
-    autoencoder = _load_autoencoder(files, sections["encoder"], ranks.device)
-    latent_shape = (autoencoder.encoder.hidden_size, *autoencoder.encoder.grid)
-    task = _build_task(setting, files, settings, latent_shape, ranks.device)
-    task = replace(task, weighting=_build_weighting(task, plan.steps_per_epoch, ranks.device))
-    model = _build_model(task, sections["model"], latent_shape).to(ranks.device)
+    with memory.explained(_ROOM):
+        autoencoder = _load_autoencoder(files, sections["encoder"], ranks.device)
+        latent_shape = (autoencoder.encoder.hidden_size, *autoencoder.encoder.grid)
+        task = _build_task(setting, files, settings, latent_shape, ranks.device)
+        task = replace(task, weighting=_build_weighting(task, plan.steps_per_epoch, ranks.device))
+        model = _build_model(task, sections["model"], latent_shape).to(ranks.device)
     preview = previewer(task, autoencoder, latent_shape, settings.preview)
     distances = None
     if settings.preview.fid_every and distance_files is not None and files.decoder is not None:
@@ -82,13 +88,15 @@ def train(
         save_picture(preview(average), state / f"preview-{step:08d}.png")
         draw_curve_of(state, step, state / "curve.png", f"train {setting}")
 
-    trainer = Trainer(
-        "train", model, task.losses, plan, _recipe(settings, plan.steps_per_epoch),
-        _routine(settings, plan.steps_per_epoch), state, ranks, draw_preview if files.decoder else None,
-        task.weighting, distances,
-    )  # fmt: skip
     target = settings.epochs * plan.steps_per_epoch
-    if not trainer.resume(target):
+    with memory.explained(_ROOM):
+        trainer = Trainer(
+            "train", model, task.losses, plan, _recipe(settings, plan.steps_per_epoch),
+            _routine(settings, plan.steps_per_epoch), state, ranks, draw_preview if files.decoder else None,
+            task.weighting, distances,
+        )  # fmt: skip
+        finished = trainer.resume(target)
+    if not finished:
         feed = latents.feed(
             plan, files.listing, sections["image"].size, autoencoder.encode, latent_shape, ranks,
             stage="train", workers=settings.workers, cache_gb=settings.latent_cache_gb,

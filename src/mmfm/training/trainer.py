@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmfm.infra import space
+from mmfm.infra import memory, space
 from mmfm.infra.distributed import Ranks, StopRequest
 from mmfm.infra.progress import Progress
-from mmfm.training import checkpoint, memory
+from mmfm.training import checkpoint
 from mmfm.training.ema import Ema
 from mmfm.training.fid_curve import FidCurve
 from mmfm.training.guard import Guard, explanation
@@ -140,7 +140,7 @@ class Trainer:
             if saved:
                 self._save(feed, milestone)
             progress.advance(1, note)
-            if self.preview and routine.preview_every and self.step % routine.preview_every == 0 and not last:
+            if self._shows() and not (last or stopping):
                 self._preview(feed)
             if not stopping and self._measure(target, feed, stop, progress):
                 stopping = True
@@ -148,6 +148,10 @@ class Trainer:
                     self._save(feed, milestone)
             if stopping and (not last or self.owes(target)):
                 self._leave(progress)
+
+    def _shows(self) -> bool:
+        every = self.routine.preview_every
+        return self.preview is not None and every > 0 and self.step % every == 0
 
     def _leave(self, progress: Progress) -> None:
         progress.say(f"asked to stop: step {self.step:,} is saved")
@@ -230,7 +234,8 @@ class Trainer:
 
     def _preview(self, feed: Feed) -> None:
         self._check(feed)
-        with self._clock.stopped():
+        remedy = "Lower train.preview.n_images, or set train.preview.every to 0; neither changes the weights"
+        with self._clock.stopped(), memory.explained(remedy):
             average = self.average()
             self.ranks.from_main(lambda: self.preview(average, self.step))
 
@@ -239,7 +244,8 @@ class Trainer:
         if not self.owes(target):
             return False
         self._check(feed)
-        with self._clock.stopped():
+        remedy = "Set train.preview.fid_every to 0; it changes no weight"
+        with self._clock.stopped(), memory.explained(remedy):
             average = self.division.whole_average(everywhere=True)
             line = self.distances.measure(average, self.step, lambda: stop.agreed(self.ranks), progress.say)
             if line is not None:

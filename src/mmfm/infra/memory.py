@@ -11,7 +11,7 @@ def explained(remedy: str) -> Iterator[None]:
     """Turn an allocator's error into one that says what to lower.
 
     Raises:
-        ValueError: memory ran out; the message ends with ``remedy``.
+        ValueError: memory ran out; the message says ``remedy``.
     """
     try:
         yield
@@ -19,4 +19,4 @@ def explained(remedy: str) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"out of memory ({reason}); the last checkpoint is intact. {remedy}") from error
+        raise ValueError(f"out of memory ({reason}). {remedy}; what was saved before is intact") from error
