@@ -67,7 +67,7 @@ def test_rows_on_disk_are_read_as_they_are(tmp_path):
         source = MixtureSource(means.cuda(), rows, torch.full((5,), 0.2))
         torch.testing.assert_close(source.draw(wanted.cuda(), noise.cuda()).cpu(), loaded.draw(wanted, noise))
     group.create_array("packed", **layout)
-    with pytest.raises(ValueError, match=r"'packed' has dtype float32.*make the store again"):
+    with pytest.raises(ValueError, match=r"'packed' has dtype float32.*only uncompressed float32"):
         MappedRows(group["packed"])
 
 

@@ -1,7 +1,6 @@
 """Memory that the chunks of a pass share: fresh pages for every chunk would take as long as its products."""
 
 import ctypes
-import ctypes.util
 import math
 
 import torch
@@ -40,6 +39,6 @@ class Workspace:
 
 def release() -> None:
     """Give memory that was freed back to the system; the C library would keep most of it for a smaller use later."""
-    libc = ctypes.util.find_library("c")
-    if libc is not None and hasattr(ctypes.CDLL(libc), "malloc_trim"):  # glibc
-        ctypes.CDLL(libc).malloc_trim(0)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; of this process, so nothing is searched for
+    if trim is not None:
+        trim(0)
