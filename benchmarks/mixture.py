@@ -300,7 +300,7 @@ def estimate(flops: float = 67e12, share: float = 0.7, n: int = 1_281_167, c: in
         f"An exact iteration at N = {n:,}, D = {c}, K = {k} is one product of (N, 2 D) with (2 D, K): 4 N D K = "
         f"{work:.3g} operations. At {flops / 1e12:.0f} TFLOP/s (float32 without TF32, as the H100's maker states it) "
         f"and {share:.0%} of that: {one:.2f} s on one, {one / 8:.2f} s on eight; 100 iterations {100 * one / 60:.1f} "
-        f"and {100 * one / 8 / 60:.1f} minutes. Statistics of {3 * 8 * c * k / 1e6 * 2 / 3:.0f} MB are summed once an "
+        f"and {100 * one / 8 / 60:.1f} minutes. Statistics of {16 * c * k / 1e6:.0f} MB are summed once an "
         "iteration. Not measured."
     )
 

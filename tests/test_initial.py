@@ -44,6 +44,15 @@ def test_lloyd_with_all_candidates_is_scikit_learns(monkeypatch):
     np.testing.assert_array_equal(labels, model.labels_)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_nearest_does_not_depend_on_the_scale(scale):
+    data = (scale * clustered(300, c=40, k=5)).astype(np.float32)
+    rows, centres = Rows(lambda a, b: data[a:b], 300, 64, ALONE), data[:20]
+    found = kmeans.nearest(rows, torch.from_numpy(centres))
+    distances = ((data[:, None].astype(np.float64) - centres) ** 2).sum(2)
+    np.testing.assert_array_equal(found, distances.argmin(1))
+
+
 def test_lloyd_gives_an_empty_cluster_rows():
     data = clustered(600, spread=20.0)
     centres = np.concatenate([data[:4], data[:1] + 1e4]).astype(np.float32)
@@ -78,7 +87,9 @@ def test_given_means_are_the_start(tmp_path, name):
     else:
         Mixture(np.full(5, 0.2), data[:5].astype(np.float64), np.ones(5)).save(tmp_path / name, {})
     mixture = start(data, init_means=str(tmp_path / name))
-    np.testing.assert_allclose(mixture.means, [data[labels == k].mean(0) for k in range(5)], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(mixture.means, data[:5])
+    np.testing.assert_allclose(mixture.weights, np.bincount(labels) / 600)
+    np.testing.assert_allclose(mixture.variances, [data[labels == k].var(0) for k in range(5)], rtol=1e-3, atol=1e-4)
 
 
 def test_given_means_of_another_shape_are_refused(tmp_path):

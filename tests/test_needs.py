@@ -9,7 +9,7 @@ import torch
 from mmfm import config, needs, scale
 from mmfm.cli.__main__ import main
 from mmfm.decoder import Decoder, DecoderConfig
-from mmfm.mixture import initial, kmeans
+from mmfm.mixture import groups, initial, kmeans, split_merge
 from mmfm.models.dit import DiT, DiTConfig
 from mmfm.needs import Estimator
 
@@ -68,7 +68,9 @@ def test_more_processes_take_less_time_and_no_more_memory_each():
 def test_the_start_of_the_mixture_is_counted_as_it_is():
     assert needs.SEEDING == initial.ROWS_PER_COMPONENT
     assert needs.SEEDING_ITERATIONS == initial.KMEANS_ITERATIONS
-    assert needs.LLOYD_ITERATIONS == (kmeans.ROUNDS + 1) * kmeans.ITERATIONS
+    redistribution = split_merge._HALVINGS + 2
+    assert 2 + (kmeans.ROUNDS + 1) * kmeans.ITERATIONS + kmeans.ROUNDS * redistribution == needs.START_PASSES
+    assert (needs.CANDIDATES, needs.GROUP_ROWS) == (kmeans.CANDIDATES, groups.GROUP_ROWS)
 
 
 def test_distances_during_training_cost_what_sampling_them_costs():

@@ -1,4 +1,4 @@
-"""Clusters that are joined and split: what it is worth, and which moves are made."""
+"""Clusters that are merged and split: what it is worth, and which moves are made."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from test_em import ALONE, clustered
 
 from mmfm.mixture import kmeans, split_merge
 from mmfm.mixture.moments import hard_moments
-from mmfm.mixture.split_merge import SHRINKAGE, Clusters, redistribute
+from mmfm.mixture.split_merge import SHRINKAGE, ClusterMoments, redistribute
 from mmfm.mixture.streaming import Rows
 
 
@@ -20,7 +20,7 @@ def rows_of(data, stretch=512):
 
 def clusters_of(data, labels, k):
     rows, centres = rows_of(data), torch.from_numpy(np.stack([data[labels == i].mean(0) for i in range(k)]))
-    return Clusters(hard_moments(rows, centres, torch.from_numpy(labels.astype(np.int32)), "diag"), len(data))
+    return ClusterMoments(hard_moments(rows, centres, torch.from_numpy(labels.astype(np.int32)), "diag"), len(data))
 
 
 def brute_force(data, labels, pool):
@@ -38,23 +38,23 @@ def test_the_likelihood_of_clusters_follows_from_their_moments():
     data = clustered(300, c=4, k=6, offset=30.0)
     labels = np.arange(300) % 6
     clusters = clusters_of(data, labels, 6)
-    found = clusters.log_likelihood(clusters.count, clusters.variances)
+    found = clusters.classification_likelihood(clusters.count, clusters.variances)
     np.testing.assert_allclose(found, brute_force(data, labels, clusters.pool.numpy()), rtol=1e-9)
 
 
-def test_the_cheapest_join_is_that_of_all_pairs():
+def test_the_cheapest_merge_is_that_of_all_pairs():
     data = clustered(300, c=3, k=8, offset=10.0)
     labels = np.arange(300) % 8
     labels[:150] = np.minimum(labels[:150], 5)
     clusters = clusters_of(data, labels, 8)
     apart = brute_force(data, labels, clusters.pool.numpy())
-    partners, losses = clusters.cheapest_joins()
+    partners, losses = clusters.cheapest_merges()
     for i in range(8):
         every = {}
         for j in set(range(8)) - {i}:
-            joined = np.where(labels == i, j, labels)
-            joined = np.unique(joined, return_inverse=True)[1]
-            every[j] = apart.sum() - brute_force(data, joined, clusters.pool.numpy()).sum()
+            merged = np.where(labels == i, j, labels)
+            merged = np.unique(merged, return_inverse=True)[1]
+            every[j] = apart.sum() - brute_force(data, merged, clusters.pool.numpy()).sum()
         best = min(every, key=every.get)
         assert int(partners[i]) == best
         assert float(losses[i]) == pytest.approx(every[best], rel=1e-6)
@@ -62,7 +62,7 @@ def test_the_cheapest_join_is_that_of_all_pairs():
 
 def test_clusters_that_choose_each_other_cost_the_same():
     data = clustered(900, c=5, k=12, offset=10.0)
-    partners, losses = clusters_of(data, np.arange(900) % 12, 12).cheapest_joins()
+    partners, losses = clusters_of(data, np.arange(900) % 12, 12).cheapest_merges()
     mutual = [i for i in range(12) if partners[partners[i]] == i]
     assert mutual and all(losses[i] == losses[partners[i]] for i in mutual)
 
@@ -90,7 +90,7 @@ def test_a_cluster_moves_to_where_one_is_missing():
 
 def test_moves_pay_and_touch_no_cluster_twice():
     moves = split_merge._moves([5.0, 9.0, 1.0, 8.0, 0.5, 0.1], [3.0, 2.0, 1.0, 9.0, 1.5, 6.0], [2, 0, 4, 1, 2, 3])
-    assert moves == [(1, 2, 4)]  # cluster 3 could be split, but the next join, of 1 and 0, meets 1 again
+    assert moves == [(1, 2, 4)]  # cluster 3 could be split, but the next merge, of 1 and 0, meets 1 again
     touched = [cluster for move in moves for cluster in move]
     assert len(touched) == len(set(touched))
     assert split_merge._moves([1.0, 1.0, 1.0], [2.0, 2.0, 2.0], [1, 2, 0]) == []

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from test_em import ALONE, SETTINGS, a_start, clustered, result, run, store_of_tokens, token_store  # noqa: F401
 
 from mmfm.mixture import fit as stage
-from mmfm.mixture import reseeding
+from mmfm.mixture import groups, reseeding
 from mmfm.mixture.em import EMState, e_step, em_iterations
 from mmfm.mixture.gaussian import Mixture
+from mmfm.mixture.moments import SufficientStatistics
 from mmfm.mixture.streaming import Rows
-from mmfm.mixture.truncated import Truncation, exact_winners, measure_gap, neighbours, truncated_e_step
+from mmfm.mixture.truncated import Truncation, exact_winners, measure_gap, neighbours, table_of, truncated_e_step
 
 MANY = dataclasses.replace(SETTINGS, n_components=40, e_step="truncated", max_iter=12)
 
@@ -57,10 +58,11 @@ def test_the_gap_is_small_measured_and_never_negative():
     statistics, _ = truncated_e_step(rows, mixture, winners, torch.float64, whole)
     exact = e_step(rows, mixture, torch.float64)
     gap = float(exact.log_likelihood - statistics.log_likelihood) / len(data)
-    mean, _ = measure_gap(rows, mixture, winners, whole, torch.float64)
+    mean, _, images = measure_gap(rows, mixture, winners, whole, torch.float64)
+    assert images == len(data)
     assert mean == pytest.approx(gap, rel=1e-6)
     assert 0 < gap < 0.1
-    sampled, error = measure_gap(rows, mixture, winners, Truncation(candidates=8, sample=400), torch.float64)
+    sampled, error, _ = measure_gap(rows, mixture, winners, Truncation(candidates=8, sample=400), torch.float64)
     assert 0 <= sampled < 20 * gap and error < 20 * gap
     assert Truncation(candidates=8).gap_limit(rows, mixture, winners, torch.float64) == pytest.approx(gap, rel=1e-6)
     more = measure_gap(rows, mixture, winners, Truncation(candidates=20, sample=len(data)), torch.float64)[0]
@@ -99,6 +101,49 @@ def test_rows_left_behind_are_found_again():
         found.append(next(em_iterations(rows, state, truncation=truncation, **options)).mixture.means)
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("mass", [0.0, None])
+def test_pieces_and_batches_of_groups_change_only_the_rounding(monkeypatch, mass):
+    data = many_clusters(1500)
+    rows, mixture = fitted(data)
+    winners = exact_winners(rows, mixture, torch.float64)
+    found = []
+    for largest, numbers, flush in ((groups._LARGEST, 1 << 22, groups._FLUSH), (7, 500, 50)):
+        monkeypatch.setattr(groups, "_LARGEST", largest)
+        monkeypatch.setitem(groups._NUMBERS, "cpu", numbers)
+        monkeypatch.setattr(groups, "_FLUSH", flush)
+        table = table_of(mixture, Truncation(candidates=6), torch.float64)
+        if mass is None:
+            table = groups.Table(mixture.means, table.candidates, torch.float64)
+        statistics, new = SufficientStatistics(table.means, "diag"), winners.clone()
+        total = groups.grouped_pass(rows, table, new, statistics, mass)
+        found.append((new, total, statistics.count, statistics.first, statistics.second))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-8)
+    assert float(found[1][2].sum()) == pytest.approx(len(data))
+
+
+@pytest.mark.parametrize("keep", [0, float("inf")])
+def test_stretches_that_are_not_kept_give_the_same_bits(keep):
+    data = many_clusters(1500)
+    kept, mixture = fitted(data)
+    rows = Rows(lambda a, b: data[a:b], len(data), 256, ALONE, keep, stretch=1024)
+    winners = exact_winners(kept, mixture, torch.float64)
+    one, other = (truncated_e_step(r, mixture, winners, torch.float32, Truncation(6))[0] for r in (kept, rows))
+    assert torch.equal(one.second, other.second) and torch.equal(one.log_likelihood, other.log_likelihood)
+
+
+def test_a_truncated_fit_has_converged_only_when_all_rows_have_looked_around():
+    data = many_clusters()
+    rows, start = fitted(data, iterations=12)
+    lost = exact_winners(rows, start, torch.float64)
+    lost[::50] = neighbours(start, 40)[lost[::50].long(), 39].int()  # what a few rows lose hardly moves the bound
+    options = {"max_iter": 60, "tol": 0.05, "reg_covar": 1e-6, "dtype": torch.float64}
+    truncation = Truncation(candidates=4, refresh=100, sample=len(data))
+    state = list(em_iterations(rows, EMState(start, winners=lost), truncation=truncation, **options))[-1]
+    assert state.converged and state.n_iter < 30
+    assert (state.winners == exact_winners(rows, state.mixture, torch.float64)).double().mean() > 0.995
 
 
 def test_truncated_em_ends_where_exact_em_ends():

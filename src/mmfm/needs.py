@@ -8,7 +8,8 @@ from mmfm.scale import DOUBLE, FLOAT, Need
 
 _PATCH = {"dinov2": 14, "siglip2": 16, "mae": 16}
 SEEDING = {"kmeans": 20, "k-means++": 256, "random_from_data": 1}
-SEEDING_ITERATIONS, LLOYD_ITERATIONS = 10, 10
+SEEDING_ITERATIONS, START_PASSES = 10, 32
+CANDIDATES, GROUP_ROWS = 16, 64
 """Those of mmfm.mixture.initial and mmfm.mixture.kmeans, which import torch: too slow for a workflow's start."""
 _DETECTORS = {"inception": (2048, 11.4e9, 0.1e9), "fashion": (64, 2e7, 1e6)}
 """Features, operations per image, bytes of weights."""
@@ -85,14 +86,18 @@ class Estimator:
         sample = min(self.n, SEEDING[s.init] * s.n_components)
         parameters = s.n_components * (2 * width + 1) * DOUBLE
         product = 2 * self.n * width * s.n_components
-        # Seeds come from one process alone, Lloyd's iterations are shared.
+        # Seeds come from one process alone; the passes after them are shared, and all but one meet a few centres a row.
         kmeans = SEEDING_ITERATIONS * 2 * sample * width * s.n_components * self.processes
-        kmeans += LLOYD_ITERATIONS * product if s.init == "kmeans" else 0
-        chunk = s.chunk_size * (3 * s.n_components + width) * FLOAT
+        passes = START_PASSES if s.init == "kmeans" else 0
+        kmeans += product * (1 + passes * CANDIDATES / s.n_components) if passes else 0
+        number = FLOAT if s.precision == "float32" else DOUBLE
+        chunk = s.chunk_size * (2 * s.n_components * number + 3 * width * DOUBLE)
+        # Rows that grouped passes look at together; kept ones lie in the cache.
+        stretch = min(share, GROUP_ROWS * s.n_components * width * FLOAT) if passes or s.e_step == "truncated" else 0
         return self._need(
-            self.n * width * FLOAT * (1 if cached else s.max_iter + 1) + sample * width * FLOAT,
+            self.n * width * FLOAT * (1 if cached else passes + s.max_iter + 3) + sample * width * FLOAT,
             parameters * s.max_iter + self.n * FLOAT, 5 * parameters + self.n * FLOAT,
-            (share if cached else 0) + 10 * parameters + chunk, host=2 * sample * width * FLOAT,
+            (share if cached else stretch) + 10 * parameters + chunk, host=2 * sample * width * FLOAT,
             single=(2 * s.max_iter + 1) * product + kmeans,
         )  # fmt: skip
 

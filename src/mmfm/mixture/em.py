@@ -98,6 +98,11 @@ class EMState:
         """Iterations done."""
         return len(self.lower_bounds)
 
+    @property
+    def change(self) -> float:
+        """Difference of the last two lower bounds; infinite before there are two."""
+        return abs(self.lower_bounds[-1] - self.lower_bounds[-2]) if self.n_iter > 1 else math.inf
+
 
 def em_iterations(
     rows: Rows,
@@ -121,12 +126,12 @@ def em_iterations(
         ValueError: a lower bound that falls by more than regularisation, rounding and truncation explain.
     """
     while not state.converged and state.n_iter < max_iter:
-        old, winners = state.mixture, state.winners
+        old, winners, settled = state.mixture, state.winners, state.change < tol
         if truncation is None:
-            statistics, slack = e_step(rows, old, dtype), None
+            statistics, slack, searched = e_step(rows, old, dtype), None, True
         else:
-            lost = winners is None or (state.n_iter and state.n_iter % truncation.refresh == 0)
-            before = exact_winners(rows, old, dtype) if lost else winners
+            searched = winners is None or settled or (state.n_iter and state.n_iter % truncation.refresh == 0)
+            before = exact_winners(rows, old, dtype) if searched else winners
             statistics, winners = truncated_e_step(rows, old, before, dtype, truncation)
             slack = functools.partial(truncation.gap_limit, rows, old, before, dtype)
         bound = float(statistics.log_likelihood) / rows.n
@@ -134,16 +139,18 @@ def em_iterations(
         mixture, loss = m_step(statistics, old.covariance_type, reg_covar)
         mixture, moved = reseeding.reseed(mixture, statistics.count, reg_covar, sum(n > 0 for n in state.reseeded))
         below_floor = bool(old.diagonal().min() < reg_covar)  # only a start: its bound may be out of reach
-        settled = not moved and not (state.reseeded and state.reseeded[-1])
+        undisturbed = not moved and not (state.reseeded and state.reseeded[-1])
         state = replace(
             state,
             mixture=mixture,
             lower_bounds=(*state.lower_bounds, bound),
-            converged=bool(state.lower_bounds) and settled and abs(bound - state.lower_bounds[-1]) < tol,
             reseeded=(*state.reseeded, moved),
             slack=math.inf if moved or below_floor else loss + rounding(old, mixture, bound, dtype),
             winners=winners,
         )
+        # Rows that a component has left behind hold a truncated bound where it is: it has converged if it stays there
+        # after all of them have looked around.
+        state = replace(state, converged=undisturbed and bool(searched) and state.change < tol)
         yield state
 
 

@@ -135,8 +135,8 @@ def _save(rows: Rows, state_dir: Path, state: EMState) -> None:
 
 
 def _truncation_gap(rows: Rows, state: EMState, dtype: torch.dtype) -> dict[str, float]:
-    mean, error = measure_gap(rows, state.mixture, state.winners, Truncation(), dtype)
-    return {"nats_per_image": mean, "standard_error": error, "images": min(rows.n, Truncation().sample)}
+    mean, error, images = measure_gap(rows, state.mixture, state.winners, Truncation(), dtype)
+    return {"nats_per_image": mean, "standard_error": error, "images": images}
 
 
 def _collapsed(mixture: Mixture, reg_covar: float) -> int:
@@ -220,7 +220,7 @@ def predict_all(rows: Rows, mixture: Mixture, dtype: torch.dtype) -> tuple[np.nd
         joint = mixture.log_joint(x, dtype, rows.space)
         top, best = joint.max(1, keepdim=True)
         labels[chunk.start - rows.local.start :][: len(x)] = best.squeeze(1)
-        total += (joint.sub_(top).exp_().sum(1, dtype=torch.float64).log() + top.squeeze(1)).sum()
+        total += (joint.sub_(top).exp_().sum(1).double().log() + top.squeeze(1)).sum()
     gathered = np.concatenate(rows.ranks.gather(labels.cpu().numpy()))
     return gathered, float(rows.ranks.sum(total)) / rows.n
 

@@ -13,8 +13,7 @@ that float32 is enough; TF32 and bfloat16 are not.
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mmfm.infra import rng, store
+from mmfm.infra.precision import exact_float32
 from mmfm.mixture.workspace import Workspace
 
 COVARIANCE_TYPES = ("diag", "spherical", "tied", "full")
@@ -37,21 +37,6 @@ At D = 768 this is a component whose mean is 5 standard deviations off the centr
 """
 
 _SCORE_ROWS = 4096
-
-
-@contextmanager
-def exact_float32(device_type: str) -> Iterator[None]:
-    """Multiply float32 matrices in float32 inside the block: no autocast, TF32 or bfloat16; restored afterwards."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def covariance_shape(covariance_type: str, k: int, c: int) -> tuple[int, ...]:
@@ -214,6 +199,7 @@ class Mixture:
             self._operands[dtype] = (centre.to(dtype), constant.to(dtype), table.to(dtype), *extra)
         return self._operands[dtype]
 
+    @torch.no_grad()
     def log_joint(self, x: Tensor, dtype: torch.dtype = torch.float64, space: Workspace | None = None) -> Tensor:
         """Return log w_k N(x; mean_k, variance_k).
 
@@ -225,7 +211,7 @@ class Mixture:
             space: where the result is made; the next call overwrites it. None: in new memory.
 
         Returns:
-            (B, K) of ``dtype``.
+            (B, K) of ``dtype``, without a gradient.
         """
         space = space or Workspace(self.device)
         centre, constant, table, *extra = self._prepared(dtype)

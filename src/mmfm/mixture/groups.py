@@ -4,7 +4,8 @@ Rows with the same last winner share their candidates, so a group's scores and i
 products. Groups of about the same size are padded to one and computed as a batch: few large operations instead of many
 small ones, which two threads or a GPU can share.
 
-Deviations are taken from the winner's mean, so float32 is accurate even where variances are tiny.
+Deviations are taken from the winner's mean, so float32 is accurate for it even where its variances are tiny. For
+another narrow candidate it is not, until that one has won the row.
 """
 
 import math
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mmfm.mixture.gaussian import exact_float32
+from mmfm.infra.precision import exact_float32
 from mmfm.mixture.moments import SufficientStatistics, add_rows
 from mmfm.mixture.streaming import Rows
 from mmfm.mixture.workspace import Workspace

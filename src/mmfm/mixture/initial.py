@@ -100,7 +100,7 @@ def kmeans(
         k,
         niter=iterations,
         seed=0,  # unused: the seeds are given
-        gpu=device.type == "cuda",
+        gpu=int(device.type == "cuda"),  # of all those that are visible, the others are other processes'
         min_points_per_centroid=1,
         max_points_per_centroid=-(-len(rows) // k),
     )
@@ -122,11 +122,12 @@ def kmeans_plusplus(rows: Tensor, k: int, seed: int) -> Tensor:
     """
     trials = 2 + int(np.log(k))
     rows = rows - rows.mean(0)
-    norms = rows.square().sum(1)
+    norms = torch.einsum("mc,mc->m", rows, rows)
     draws = rng.uniform(seed, "k-means++", torch.arange(k, device=rows.device), (trials,))
     chosen = torch.empty(k, dtype=torch.int64, device=rows.device)
     chosen[0] = (draws[0, 0] * len(rows)).long().clamp(max=len(rows) - 1)
-    nearest = (rows - rows[chosen[0]]).square().sum(1)
+    nearest = (norms - 2 * (rows @ rows[chosen[0]]) + norms[chosen[0]]).clamp_min_(0)
+    nearest[chosen[0]] = 0
     for step in range(1, k):
         cdf = nearest.double().cumsum(0)
         # Where every row coincides with a chosen one the sums are 0 and this is the last row.
@@ -179,7 +180,7 @@ def start(rows: Rows, settings: Gmm, number: int = 0) -> tuple[Mixture, Tensor |
 
     * ``kmeans``: faiss's k-means on a sample of the rows, from K of them, then Lloyd's iterations of all processes on
       all rows, in which clusters are joined and split. Weights, means and variances are those of the clusters.
-    * given means: those of the rows that are nearest to each.
+    * given means: these, with weights and variances of the rows that are nearest to each, as in scikit-learn.
     * ``k-means++`` and ``random_from_data``: K rows as means, equal weights, variances ``reg_covar``, which is what
       scikit-learn's starts of these names amount to.
 
@@ -199,7 +200,10 @@ def start(rows: Rows, settings: Gmm, number: int = 0) -> tuple[Mixture, Tensor |
             centres, winners = lloyd(rows, centres)
         moments = hard_moments(rows, centres, winners, settings.covariance_type)
         rows.space.clear()  # EM's chunks are of other sizes
-        return m_step(moments, settings.covariance_type, settings.reg_covar)[0], winners
+        mixture = m_step(moments, settings.covariance_type, settings.reg_covar)[0]
+        if settings.init_means:
+            mixture = Mixture(mixture.weights, centres, mixture.variances, settings.covariance_type)
+        return mixture, winners
     k, c = centres.shape
     variances = torch.full(covariance_shape(settings.covariance_type, k, c), settings.reg_covar, dtype=torch.float64)
     if settings.covariance_type in ("tied", "full"):

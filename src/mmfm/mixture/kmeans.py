@@ -8,12 +8,12 @@ size all processes of a node work, where faiss would have one work and the other
 import torch
 from torch import Tensor
 
-from mmfm.mixture.gaussian import Mixture
+from mmfm.infra.precision import exact_float32
 from mmfm.mixture.groups import Table, grouped_pass
 from mmfm.mixture.moments import SufficientStatistics
 from mmfm.mixture.split_merge import redistribute
 from mmfm.mixture.streaming import Rows
-from mmfm.mixture.truncated import exact_winners, nearest_centres
+from mmfm.mixture.truncated import nearest_centres
 
 ROUNDS = 4
 """Redistributions of the clusters, at most."""
@@ -29,10 +29,17 @@ CANDIDATES = 16
 
 def nearest(rows: Rows, centres: Tensor) -> Tensor:
     """Return the nearest of the centres (K, C) for this process's rows: (n,) int32."""
-    # The component with the largest posterior under equal spherical Gaussians is the nearest centre.
-    k = len(centres)
-    equal = Mixture(torch.full((k,), 1 / k, dtype=torch.float64), centres, torch.ones(k))
-    return exact_winners(rows, equal, torch.float32)
+    centre = centres.mean(0)
+    offsets = centres - centre
+    half_norms = offsets.square().sum(1).div_(2)
+    winners = torch.empty(len(rows.local), dtype=torch.int32, device=centres.device)
+    with exact_float32(centres.device.type):
+        for chunk, x in rows:
+            z = torch.sub(x, centre, out=rows.space.take("features", x.dtype, *x.shape))
+            scores = rows.space.take("joint", x.dtype, len(x), len(centres))
+            torch.addmm(-half_norms, z, offsets.T, out=scores)
+            winners[chunk.start - rows.local.start :][: len(x)] = scores.argmax(1)
+    return winners
 
 
 def lloyd(rows: Rows, centres: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -130,5 +131,8 @@ class Rows:
 def _free_memory(ranks: Ranks) -> int:
     if ranks.device.type == "cuda":
         return torch.cuda.mem_get_info(ranks.device)[0]
-    available = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS lacks the first
-    return os.sysconf(available) * os.sysconf("SC_PAGE_SIZE") // ranks.world
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():  # what the page cache holds can be had, too
+        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+        return 1024 * int(line.split()[1]) // ranks.world
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks.world

@@ -7,7 +7,7 @@ the largest expected log-joint over that component's own distribution. Group tim
 which a CPU does at nearly its full speed; a search for every row alone would spend its time fetching. The bound is that
 of the log-sum over the candidates, which is never above the log-likelihood.
 
-Deviations are taken from the winner's mean, so float32 is accurate even where variances are tiny.
+Deviations are taken from the winner's mean, so float32 is accurate for it even where its variances are tiny.
 """
 
 import math
@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mmfm.mixture.gaussian import Mixture, exact_float32
+from mmfm.infra.precision import exact_float32
+from mmfm.mixture.gaussian import Mixture
 from mmfm.mixture.groups import Table, grouped_pass, itself_first
 from mmfm.mixture.moments import SufficientStatistics
 from mmfm.mixture.streaming import Rows
@@ -121,8 +122,8 @@ def exact_winners(rows: Rows, mixture: Mixture, dtype: torch.dtype) -> Tensor:
 
 def measure_gap(
     rows: Rows, mixture: Mixture, winners: Tensor, truncation: Truncation, dtype: torch.dtype
-) -> tuple[float, float]:
-    """Return how far the truncated bound is below the mean log-likelihood: nats per row, and its standard error.
+) -> tuple[float, float, int]:
+    """Return how far the truncated bound is below the mean log-likelihood: nats per row, their standard error, rows.
 
     Measured on rows spread evenly over the chunks, the same for any number of processes.
     """
@@ -136,4 +137,4 @@ def measure_gap(
         gap = (joint.logsumexp(1) - joint.gather(1, candidates[last]).logsumexp(1)).double()
         sums += torch.stack((gap.new_tensor(len(gap)), gap.sum(), gap.square().sum()))
     n, total, squares = rows.ranks.sum(sums).tolist()
-    return total / n, math.sqrt(max(squares / n - (total / n) ** 2, 0) / n)
+    return total / n, math.sqrt(max(squares / n - (total / n) ** 2, 0) / n), int(n)
