@@ -179,7 +179,7 @@ def start(rows: Rows, settings: Gmm, number: int = 0) -> tuple[Mixture, Tensor |
     """Return the mixture that EM starts from. A collective call: one process chooses the seeds.
 
     * ``kmeans``: faiss's k-means on a sample of the rows, from K of them, then Lloyd's iterations of all processes on
-      all rows, in which clusters are joined and split. Weights, means and variances are those of the clusters.
+      all rows, in which clusters are merged and split. Weights, means and variances are those of the clusters.
     * given means: these, with weights and variances of the rows that are nearest to each, as in scikit-learn.
     * ``k-means++`` and ``random_from_data``: K rows as means, equal weights, variances ``reg_covar``, which is what
       scikit-learn's starts of these names amount to.

@@ -73,6 +73,7 @@ class Rows:
 
     def __iter__(self) -> Iterator[tuple[range, Tensor]]:
         """Yield each chunk's range of global indices and its rows (b, C) float32 on the device."""
+        self.space.drop("stretch")
         release()  # what the last pass freed
         for chunks in self._stretches:
             whole = self._kept.get(chunks[0].start)

@@ -26,6 +26,11 @@ class Workspace:
             self._flat[key] = torch.empty(size, dtype=dtype, device=self.device)
         return self._flat[key][:size].view(shape)
 
+    def drop(self, name: str) -> None:
+        """Forget the buffers of a name."""
+        for key in [key for key in self._flat if key[0] == name]:
+            del self._flat[key]
+
     def clear(self) -> None:
         """Forget all buffers."""
         self._flat.clear()
