@@ -117,7 +117,7 @@ def em_iterations(
     """Run EM from a state, yielding the next one after every iteration, until convergence or ``max_iter`` in all.
 
     Converges as scikit-learn's GaussianMixture does: when the lower bound changes by less than ``tol``, here only if no
-    component was reseeded just before.
+    component was reseeded just before, and with truncation only if all rows have just met all components.
 
     Args:
         truncation: how rows are matched to a few components each; None for exact responsibilities.

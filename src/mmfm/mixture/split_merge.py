@@ -58,10 +58,8 @@ class ClusterMoments:
         own = self.classification_likelihood(self.count, self.variances)
         partners, losses = [], []
         for start in range(0, len(near), _BLOCK):
-            i, j = (
-                torch.arange(start, min(start + _BLOCK, len(near)), device=near.device)[:, None],
-                near[start:][:_BLOCK],
-            )
+            j = near[start : start + _BLOCK]
+            i = torch.arange(start, start + len(j), device=near.device)[:, None]
             both = self.count[i] + self.count[j]
             share = (self.count[i] / both.clamp_min(1))[..., None]
             between = (self.means[j] - self.means[i]).square_().mul_(share * (1 - share))

@@ -57,9 +57,8 @@ class Rows:
         chunks = data.ranges(0, n, chunk_size)
         self.ranges = chunks[ranks.rank * len(chunks) // ranks.world : (ranks.rank + 1) * len(chunks) // ranks.world]
         count = -(-len(self.ranges) // max(1, stretch // chunk_size))
-        cuts = [
-            -(-number * len(self.ranges) // max(1, count)) for number in range(count + 1)
-        ]  # the first is the largest
+        # Rounded up: the first is the largest, and those that follow fit into its place.
+        cuts = [-(-number * len(self.ranges) // max(1, count)) for number in range(count + 1)]
         self._stretches = [self.ranges[i:j] for i, j in itertools.pairwise(cuts)]
         self._kept: dict[int, Tensor] = {}
         self._checked: set[int] = set()
