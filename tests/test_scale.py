@@ -89,9 +89,14 @@ def test_four_times_the_tokens_take_no_more_memory(stages, tmp_path):
             array[rows.start : rows.stop] = np.random.default_rng(rows.start).normal(size=(len(rows), width))
         tokens.finish(path, {"digest": str(n), "listing_digest": "l", "encoder_digest": "e"})
         stage = replace(stages["fit_gmm"], inputs={"--tokens": path})
-        out = tmp_path / str(n)
         constants = {"mmfm.mixture.validity.SILHOUETTE_IMAGES": 1000}  # a sample of fixed size, which both are above
-        grown.append(processes.growth(stage.command(out, gmm=CHANGES["gmm"]), workshop.errors_file(out), constants))
+        # The peak hangs on when zarr's threads give their buffers back, by up to 15 MB; all tokens are 25 MB more.
+        folders = [tmp_path / f"{n}.{number}" for number in range(3)]
+        measured = [
+            processes.growth(stage.command(out, gmm=CHANGES["gmm"]), workshop.errors_file(out), constants)
+            for out in folders
+        ]
+        grown.append(min(measured))
     assert_flat(*grown)
 
 
