@@ -98,11 +98,6 @@ class EMState:
         """Iterations done."""
         return len(self.lower_bounds)
 
-    @property
-    def change(self) -> float:
-        """Difference of the last two lower bounds; infinite before there are two."""
-        return abs(self.lower_bounds[-1] - self.lower_bounds[-2]) if self.n_iter > 1 else math.inf
-
 
 def em_iterations(
     rows: Rows,
@@ -126,7 +121,7 @@ def em_iterations(
         ValueError: a lower bound that falls by more than regularisation, rounding and truncation explain.
     """
     while not state.converged and state.n_iter < max_iter:
-        old, winners, settled = state.mixture, state.winners, state.change < tol
+        old, winners, settled = state.mixture, state.winners, _change(state.lower_bounds) < tol
         if truncation is None:
             statistics, slack, searched = e_step(rows, old, dtype), None, True
         else:
@@ -140,18 +135,24 @@ def em_iterations(
         mixture, moved = reseeding.reseed(mixture, statistics.count, reg_covar, sum(n > 0 for n in state.reseeded))
         below_floor = bool(old.diagonal().min() < reg_covar)  # only a start: its bound may be out of reach
         undisturbed = not moved and not (state.reseeded and state.reseeded[-1])
+        bounds = (*state.lower_bounds, bound)
         state = replace(
             state,
             mixture=mixture,
-            lower_bounds=(*state.lower_bounds, bound),
+            lower_bounds=bounds,
+            # Rows that a component has left behind hold a truncated bound where it is: it has converged if it stays
+            # there after all of them have looked around.
+            converged=undisturbed and bool(searched) and _change(bounds) < tol,
             reseeded=(*state.reseeded, moved),
             slack=math.inf if moved or below_floor else loss + rounding(old, mixture, bound, dtype),
             winners=winners,
         )
-        # Rows that a component has left behind hold a truncated bound where it is: it has converged if it stays there
-        # after all of them have looked around.
-        state = replace(state, converged=undisturbed and bool(searched) and state.change < tol)
         yield state
+
+
+def _change(bounds: tuple[float, ...]) -> float:
+    """Return by how much the last two lower bounds differ; infinity before there are two."""
+    return abs(bounds[-1] - bounds[-2]) if len(bounds) > 1 else math.inf
 
 
 def rounding(old: Mixture, new: Mixture, bound: float, dtype: torch.dtype) -> float:

@@ -137,6 +137,24 @@ def grouped_pass(
     return total
 
 
+def lloyd_iteration(rows: Rows, centres: Tensor, candidates: Tensor, winners: Tensor) -> Tensor:
+    """Give rows to the nearest of their candidates and return the clusters' means. A collective call.
+
+    Args:
+        centres: (K, C) float32.
+        candidates: (K, M) int64, see :class:`Table`.
+        winners: (n,) int32, cluster of this process's rows; overwritten.
+
+    Returns:
+        (K, C) float32; a cluster without rows stays where it is.
+    """
+    table = Table(centres, candidates, torch.float32)
+    statistics = SufficientStatistics(table.means.double(), "spherical")
+    grouped_pass(rows, table, winners, statistics, None)
+    statistics.share(rows.ranks)
+    return (statistics.means + statistics.first / statistics.count.clamp_min(1)[:, None]).float()
+
+
 def _batches(winners: Tensor, table: Table) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield groups of rows in batches.
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfm.infra.precision import exact_float32
-from mmfm.mixture.groups import Table, grouped_pass
-from mmfm.mixture.moments import SufficientStatistics
+from mmfm.mixture.groups import lloyd_iteration
 from mmfm.mixture.split_merge import redistribute
 from mmfm.mixture.streaming import Rows
 from mmfm.mixture.truncated import nearest_centres
@@ -65,9 +64,5 @@ def _settled(rows: Rows, centres: Tensor, winners: Tensor) -> Tensor:
         winners: (n,) cluster of this process's rows; overwritten.
     """
     for _ in range(ITERATIONS):
-        table = Table(centres, nearest_centres(centres - centres.mean(0), CANDIDATES), torch.float32)
-        statistics = SufficientStatistics(table.means.double(), "spherical")
-        grouped_pass(rows, table, winners, statistics, None)
-        statistics.share(rows.ranks)
-        centres = (statistics.means + statistics.first / statistics.count.clamp_min(1)[:, None]).to(centres.dtype)
+        centres = lloyd_iteration(rows, centres, nearest_centres(centres - centres.mean(0), CANDIDATES), winners)
     return centres

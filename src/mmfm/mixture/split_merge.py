@@ -10,7 +10,7 @@ moments alone, so here all clusters are judged at once, and as many moves are ma
 import torch
 from torch import Tensor
 
-from mmfm.mixture.groups import Table, grouped_pass
+from mmfm.mixture.groups import lloyd_iteration
 from mmfm.mixture.moments import SufficientStatistics, hard_moments
 from mmfm.mixture.streaming import Rows
 from mmfm.mixture.truncated import nearest_centres
@@ -117,11 +117,7 @@ def _halve(rows: Rows, clusters: ClusterMoments, winners: Tensor) -> tuple[Tenso
     pairs = torch.arange(2 * k, device=halves.device)
     candidates, sides = torch.stack((pairs, pairs ^ 1), 1), 2 * winners
     for _ in range(_HALVINGS):
-        table = Table(halves, candidates, torch.float32)
-        statistics = SufficientStatistics(table.means.double(), "spherical")
-        grouped_pass(rows, table, sides, statistics, None)
-        statistics.share(rows.ranks)
-        halves = (statistics.means + statistics.first / statistics.count.clamp_min(1)[:, None]).float()
+        halves = lloyd_iteration(rows, halves, candidates, sides)
     return halves, sides
 
 
