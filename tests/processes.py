@@ -3,6 +3,8 @@
 A server that has imported everything is started once; every command is a fork of it, in its own process group.
 """
 
+import contextlib
+import ctypes
 import importlib
 import multiprocessing
 import os
@@ -141,37 +143,55 @@ def run(arguments: list[str], errors: Path, **options: object) -> str:
 
 
 def growth(arguments: list[str], errors: Path, constants: dict[str, object] | None = None) -> int:
-    """Run a command to its good end and return by how many bytes its memory grew at most, libraries' code apart."""
+    """Run a command to its good end and return by how many bytes its memory grew at most, mapped files apart."""
     memory = errors.with_suffix(".memory")
-    run(arguments, errors, constants=constants, memory=memory)
-    return int(memory.read_text())
+    command = start(arguments, errors, constants=constants, memory=memory)
+    peak = _peak(command.processes[0])
+    assert command.wait() == 0, errors.read_text()
+    return peak - int(memory.read_text())
 
 
 def call_growth(function: Callable[..., None], memory: Path, *arguments: object) -> int:
-    """Call a function in a process of its own and return the same of it; ``memory`` is a file for the number."""
-    process = _context.Process(target=_measure, args=(memory, function, *arguments))
+    """Call a function in a process of its own and return the same of it; ``memory`` is a file for a number."""
+    process = _context.Process(target=_measured, args=(memory, function, *arguments))
     process.start()
+    peak = _peak(process)
     process.join()
     assert process.exitcode == 0
-    return int(memory.read_text())
+    return peak - int(memory.read_text())
 
 
-def _measure(memory: Path | None, function: Callable[..., object], *arguments: object) -> object:
-    """Call a function and write by how much this process's memory grew at most."""
-    if memory is None:
-        return function(*arguments)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
-    before = _memory()["RssAnon"]
-    result = function(*arguments)
-    after = _memory()
-    # Files stay mapped once they were touched; nearly all of them are libraries.
-    memory.write_text(str(after["VmHWM"] - after["RssFile"] - after["RssShmem"] - before))
-    return result
+def _peak(process: multiprocessing.process.BaseProcess) -> int:
+    """Return the most anonymous memory that a process had in its life, bytes, looking two thousand times a second.
+
+    The kernel keeps a peak of its own, but of all resident memory, in which pages of mapped files come and go.
+    """
+    peak = 0
+    while process.is_alive():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            peak = max(peak, _anonymous_memory(process.pid))
+        time.sleep(0.0005)
+    return peak
 
 
-def _memory() -> dict[str, int]:
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {words[0][:-1]: 1024 * int(words[1]) for words in lines if words[0].startswith(("VmHWM", "Rss"))}
+def _anonymous_memory(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
+
+
+def _give_back_at_once() -> None:
+    """Have malloc return freed memory to the kernel; what it keeps by habit differs by megabytes from run to run."""
+    c = ctypes.CDLL(None)
+    trim_threshold, mmap_threshold = -1, -3
+    assert c.mallopt(trim_threshold, 0) and c.mallopt(mmap_threshold, 65536)
+
+
+def _measured(memory: Path | None, function: Callable[..., object], *arguments: object) -> object:
+    """Call a function whose process's memory is watched from outside; where it starts from is written to a file."""
+    if memory is not None:
+        _give_back_at_once()
+        memory.write_text(str(_anonymous_memory(os.getpid())))
+    return function(*arguments)
 
 
 def _join_group(group: int) -> None:
@@ -207,7 +227,7 @@ def _run(arguments, errors, variables, group, watch, constants, memory) -> None:
             filesystem_events.install(str(watch.folder), str(watch.log), watch.kill_at, watch.pause, watch.at)
         from mmfm.cli.__main__ import main
 
-        status = _measure(memory, main, arguments)
+        status = _measured(memory, main, arguments)
     except BaseException:
         traceback.print_exc()
     finally:
