@@ -24,7 +24,7 @@ GROUP_ROWS = 64
 
 _LARGEST = 512  # rows of a group; sums within are in the products' precision
 _FLUSH = 1 << 18  # numbers of the pending sums
-_NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of a batch's features and tables
+_NUMBERS = {"cpu": 1 << 21, "cuda": 1 << 26}  # of a batch's features and tables
 
 
 class Table:
