@@ -8,7 +8,7 @@ import pytest
 
 from mmfm import config, unused
 from mmfm.cli.__main__ import main
-from mmfm.infra import store
+from mmfm.infra import stage_state, store
 
 DEFAULTS = config.load([Path(__file__).parent.parent / "config" / "config.yaml"])
 FOLDERS = ["extract", "fit_gmm", "spatial_gmm", "train_decoder", "train", "sample", "fid_reference", "gmm", "dec"]
@@ -19,10 +19,10 @@ def make(output: Path, stage: str, settings: config.Config = DEFAULTS, inputs=No
     """Make the state directory that a stage would make with these settings, and end its process's hold on it."""
     sections = {name: settings.section(name, "dinov2") for name in config.STAGES[stage]}
     identity = {**config.identity(sections), **more}
-    state = store.state_directory(output, stage, config.VERSIONS[stage], identity, inputs or {}, files)
+    state = stage_state.state_directory(output, stage, config.VERSIONS[stage], identity, inputs or {}, files)
     (state / "step-00000001").mkdir(exist_ok=True)
     (state / "step-00000001" / "model.safetensors").write_bytes(bytes(1000))
-    store._locks.pop(state).close()
+    stage_state.unlock(state)
     return state
 
 
@@ -99,7 +99,7 @@ def test_everything_else_stays(results, capsys):
     """Running stages, other runs, folders without a record, and what only looks like state."""
     other = change("gmm", tol=0.1)
     running = make(results / "running" / "x", "fit_gmm", other)
-    store._lock(running, "fit_gmm")
+    stage_state.lock(running, "fit_gmm")
     unused.remember(other, results / "run2", FOLDERS)
     of_other_run = make(results / "run2" / "gmm" / "x", "fit_gmm", other)
     of_older_run = make(results / "run3" / "gmm" / "x", "fit_gmm", other)
@@ -118,7 +118,7 @@ def test_everything_else_stays(results, capsys):
         assert snapshot(results.parent) == everything and of_other_run.is_dir()
         assert of_older_run.is_dir()
     finally:
-        store._locks.pop(running).close()
+        stage_state.unlock(running)
 
 
 def test_bad_calls_are_one_line(results, capsys):

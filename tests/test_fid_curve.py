@@ -40,7 +40,7 @@ from mmfm.evaluation.reference import Reference
 from mmfm.flow.path import time_grid, time_shift
 from mmfm.flow.solver import euler
 from mmfm.flow.source import source_for
-from mmfm.infra import rng, store
+from mmfm.infra import rng, stage_state, store
 from mmfm.infra.distributed import Ranks
 from mmfm.statistics import CovarianceMoments
 from mmfm.training import checkpoint
@@ -174,7 +174,7 @@ def test_a_measurement_that_was_killed_is_made_when_the_run_goes_on(measured, un
         with pytest.raises(SystemExit):
             run(measured, tmp_path, preview=preview())
     assert max(steps_kept(tmp_path)) == step and not (tmp_path / "ema.safetensors").exists()
-    store._unlock(state_of(tmp_path))
+    stage_state.unlock(state_of(tmp_path))
     run(measured, tmp_path, preview=preview(), logger="tensorboard")
     assert distances(tmp_path) == distances(undisturbed)
     assert_same(tmp_path, undisturbed)

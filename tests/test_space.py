@@ -12,7 +12,7 @@ from conftest import SECTIONS, Pipeline, settings
 from mmfm import config
 from mmfm.cli.__main__ import main
 from mmfm.decoder import load_decoder
-from mmfm.infra import npz, space, store
+from mmfm.infra import npz, space, stage_state, store
 from mmfm.tokens import TokenStore
 from mmfm.training.checkpoint import load_ema
 
@@ -97,11 +97,11 @@ def test_a_full_disk_ends_with_one_line_and_goes_on(
     disk, leave = small_disk
     leave(kilobytes)
     monkeypatch.setattr(space, "require", lambda *_: None)  # as if others had filled the disk after the start
-    monkeypatch.setattr(store, "_locks", {})
     assert main(command(stage, disk / "out", tiny_pipeline, files)) == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if "error" in line.lower()]
     assert len(errors) == 1 and errors[0].startswith(f"{stage}: error: the disk is full"), errors
     (state,) = (disk / "out").glob("state-*")
+    stage_state.unlock(state)  # as the end of its process does
     assert list(state.glob(units)), sorted(path.name for path in state.iterdir())
     (disk / "ballast").unlink()
     assert main(command(stage, disk / "out", tiny_pipeline, files)) == 0

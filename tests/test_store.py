@@ -1,8 +1,6 @@
-"""Whole files, memory-mapped arrays, state directories."""
+"""Digests, whole files, memory-mapped arrays."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -46,15 +44,6 @@ def test_the_digest_sees_shape_dtype_and_values():
     assert len({store.array_digest(a) for a in [base, *others]}) == 4
 
 
-def test_state_depends_on_identity_version_and_inputs(tmp_path):
-    def directory(version=1, identity=None, inputs=None):
-        return store.state_directory(tmp_path / "out", "fit", version, identity or {"k": 1}, inputs or {"tokens": "a"})
-
-    same = directory()
-    assert directory() == same and (same / "about.json").exists()
-    assert len({same, directory(version=2), directory(identity={"k": 2}), directory(inputs={"tokens": "b"})}) == 4
-
-
 def test_publish_replaces_a_directory(tmp_path):
     for text in ("one", "two"):
         (tmp_path / "partial").mkdir()
@@ -68,21 +57,6 @@ def test_canonical_json_ignores_the_order_of_keys():
     assert (
         store.canonical_json({"b": 1, "a": [1.0]}) == store.canonical_json({"a": [1.0], "b": 1}) == '{"a":[1.0],"b":1}'
     )
-
-
-def test_two_processes_never_share_a_state(tmp_path):
-    script = (
-        "from mmfm.infra import store; import sys; "
-        f"store.state_directory({str(tmp_path / 'out')!r}, 'fit', 1, {{}}, {{}}); print('held', flush=True); input()"
-    )
-    other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert other.stdout.readline() == b"held\n"
-    with pytest.raises(ValueError, match=f"process {other.pid} is already at work on this fit"):
-        store.state_directory(tmp_path / "out", "fit", 1, {}, {})
-    other.kill()
-    other.wait()
-    store.remove_state(store.state_directory(tmp_path / "out", "fit", 1, {}, {}))
-    assert not list(tmp_path.glob("state-*"))
 
 
 def test_leftovers_of_killed_writers_are_removed(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mmfm import config, data, tokens
-from mmfm.infra import space, store
+from mmfm.infra import space, stage_state, store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
 from mmfm.statistics import Moments
@@ -53,8 +53,8 @@ def extract(
     shards = data.ranges(0, len(listing), settings.shard_size)
 
     def _open_state() -> tuple[Path, list[int] | None]:
-        state = store.state_directory(out_tokens, "extract", VERSION, identity, inputs, {"listing": listing_path})
-        if store.restore(state, outputs):
+        state = stage_state.state_directory(out_tokens, "extract", VERSION, identity, inputs, {"listing": listing_path})
+        if stage_state.restore(state, outputs):
             return state, None
         if not (state / "tokens.zarr" / "zarr.json").exists():
             # Markers without a store speak of rows that are gone.
@@ -132,6 +132,6 @@ def _publish(
         merged = part if merged is None else merged.merge(part)
     provenance = {"listing_digest": listing.digest, "encoder_digest": encoder_digest, "settings": identity}
     tokens.finish(partial, {"digest": store.fingerprint([listing.digest, *digests]), **provenance})
-    with store.finishing(state, outputs) as finished:
+    with stage_state.finishing(state, outputs) as finished:
         store.write_arrays(finished / _MOMENTS, merged.to_arrays(), provenance)
-        store.place_linked(partial, finished / _TOKENS)
+        stage_state.place_linked(partial, finished / _TOKENS)

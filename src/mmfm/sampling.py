@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mmfm import config, data
 from mmfm.evaluation.detector import Detector
-from mmfm.infra import npz, space, store
+from mmfm.infra import npz, space, stage_state, store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
 from mmfm.pictures import image_grid, save_picture
@@ -46,12 +46,12 @@ def sample(
     if sampler.is_adaptive:  # the images of a batch share the solver's steps
         identity["batch_size"] = settings.batch_size
     state = ranks.from_main(
-        lambda: store.state_directory(
+        lambda: stage_state.state_directory(
             out_dir / "images.npz", "sample", VERSION, identity, sampler.digests, sampler.files
         )
     )
     outputs = {name: out_dir / name for name in ("images.npz", "grid.png", FEATURES, "samples.json")}
-    if ranks.from_main(lambda: store.restore(state, outputs)):
+    if ranks.from_main(lambda: stage_state.restore(state, outputs)):
         Progress("sample", settings.n_images, "images", done=settings.n_images, enabled=ranks.is_main)
         return
     shards = Shards(sampler, settings, state, detector)
@@ -65,7 +65,7 @@ def sample(
 def _publish(shards: "Shards", outputs: dict[str, Path]) -> None:
     """Put the shards together, draw the grid, publish both with their description."""
     sampler, detector = shards.sampler, shards.detector
-    with store.finishing(shards.state, outputs) as finished:
+    with stage_state.finishing(shards.state, outputs) as finished:
         images = finished / "images.npz"
         digest = npz.write_parts(images, shards.shape(range(shards.settings.n_images)), np.uint8, shards.images())
         if detector is not None:

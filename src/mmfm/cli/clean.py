@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from mmfm import unused
-from mmfm.infra import store
+from mmfm.infra import stage_state
 
 DESCRIPTION = """\
 List and remove state directories (state-.../ beside the results: checkpoints, EM iterations, unfinished shards) that no
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         if not state.reason:
             kept += state.size
             continue
-        if not options.dry_run and not store.remove_idle_state(state.path):
+        if not options.dry_run and not stage_state.remove_idle_state(state.path):
             kept += state.size
             print(f"in use, kept:   {state.path}")
             continue

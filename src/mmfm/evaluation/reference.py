@@ -13,7 +13,7 @@ import torch
 from mmfm import config, data
 from mmfm.evaluation.detector import Detector
 from mmfm.evaluation.frechet import frechet_distance
-from mmfm.infra import space, store
+from mmfm.infra import space, stage_state, store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
 from mmfm.statistics import CovarianceMoments
@@ -122,10 +122,10 @@ def make_reference(
         inputs["heldout"] = heldout.digest
     identity = config.identity(sections)
     files = {"listing": train_listing, "heldout": heldout_listing}
-    state = ranks.from_main(lambda: store.state_directory(out, "fid_reference", VERSION, identity, inputs, files))
+    state = ranks.from_main(lambda: stage_state.state_directory(out, "fid_reference", VERSION, identity, inputs, files))
     outputs = {"reference.safetensors": out}
     shards = {name: _shards(name, path, state) for name, path in listings.items()}
-    if ranks.from_main(lambda: store.restore(state, outputs)):
+    if ranks.from_main(lambda: stage_state.restore(state, outputs)):
         total = sum(len(shard.rows) for group in shards.values() for shard in group)
         Progress("fid_reference", total, "images", done=total, enabled=ranks.is_main)
         return
@@ -136,7 +136,7 @@ def make_reference(
 
     def finish() -> None:
         merged = {name: _merge(group) for name, group in shards.items()}
-        with store.finishing(state, outputs) as finished:
+        with stage_state.finishing(state, outputs) as finished:
             file = finished / "reference.safetensors"
             _publish(file, merged["shard"], merged.get("heldout"), detector, inputs, sections["image"].size)
 

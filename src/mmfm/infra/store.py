@@ -1,12 +1,10 @@
 """Files that appear only whole, carry their provenance, and are identified by digests.
 
 Every artefact of a stage is written beside its final place and renamed into it, so a killed stage leaves either the old
-file, or none. What a stage needs to go on after a kill lives in a *state directory* beside its outputs, named by the
-fingerprint of everything that determines the numbers (:func:`state_directory`).
+file, or none. What a stage needs to go on after a kill lies in its state directory (:mod:`mmfm.infra.stage_state`).
 """
 
 import errno
-import fcntl
 import glob
 import hashlib
 import json
@@ -16,7 +14,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,9 +25,6 @@ MODEL_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
 
 _METADATA = "mmfm"
 """Key of the one string of metadata in our safetensors files."""
-
-_FINISHED = "finished"
-_MANIFEST = "manifest.json"
 
 # The umask can only be read by setting it, so it is read once, before there are threads.
 _UMASK = os.umask(0)
@@ -91,7 +86,8 @@ def _is_running(pid: str) -> bool:
     return pid.isdigit() and Path(f"/proc/{pid}").exists()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when what was written to a file or folder has reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -120,9 +116,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         raise
     else:
         partial.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner can read
-        _sync(partial)
+        sync(partial)
         os.replace(partial, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -139,7 +135,7 @@ def publish_directory(partial: str | Path, final: str | Path) -> None:
     if final.exists():
         os.replace(final, doomed)
     os.replace(partial, final)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -208,193 +204,3 @@ def map_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]
         raw = np.memmap(path, np.uint8, "r", offset=8 + length + start, shape=(stop - start,))
         arrays[name] = np.ndarray(shape, dtype, buffer=raw)
     return arrays, metadata
-
-
-def state_directory(
-    output: str | Path,
-    stage: str,
-    version: int,
-    identity: Any,
-    inputs: Mapping[str, str],
-    files: Mapping[str, str | Path | None] | None = None,
-) -> Path:
-    """Create and return the directory for a stage's unfinished work.
-
-    It lies beside ``output`` and is named by the fingerprint of the stage, its VERSION, the identity settings and the
-    digests of the inputs, so a changed configuration never meets another one's state. ``about.json`` inside says what
-    it belongs to. Call it on the main process alone: it holds a lock on the directory for as long as the process lives,
-    so that an orphan of a killed run and its successor never write there together.
-
-    Args:
-        files: where inputs lie, by their names in ``inputs`` as far as known. Not part of the fingerprint; by it
-            :mod:`mmfm.unused` finds state whose inputs were made anew.
-
-    Raises:
-        ValueError: another process is at work there.
-    """
-    about = {"stage": stage, "version": version, "identity": identity, "inputs": dict(inputs)}
-    parent = Path(output).parent
-    directory = parent / f"state-{fingerprint(about)}"
-    directory.mkdir(parents=True, exist_ok=True)
-    marker = directory / "about.json"
-    _lock(directory, stage)
-    if not marker.exists():
-        # Relative, so that the folder of the results can be moved.
-        known = {name: os.path.relpath(path, parent) for name, path in (files or {}).items() if path is not None}
-        write_json(marker, {**about, "files": known})
-    return directory
-
-
-_locks: dict[Path, IO[str]] = {}
-
-
-def _lock(directory: Path, stage: str) -> None:
-    if directory in _locks:
-        return
-    handle = open(directory / "lock", "a+")  # noqa: SIM115 - held until the work is done or the process ends
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.seek(0)
-        owner = handle.read().strip() or "unknown"
-        handle.close()
-        raise ValueError(
-            f"process {owner} is already at work on this {stage} in '{directory}'; wait for it, or end it "
-            f"(kill {owner}) and run the same command again"
-        ) from None
-    handle.truncate(0)
-    handle.write(str(os.getpid()))
-    handle.flush()
-    _locks[directory] = handle
-
-
-@contextmanager
-def finishing(state: Path, outputs: Mapping[str, str | Path]) -> Iterator[Path]:
-    """Yield a folder for the finished results of a stage, and put them in their places when the block ends.
-
-    The folder becomes ``finished/`` of the state, and from then on :func:`restore` puts the results in their places
-    again, whatever happens to those. The rest of the state, what the results were made from, is removed.
-
-    Args:
-        outputs: see :func:`restore`.
-    """
-    partial = state / ".finished.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    yield partial
-    write_json(partial / _MANIFEST, {name: file_digest(partial / name) for name in _files(partial)})
-    publish_directory(partial, state / _FINISHED)
-    _place_all(state, outputs)
-
-
-def restore(state: Path, outputs: Mapping[str, str | Path]) -> bool:
-    """Put the finished results of a stage in their places, if it is finished.
-
-    They are hard links to what the state keeps (copies where the file system has no links), so they cost no disk, and
-    Snakemake may delete them before it runs the stage again. Outputs that are in place get a new time of change alone.
-
-    Args:
-        outputs: place of every result by its name in the folder that :func:`finishing` gave. The first is replaced in
-            one step; the others, which describe it, are never there beside another one. Those that the block did not
-            make are removed from their places.
-
-    Returns:
-        Whether the stage is finished. A damaged result is removed, and the stage is not.
-    """
-    finished = state / _FINISHED
-    if not finished.is_dir():
-        return False
-    manifest = read_json(finished / _MANIFEST)
-    if {name: file_digest(finished / name) for name in _files(finished) if name != _MANIFEST} != manifest:
-        os.replace(finished, state / f".{_FINISHED}.damaged")
-        shutil.rmtree(state / f".{_FINISHED}.damaged")
-        return False
-    _place_all(state, outputs)
-    return True
-
-
-def _place_all(state: Path, outputs: Mapping[str, str | Path]) -> None:
-    finished = state / _FINISHED
-    places = {name: Path(output) for name, output in outputs.items()}
-    wrong = [name for name, output in places.items() if not _same(finished / name, output)]
-    for name in reversed(wrong):
-        if name != next(iter(places)) and places[name].is_file():
-            places[name].unlink()
-    there = {name: output for name, output in places.items() if (finished / name).exists()}
-    for name in wrong:
-        if name in there:
-            place_linked(finished / name, there[name])
-    for output in there.values():
-        os.utime(output)  # Snakemake takes results older than their inputs for outdated
-    _remove_units(state)
-    _unlock(state)
-
-
-def place_linked(source: Path, output: Path) -> None:
-    """Make ``output``, a file or folder, of hard links to ``source``, whole, in the place of what is there."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.linked")
-    if source.is_dir():
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(source, partial, copy_function=_link)
-        publish_directory(partial, output)
-    else:
-        partial.unlink(missing_ok=True)
-        _link(source, partial)
-        os.replace(partial, output)
-        _sync(output.parent)
-
-
-def _link(source: str | Path, output: str | Path) -> None:
-    try:
-        os.link(source, output)
-    except OSError:
-        shutil.copy2(source, output)
-
-
-def _files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def _same(source: Path, output: Path) -> bool:
-    """Whether ``output`` consists of links to ``source``."""
-    pairs = [(source / name, output / name) for name in _files(source)] if source.is_dir() else [(source, output)]
-    return all(ours.is_file() and theirs.is_file() and ours.samefile(theirs) for ours, theirs in pairs)
-
-
-def _remove_units(state: Path) -> None:
-    for path in state.iterdir():
-        if path.name in (_FINISHED, "about.json", "lock"):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def remove_state(directory: Path) -> None:
-    """Remove a state directory whose work is published, and release its lock."""
-    shutil.rmtree(directory)
-    _unlock(directory)
-
-
-def _unlock(directory: Path) -> None:
-    if handle := _locks.pop(directory, None):
-        handle.close()
-
-
-def remove_idle_state(directory: Path) -> bool:
-    """Remove a state directory unless a process is at work there; return whether it was removed."""
-    with open(directory / "lock", "a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        # What tells that it is a state directory goes last: after a kill it is found again.
-        for path in directory.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name not in ("about.json", "lock"):
-                path.unlink()
-        shutil.rmtree(directory)
-    return True

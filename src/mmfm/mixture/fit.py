@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmfm import config
 from mmfm.config import Gmm
-from mmfm.infra import store
+from mmfm.infra import stage_state, store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
 from mmfm.mixture import initial, report, validity
@@ -55,7 +55,7 @@ def fit(tokens: TokenStore, settings: Gmm, out_dir: str | Path, ranks: Ranks) ->
         inputs["init_means"] = ranks.from_main(lambda: store.file_digest(settings.init_means))
     identity = config.identity({"gmm": settings})
     state_dir = ranks.from_main(
-        lambda: store.state_directory(
+        lambda: stage_state.state_directory(
             out_dir / "gmm.safetensors", "fit_gmm", VERSION, identity, inputs, {"tokens": tokens.path}
         )
     )

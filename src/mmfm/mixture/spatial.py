@@ -17,7 +17,7 @@ import zarr
 from torch import Tensor
 
 from mmfm import config, data
-from mmfm.infra import space, store
+from mmfm.infra import space, stage_state, store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
 from mmfm.mixture.plan import Plan, deal
@@ -267,8 +267,8 @@ def _open_state(
     files: dict[str, Path],
 ) -> tuple[Path, set[int] | None]:
     """Return the state directory with its partial store, and the modes that are finished; None when everything is."""
-    state = store.state_directory(outputs[STORE], "spatial_gmm", VERSION, identity, digests, files)
-    if store.restore(state, outputs):
+    state = stage_state.state_directory(outputs[STORE], "spatial_gmm", VERSION, identity, digests, files)
+    if stage_state.restore(state, outputs):
         return state, None
     partial = state / "spatial.zarr"
     if not (partial / "zarr.json").exists():

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from mmfm.infra import store
+from mmfm.infra import stage_state, store
 from mmfm.mixture.coupling import CouplingCost
 
 STORE, REPORT = "spatial_gmm.zarr", "report.json"
@@ -74,9 +74,9 @@ def publish(
         "coupling_cost": cost.result(),
         **digests,
     }
-    with store.finishing(state, outputs) as finished:
+    with stage_state.finishing(state, outputs) as finished:
         store.write_json(finished / REPORT, report)
-        store.place_linked(state / "spatial.zarr", finished / STORE)
+        stage_state.place_linked(state / "spatial.zarr", finished / STORE)
     return report
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmfm import config, data, rae
 from mmfm.decoder import Decoder, DecoderConfig, save_decoder
 from mmfm.encoders import Encoder, load_encoder
-from mmfm.infra import rng, store
+from mmfm.infra import rng, stage_state, store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.precision import autocast
 from mmfm.pictures import paired_grid, save_picture
@@ -75,7 +75,7 @@ def train_decoder(
     digests = {"listing": data.Listing.open(listing).digest, "encoder": store.folder_digest(encoder_weights)}
     identity = config.identity(sections)
     state = ranks.from_main(
-        lambda: store.state_directory(
+        lambda: stage_state.state_directory(
             out_dir / "decoder.safetensors",
             "train_decoder",
             version,

@@ -14,7 +14,7 @@ from mmfm.decoder import load_decoder
 from mmfm.encoders import load_encoder
 from mmfm.flow import path as flow
 from mmfm.flow.source import source_for
-from mmfm.infra import memory, rng, store
+from mmfm.infra import memory, rng, stage_state
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.precision import uses_bf16
 from mmfm.mixture.gaussian import Mixture
@@ -67,7 +67,9 @@ def train(
     if SETTINGS[setting].mixture and uses_bf16(settings.means_precision, ranks.device):
         identity["means"] = "bf16"
     state = ranks.from_main(
-        lambda: store.state_directory(out_dir / "ema.safetensors", "train", version, identity, digests, files.paths)
+        lambda: stage_state.state_directory(
+            out_dir / "ema.safetensors", "train", version, identity, digests, files.paths
+        )
     )
     n_images = len(Listing.open(files.listing))
     plan = latents.Plan(
