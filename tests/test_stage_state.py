@@ -31,5 +31,4 @@ def test_two_processes_never_share_a_state(tmp_path):
         stage_state.state_directory(tmp_path / "out", "fit", 1, {}, {})
     other.kill()
     other.wait()
-    stage_state.remove_state(stage_state.state_directory(tmp_path / "out", "fit", 1, {}, {}))
-    assert not list(tmp_path.glob("state-*"))
+    assert stage_state.state_directory(tmp_path / "out", "fit", 1, {}, {}).is_dir()

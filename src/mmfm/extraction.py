@@ -134,4 +134,4 @@ def _publish(
     tokens.finish(partial, {"digest": store.fingerprint([listing.digest, *digests]), **provenance})
     with stage_state.finishing(state, outputs) as finished:
         store.write_arrays(finished / _MOMENTS, merged.to_arrays(), provenance)
-        stage_state.place_linked(partial, finished / _TOKENS)
+        store.place_linked(partial, finished / _TOKENS)

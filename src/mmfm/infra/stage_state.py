@@ -142,33 +142,11 @@ def _place_all(state: Path, outputs: Mapping[str, str | Path]) -> None:
     there = {name: output for name, output in places.items() if (finished / name).exists()}
     for name in wrong:
         if name in there:
-            place_linked(finished / name, there[name])
+            store.place_linked(finished / name, there[name])
     for output in there.values():
         os.utime(output)  # Snakemake takes results older than their inputs for outdated
     _remove_units(state)
     unlock(state)
-
-
-def place_linked(source: Path, output: Path) -> None:
-    """Make ``output``, a file or folder, of hard links to ``source``, whole, in the place of what is there."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.linked")
-    if source.is_dir():
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(source, partial, copy_function=_link)
-        store.publish_directory(partial, output)
-    else:
-        partial.unlink(missing_ok=True)
-        _link(source, partial)
-        os.replace(partial, output)
-        store.sync(output.parent)
-
-
-def _link(source: str | Path, output: str | Path) -> None:
-    try:
-        os.link(source, output)
-    except OSError:
-        shutil.copy2(source, output)
 
 
 def _files(folder: Path) -> list[str]:
@@ -189,12 +167,6 @@ def _remove_units(state: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def remove_state(directory: Path) -> None:
-    """Remove a state directory whose work is published, and release its lock."""
-    shutil.rmtree(directory)
-    unlock(directory)
 
 
 def remove_idle_state(directory: Path) -> bool:

@@ -86,7 +86,7 @@ def _is_running(pid: str) -> bool:
     return pid.isdigit() and Path(f"/proc/{pid}").exists()
 
 
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Return when what was written to a file or folder has reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -116,9 +116,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         raise
     else:
         partial.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner can read
-        sync(partial)
+        _sync(partial)
         os.replace(partial, path)
-        sync(path.parent)
+        _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -135,8 +135,30 @@ def publish_directory(partial: str | Path, final: str | Path) -> None:
     if final.exists():
         os.replace(final, doomed)
     os.replace(partial, final)
-    sync(final.parent)
+    _sync(final.parent)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def place_linked(source: Path, output: Path) -> None:
+    """Make ``output``, a file or folder, of hard links to ``source``, whole, in the place of what is there."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.linked")
+    if source.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial, copy_function=_link)
+        publish_directory(partial, output)
+    else:
+        partial.unlink(missing_ok=True)
+        _link(source, partial)
+        os.replace(partial, output)
+        _sync(output.parent)
+
+
+def _link(source: str | Path, output: str | Path) -> None:
+    try:
+        os.link(source, output)
+    except OSError:
+        shutil.copy2(source, output)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -76,7 +76,7 @@ def publish(
     }
     with stage_state.finishing(state, outputs) as finished:
         store.write_json(finished / REPORT, report)
-        stage_state.place_linked(state / "spatial.zarr", finished / STORE)
+        store.place_linked(state / "spatial.zarr", finished / STORE)
     return report
 
 
