@@ -8,12 +8,14 @@ and the means taken relative to the mixture's overall mean c, and z = x - c, m =
 
 Spherical variances need only the sum of z^2, a tied covariance one product with its whitening matrix first, and full
 ones a product for each component. Nothing larger than (B, K) or (B, 2 C) is made. Centring keeps the terms small, so
-that float32 is enough; TF32 and bfloat16 are not.
+that float32 is enough for variances; TF32 and bfloat16 are not. Covariances (tied, full) can be ill-conditioned, and
+whitening multiplies every rounding by that: they are computed in float64.
 """
 
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,9 @@ SHARP_FROM = 2e4
 At D = 768 this is a component whose mean is 5 standard deviations off the centre along every axis.
 """
 
+DIRECT_FROM = 1e10
+"""The same from which float64 terms cancel too much (1e-6 nats); then deviations are taken from the mean itself."""
+
 _SCORE_ROWS = 4096
 
 
@@ -55,6 +60,33 @@ def covariance_shape(covariance_type: str, k: int, c: int) -> tuple[int, ...]:
             f"the limit of {limit / 1e9:.1f} GB; set gmm.covariance_type to diag or tied, or use fewer components"
         )
     return shapes[covariance_type]
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """What the densities of a mixture are computed from, in one arithmetic; F is 2 C, or C + 1 with one precision.
+
+    Attributes:
+        centre: (C,).
+        constant: (K,).
+        table: (F, K).
+        whitening: (C, C) for ``tied``, (K, C, C) for ``full``, float64; else None.
+        sharp: (S,) int64, components whose densities need float64 where the arithmetic is float32.
+        sharp_constant: (S,) float64.
+        sharp_table: (F, S) float64.
+        direct: components whose deviations have to be taken from their means; all of ``full``.
+        at_mean: (K,) float64, log-joint of each component at its mean.
+    """
+
+    centre: Tensor
+    constant: Tensor
+    table: Tensor
+    whitening: Tensor | None
+    sharp: Tensor
+    sharp_constant: Tensor
+    sharp_table: Tensor
+    direct: list[int]
+    at_mean: Tensor
 
 
 class Mixture:
@@ -88,7 +120,8 @@ class Mixture:
         by_axes = {1: "spherical", 2: "diag", 3: "full"}
         self.covariance_type = covariance_type or by_axes.get(self.variances.ndim, "diag")
         self.metadata = dict(metadata or {})
-        self._operands: dict[torch.dtype, tuple[Tensor, ...]] = {}
+        self._operands: dict[torch.dtype, _Operands] = {}
+        self._whitening: Tensor | None = None
         self._check()
 
     def _check(self) -> None:
@@ -159,45 +192,58 @@ class Mixture:
         """
         return (self.weights @ self.means).to(dtype).double()
 
+    def arithmetic(self, dtype: torch.dtype) -> torch.dtype:
+        """Return in what densities are computed where ``dtype`` is asked for: float64 with covariances."""
+        return dtype if self.covariance_type in ("diag", "spherical") else torch.float64
+
+    def cancelling_terms(self) -> Tensor:
+        """Return the squared distance of every mean from the centre in units of its component's spread, (K,) float64.
+
+        It is the size of the terms that cancel in a log-density of the rows that are there; with the arithmetic's
+        epsilon it says how wrong that is.
+        """
+        offset = self.means - self.centre(torch.float32)
+        if self.covariance_type in ("diag", "spherical"):
+            return (offset.square() / self.diagonal()).sum(1)
+        return (offset[:, None] @ self.whitening()).square().sum((1, 2))
+
     def sharp(self) -> Tensor:
         """Return the components that float32 densities are wrong for, (S,) int64: narrow ones far from the centre."""
-        if self.covariance_type not in ("diag", "spherical"):
-            return torch.empty(0, dtype=torch.int64, device=self.device)
-        terms = ((self.means - self.centre(torch.float32)).square() / self.diagonal()).sum(1)
-        return (terms > SHARP_FROM).nonzero().squeeze(1)
+        return (self.cancelling_terms() > SHARP_FROM).nonzero().squeeze(1)
 
     def whitening(self) -> Tensor:
         """Return W, (C, C) or (K, C, C) float64, with W W^T the inverse covariance (``tied``, ``full``)."""
-        identity = torch.eye(self.dimension, dtype=torch.float64, device=self.device)
-        return torch.linalg.solve_triangular(self._cholesky, identity, upper=False).mT.contiguous()
+        if self._whitening is None:
+            identity = torch.eye(self.dimension, dtype=torch.float64, device=self.device)
+            self._whitening = torch.linalg.solve_triangular(self._cholesky, identity, upper=False).mT.contiguous()
+        return self._whitening
 
-    def _prepared(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return centre (C,), constant (K,), table (F, K) and for tied, full the whitening: kept in ``dtype``.
-
-        For diagonal and spherical mixtures in float32, the sharp components and their table in float64 follow.
-        """
+    def prepared(self, dtype: torch.dtype) -> "_Operands":
+        """Return what densities are computed from in ``dtype``, made once."""
         if dtype not in self._operands:
-            centre = self.centre(dtype)
-            m, whitening = self.means - centre, []
-            if self.covariance_type in ("diag", "spherical"):
-                v = self.variances.reshape(len(m), -1)
-                log_det = v.log().sum(1) * (self.dimension / v.shape[1])
-                linear, quadratic = m / v, v.reciprocal()
-            else:
-                whitening = [self.whitening()]
-                log_det = 2 * self._cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-                m = (m[:, None] @ whitening[0]).squeeze(1)
-                linear, quadratic = m, torch.ones_like(m[:, :1])
-            constant = self.weights.log() - 0.5 * (
-                self.dimension * math.log(2 * math.pi) + log_det + (m * linear).sum(1)
-            )
-            table = torch.cat((linear, -0.5 * quadratic), 1).T.contiguous()
-            extra = [part.to(dtype) for part in whitening]
-            if not whitening and dtype == torch.float32:
-                sharp = self.sharp()
-                extra = [sharp, constant[sharp], table[:, sharp].contiguous()]
-            self._operands[dtype] = (centre.to(dtype), constant.to(dtype), table.to(dtype), *extra)
+            self._operands[dtype] = self._prepare(dtype)
         return self._operands[dtype]
+
+    def _prepare(self, dtype: torch.dtype) -> "_Operands":
+        centre = self.centre(dtype)
+        m, whitening = self.means - centre, None
+        if self.covariance_type in ("diag", "spherical"):
+            v = self.variances.reshape(len(m), -1)
+            log_det = v.log().sum(1) * (self.dimension / v.shape[1])
+            linear, quadratic = m / v, v.reciprocal()
+        else:
+            whitening = self.whitening()
+            log_det = 2 * self._cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            m = (m[:, None] @ whitening).squeeze(1)
+            linear, quadratic = m, torch.ones_like(m[:, :1])
+        at_mean = self.weights.log() - 0.5 * (self.dimension * math.log(2 * math.pi) + log_det)
+        constant = at_mean - 0.5 * (m * linear).sum(1)
+        table = torch.cat((linear, -0.5 * quadratic), 1).T.contiguous()
+        sharp = self.sharp() if dtype == torch.float32 else torch.empty(0, dtype=torch.int64, device=self.device)
+        in_float64 = (sharp, constant[sharp], table[:, sharp].contiguous())
+        everywhere = self.covariance_type == "full"
+        direct = [k for k, terms in enumerate(self.cancelling_terms().tolist()) if everywhere or terms > DIRECT_FROM]
+        return _Operands(centre.to(dtype), constant.to(dtype), table.to(dtype), whitening, *in_float64, direct, at_mean)
 
     @torch.no_grad()
     def log_joint(self, x: Tensor, dtype: torch.dtype = torch.float64, space: Workspace | None = None) -> Tensor:
@@ -205,27 +251,30 @@ class Mixture:
 
         Args:
             x: (B, C).
-            dtype: arithmetic, float64 or float32. In float32 the error is about 1e-3 nats at C = 768 with variances of
-                the order of the data's. With variances near 1e-6 it would be hundreds: such components are computed in
-                float64 (``diag``, ``spherical``).
+            dtype: arithmetic, float64 or float32, of ``diag`` and ``spherical``. In float32 the error is about 1e-3
+                nats at C = 768 with variances of the order of the data's. With variances near 1e-6 it would be
+                hundreds: such components are computed in float64, and rounded. ``tied`` and ``full`` are in any case
+                computed in float64.
             space: where the result is made; the next call overwrites it. None: in new memory.
 
         Returns:
-            (B, K) of ``dtype``, without a gradient.
+            (B, K) of the arithmetic, without a gradient.
         """
-        space = space or Workspace(self.device)
-        centre, constant, table, *extra = self._prepared(dtype)
+        space, dtype = space or Workspace(self.device), self.arithmetic(dtype)
+        own = self.prepared(dtype)
+        result = space.take("joint", dtype, len(x), len(own.constant))
         with exact_float32(self.device.type):
-            if self.covariance_type == "full":
-                return self._log_joint_full(x.to(self.device, dtype) - centre, constant, table, extra[0])
-            features = self._features(x, centre, extra.pop() if self.covariance_type == "tied" else None, space)
-            result = space.take("joint", dtype, len(x), len(constant))
-            torch.addmm(constant, features, table, out=result)
-            if extra and len(extra[0]):
-                sharp, constant, table = extra
+            if len(own.direct) < self.n_components:
+                features = self._features(x, own.centre, own.whitening, space)
+                torch.addmm(own.constant, features, own.table, out=result)
+            if len(own.sharp) > len(own.direct):
                 features = self._features(x, self.centre(dtype), None, space)
-                result[:, sharp] = torch.addmm(constant, features, table).to(dtype)
-            return result
+                result[:, own.sharp] = torch.addmm(own.sharp_constant, features, own.sharp_table).to(dtype)
+        if own.direct:
+            x = x.to(self.device, torch.float64)
+            for k in own.direct:
+                result[:, k] = own.at_mean[k] - 0.5 * self._distances(x, k, own.whitening)
+        return result
 
     def _features(self, x: Tensor, centre: Tensor, whitening: Tensor | None, space: Workspace) -> Tensor:
         """Return [z, z^2] (B, 2 C), or with one precision for all axes [z, |z|^2] (B, C + 1), of z = x - centre."""
@@ -241,16 +290,15 @@ class Mixture:
             torch.sum(z.square(), 1, keepdim=True, out=features[:, c:])
         return features
 
-    @staticmethod
-    def _log_joint_full(z: Tensor, constant: Tensor, table: Tensor, whitening: Tensor) -> Tensor:
-        result = torch.empty(len(z), len(constant), dtype=z.dtype, device=z.device)
-        norms = table[:-1].square().sum(0)
-        for k, matrix in enumerate(whitening):
-            result[:, k] = (z @ matrix - table[:-1, k]).square_().sum(1)
-        return result.mul_(-0.5).add_(constant + 0.5 * norms)
+    def _distances(self, x: Tensor, k: int, whitening: Tensor | None) -> Tensor:
+        """Return the squared distances of x (B, C) float64 from mean k, in units of its spread, (B,)."""
+        deviation = x - self.means[k]
+        if whitening is None:
+            return deviation.square_().div_(self.variances[k]).sum(1)
+        return (deviation @ (whitening if whitening.ndim == 2 else whitening[k])).square_().sum(1)
 
     def log_prob(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return the log-density of the mixture at x (B, C): (B,) of ``dtype``, nats."""
+        """Return the log-density of the mixture at x (B, C): (B,), nats; ``dtype`` as in :meth:`log_joint`."""
         return self.log_joint(x, dtype).logsumexp(1)
 
     def score(self, x: Tensor, dtype: torch.dtype = torch.float64) -> float:
@@ -266,12 +314,8 @@ class Mixture:
         """Return Akaike's information criterion for x (N, C); the lower the better."""
         return -2 * self.score(x) * len(x) + 2 * self.n_parameters
 
-    def log_posterior(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return log p(k | x) for x (B, C): (B, K) of ``dtype``."""
-        return self.log_joint(x, dtype).log_softmax(1)
-
     def predict_proba(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return p(k | x) for x (B, C): (B, K) of ``dtype``, rows summing to 1."""
+        """Return p(k | x) for x (B, C): (B, K), rows summing to 1; ``dtype`` as in :meth:`log_joint`."""
         return self.log_joint(x, dtype).softmax(1)
 
     def predict(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -285,7 +329,7 @@ class Mixture:
             tokens: (B, C), global tokens; computed in float32 by the encoder.
 
         Returns:
-            (B, K) of ``dtype`` on the mixture's device.
+            (B, K) on the mixture's device; ``dtype`` as in :meth:`log_joint`.
         """
         return self.predict_proba(tokens, dtype)
 
