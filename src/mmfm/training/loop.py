@@ -24,7 +24,7 @@ from mmfm.settings import SETTINGS
 from mmfm.training import latents
 from mmfm.training.checkpoint import save_ema
 from mmfm.training.fid_curve import DistanceFiles
-from mmfm.training.history import draw_curve_of, publish_history
+from mmfm.training.history import draw_curve_of, preview_file, publish_history
 from mmfm.training.inputs import TrainFiles, image_classes
 from mmfm.training.looks import fid_curve, previewer
 from mmfm.training.objective import FlowMatching
@@ -87,7 +87,7 @@ def train(
         distances = fid_curve(task, autoencoder, latent_shape, distance_files, digests["listing"], state, ranks)
 
     def draw_preview(average: nn.Module, step: int) -> None:
-        save_picture(preview(average), state / f"preview-{step:08d}.png")
+        save_picture(preview(average), preview_file(state, step))
         draw_curve_of(state, step, state / "curve.png", f"train {setting}")
 
     target = settings.epochs * plan.steps_per_epoch
