@@ -91,7 +91,8 @@ class Estimator:
         passes = START_PASSES if s.init == "kmeans" else 0
         kmeans += product * (1 + passes * CANDIDATES / s.n_components) if passes else 0
         number = FLOAT if s.precision == "float32" else DOUBLE
-        chunk = s.chunk_size * (2 * s.n_components * number + 3 * width * DOUBLE)
+        # Log-joints, which of them matter, and where many do their responsibilities in float64.
+        chunk = s.chunk_size * (s.n_components * (number + 1 + DOUBLE) + 3 * width * DOUBLE)
         # Rows that grouped passes look at together; kept ones lie in the cache.
         stretch = min(share, GROUP_ROWS * s.n_components * width * FLOAT) if passes or s.e_step == "truncated" else 0
         return self._need(
