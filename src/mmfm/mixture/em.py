@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mmfm.mixture import reseeding
-from mmfm.mixture.gaussian import DIRECT_FROM, SHARP_FROM, Mixture
+from mmfm.mixture.densities import DIRECT_FROM, SHARP_FROM, arithmetic
+from mmfm.mixture.gaussian import Mixture
 from mmfm.mixture.moments import DROPPED_MASS, NARROW_FROM, SufficientStatistics, m_step
 from mmfm.mixture.streaming import Rows
 from mmfm.mixture.truncated import Truncation, exact_winners, truncated_e_step
@@ -165,7 +166,9 @@ def rounding(old: Mixture, new: Mixture, bound: float, dtype: torch.dtype) -> fl
         terms = mixture.cancelling_terms()
         coarse += float(mixture.weights @ terms.clamp_max(SHARP_FROM))
         fine += float(mixture.weights @ terms.clamp_max(DIRECT_FROM))  # of the components computed in float64
-    return 8 * (torch.finfo(old.arithmetic(dtype)).eps * coarse + torch.finfo(torch.float64).eps * fine)
+    return 8 * (
+        torch.finfo(arithmetic(old.covariance_type, dtype)).eps * coarse + torch.finfo(torch.float64).eps * fine
+    )
 
 
 FORGIVEN = 1e-6
@@ -173,7 +176,7 @@ FORGIVEN = 1e-6
 
 
 def _remedy(mixture: Mixture, dtype: torch.dtype, truncation: Truncation | None) -> str:
-    choices = ["set gmm.precision to float64"] * (mixture.arithmetic(dtype) != torch.float64)
+    choices = ["set gmm.precision to float64"] * (arithmetic(mixture.covariance_type, dtype) != torch.float64)
     choices += ["set gmm.e_step to exact"] * (truncation is not None)
     return " or ".join([*choices, "raise gmm.reg_covar"])
 

@@ -1,21 +1,8 @@
-"""Gaussian mixtures: densities, posteriors, draws, files.
-
-The log-density of all components is one matrix product of features of the data with a table of the components. With x
-and the means taken relative to the mixture's overall mean c, and z = x - c, m = mean - c, for diagonal variances v:
-
-    log w_k N(x; mean_k, v_k) = constant_k + [z, z^2] . [m_k / v_k, -1 / (2 v_k)],
-    constant_k = log w_k - (C log 2 pi + sum log v_k + sum m_k^2 / v_k) / 2
-
-Spherical variances need only the sum of z^2, a tied covariance one product with its whitening matrix first, and full
-ones a product for each component. Nothing larger than (B, K) or (B, 2 C) is made. Centring keeps the terms small, so
-that float32 is enough for variances; TF32 and bfloat16 are not. Covariances (tied, full) can be ill-conditioned, and
-whitening multiplies every rounding by that: they are computed in float64.
-"""
+"""Gaussian mixtures: parameters, posteriors, draws, files. Densities are computed in :mod:`mmfm.mixture.densities`."""
 
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +11,13 @@ import torch
 from torch import Tensor
 
 from mmfm.infra import rng, store
-from mmfm.infra.precision import exact_float32
+from mmfm.mixture.densities import Densities
 from mmfm.mixture.workspace import Workspace
 
 COVARIANCE_TYPES = ("diag", "spherical", "tied", "full")
 
 MAX_COVARIANCE_BYTES = 2 << 30
 """The largest array of covariances that is worked with; a fit holds a handful of them."""
-
-SHARP_FROM = 2e4
-"""Sum of m^2 / v from which float32 terms cancel too much; such components are computed in float64.
-
-At D = 768 this is a component whose mean is 5 standard deviations off the centre along every axis.
-"""
-
-DIRECT_FROM = 1e10
-"""The same from which float64 terms cancel too much (1e-6 nats); then deviations are taken from the mean itself."""
 
 _SCORE_ROWS = 4096
 
@@ -60,33 +38,6 @@ def covariance_shape(covariance_type: str, k: int, c: int) -> tuple[int, ...]:
             f"the limit of {limit / 1e9:.1f} GB; set gmm.covariance_type to diag or tied, or use fewer components"
         )
     return shapes[covariance_type]
-
-
-@dataclass(frozen=True)
-class _Operands:
-    """What the densities of a mixture are computed from, in one arithmetic; F is 2 C, or C + 1 with one precision.
-
-    Attributes:
-        centre: (C,).
-        constant: (K,).
-        table: (F, K).
-        whitening: (C, C) for ``tied``, (K, C, C) for ``full``, float64; else None.
-        sharp: (S,) int64, components whose densities need float64 where the arithmetic is float32.
-        sharp_constant: (S,) float64.
-        sharp_table: (F, S) float64.
-        direct: components whose deviations have to be taken from their means; all of ``full``.
-        at_mean: (K,) float64, log-joint of each component at its mean.
-    """
-
-    centre: Tensor
-    constant: Tensor
-    table: Tensor
-    whitening: Tensor | None
-    sharp: Tensor
-    sharp_constant: Tensor
-    sharp_table: Tensor
-    direct: list[int]
-    at_mean: Tensor
 
 
 class Mixture:
@@ -120,7 +71,7 @@ class Mixture:
         by_axes = {1: "spherical", 2: "diag", 3: "full"}
         self.covariance_type = covariance_type or by_axes.get(self.variances.ndim, "diag")
         self.metadata = dict(metadata or {})
-        self._operands: dict[torch.dtype, _Operands] = {}
+        self._densities: dict[torch.dtype, Densities] = {}
         self._whitening: Tensor | None = None
         self._check()
 
@@ -192,10 +143,6 @@ class Mixture:
         """
         return (self.weights @ self.means).to(dtype).double()
 
-    def arithmetic(self, dtype: torch.dtype) -> torch.dtype:
-        """Return in what densities are computed where ``dtype`` is asked for: float64 with covariances."""
-        return dtype if self.covariance_type in ("diag", "spherical") else torch.float64
-
     def cancelling_terms(self) -> Tensor:
         """Return the squared distance of every mean from the centre in units of its component's spread, (K,) float64.
 
@@ -207,9 +154,11 @@ class Mixture:
             return (offset.square() / self.diagonal()).sum(1)
         return (offset[:, None] @ self.whitening()).square().sum((1, 2))
 
-    def sharp(self) -> Tensor:
-        """Return the components that float32 densities are wrong for, (S,) int64: narrow ones far from the centre."""
-        return (self.cancelling_terms() > SHARP_FROM).nonzero().squeeze(1)
+    def log_determinants(self) -> Tensor:
+        """Return the logarithm of every covariance's determinant, (K,) float64, or () for ``tied``."""
+        if self.covariance_type in ("diag", "spherical"):
+            return self.diagonal().log().sum(1)
+        return 2 * self._cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
     def whitening(self) -> Tensor:
         """Return W, (C, C) or (K, C, C) float64, with W W^T the inverse covariance (``tied``, ``full``)."""
@@ -217,33 +166,6 @@ class Mixture:
             identity = torch.eye(self.dimension, dtype=torch.float64, device=self.device)
             self._whitening = torch.linalg.solve_triangular(self._cholesky, identity, upper=False).mT.contiguous()
         return self._whitening
-
-    def prepared(self, dtype: torch.dtype) -> "_Operands":
-        """Return what densities are computed from in ``dtype``, made once."""
-        if dtype not in self._operands:
-            self._operands[dtype] = self._prepare(dtype)
-        return self._operands[dtype]
-
-    def _prepare(self, dtype: torch.dtype) -> "_Operands":
-        centre = self.centre(dtype)
-        m, whitening = self.means - centre, None
-        if self.covariance_type in ("diag", "spherical"):
-            v = self.variances.reshape(len(m), -1)
-            log_det = v.log().sum(1) * (self.dimension / v.shape[1])
-            linear, quadratic = m / v, v.reciprocal()
-        else:
-            whitening = self.whitening()
-            log_det = 2 * self._cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-            m = (m[:, None] @ whitening).squeeze(1)
-            linear, quadratic = m, torch.ones_like(m[:, :1])
-        at_mean = self.weights.log() - 0.5 * (self.dimension * math.log(2 * math.pi) + log_det)
-        constant = at_mean - 0.5 * (m * linear).sum(1)
-        table = torch.cat((linear, -0.5 * quadratic), 1).T.contiguous()
-        sharp = self.sharp() if dtype == torch.float32 else torch.empty(0, dtype=torch.int64, device=self.device)
-        in_float64 = (sharp, constant[sharp], table[:, sharp].contiguous())
-        everywhere = self.covariance_type == "full"
-        direct = [k for k, terms in enumerate(self.cancelling_terms().tolist()) if everywhere or terms > DIRECT_FROM]
-        return _Operands(centre.to(dtype), constant.to(dtype), table.to(dtype), whitening, *in_float64, direct, at_mean)
 
     @torch.no_grad()
     def log_joint(self, x: Tensor, dtype: torch.dtype = torch.float64, space: Workspace | None = None) -> Tensor:
@@ -260,42 +182,13 @@ class Mixture:
         Returns:
             (B, K) of the arithmetic, without a gradient.
         """
-        space, dtype = space or Workspace(self.device), self.arithmetic(dtype)
-        own = self.prepared(dtype)
-        result = space.take("joint", dtype, len(x), len(own.constant))
-        with exact_float32(self.device.type):
-            if len(own.direct) < self.n_components:
-                features = self._features(x, own.centre, own.whitening, space)
-                torch.addmm(own.constant, features, own.table, out=result)
-            if len(own.sharp) > len(own.direct):
-                features = self._features(x, self.centre(dtype), None, space)
-                result[:, own.sharp] = torch.addmm(own.sharp_constant, features, own.sharp_table).to(dtype)
-        if own.direct:
-            x = x.to(self.device, torch.float64)
-            for k in own.direct:
-                result[:, k] = own.at_mean[k] - 0.5 * self._distances(x, k, own.whitening)
-        return result
+        return self.densities(dtype).log_joint(x, space or Workspace(self.device))
 
-    def _features(self, x: Tensor, centre: Tensor, whitening: Tensor | None, space: Workspace) -> Tensor:
-        """Return [z, z^2] (B, 2 C), or with one precision for all axes [z, |z|^2] (B, C + 1), of z = x - centre."""
-        x, c, dtype = x.to(self.device), self.dimension, centre.dtype
-        diag = self.covariance_type == "diag"
-        features = space.take("features", dtype, len(x), 2 * c if diag else c + 1)
-        z = torch.sub(x, centre, out=features[:, :c])
-        if whitening is not None:
-            z.copy_(z @ whitening)
-        if diag:
-            torch.mul(z, z, out=features[:, c:])
-        else:
-            torch.sum(z.square(), 1, keepdim=True, out=features[:, c:])
-        return features
-
-    def _distances(self, x: Tensor, k: int, whitening: Tensor | None) -> Tensor:
-        """Return the squared distances of x (B, C) float64 from mean k, in units of its spread, (B,)."""
-        deviation = x - self.means[k]
-        if whitening is None:
-            return deviation.square_().div_(self.variances[k]).sum(1)
-        return (deviation @ (whitening if whitening.ndim == 2 else whitening[k])).square_().sum(1)
+    def densities(self, dtype: torch.dtype) -> Densities:
+        """Return what computes the densities in ``dtype``, made once."""
+        if dtype not in self._densities:
+            self._densities[dtype] = Densities(self, dtype)
+        return self._densities[dtype]
 
     def log_prob(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return the log-density of the mixture at x (B, C): (B,), nats; ``dtype`` as in :meth:`log_joint`."""
