@@ -61,6 +61,18 @@ def test_shift_and_grid_equal_reference(schedule):
     assert_parity(grid, torch.tensor(schedule["euler_time_grid_50"]))
 
 
+@pytest.mark.parametrize("shape", [(384, 16, 16), (32, 4, 4), (768, 16, 16)])  # rounded above, below and to 1
+def test_the_first_time_is_exactly_1(shape):
+    """A guidance interval that ends, or lies, at 1 holds the first step."""
+    times, guided = time_grid(10, time_shift(shape)), []
+    assert times[0] == 1 and (times.diff() < 0).all()
+    for interval, steps in (((0.01, 1.0), 9), ((1.0, 1.0), 1)):
+        guided.clear()
+        field = autoguidance(lambda x, t: x, lambda x, t: guided.append(t) or x, 1.5, interval)
+        euler(field, torch.ones(1, 1), times)
+        assert len(guided) == steps
+
+
 def test_training_times_follow_the_reference_distribution(schedule):
     uniform = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     times = train_times(uniform, schedule["shift"])
