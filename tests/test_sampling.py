@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import CHANNELS, GRID, MODES, SECTIONS, SIZE, Pipeline
 from PIL import Image
+from safetensors.numpy import load_file
 
 from mmfm.cli.__main__ import main
 from mmfm.decoder import Decoder, DecoderConfig, load_decoder, save_decoder
@@ -344,6 +345,37 @@ def test_damaged_shards_are_made_again(made, files, weights, tmp_path):
     assert first and touched == [*(f"shard-{i:05d}.npz" for i in range(1, 5)), "images.npz"]
     assert np.array_equal(images, made[0]) and about == made[1]
     assert (out / "images.npz").read_bytes() == (made[2] / "images.npz").read_bytes()
+
+
+@pytest.mark.parametrize("part", ["evaluations", "features"])
+def test_what_lies_beside_a_damaged_shard_is_made_again(files, weights, tmp_path, monkeypatch, part):
+    """Truncated, altered, emptied and with a broken header."""
+    keys, more = {"solver": "bosh3", "rtol": 0.05, "atol": 0.05}, ()
+    if part == "features":
+        keys, more = {"features": True}, ("--detector", "fashion", "--detector-weights", str(DETECTOR))
+    images, about = run(files, weights["gmm"], tmp_path / "whole", *more, **keys)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("mmfm.sampling._publish", raise_full_disk)
+        assert main(arguments(files, weights["gmm"], out, *more, **keys)) == 2
+    state = next(out.glob("state-*"))
+    for number in range(4):
+        path = state / f"shard-{number:05d}.safetensors"
+        content = path.read_bytes()
+        altered = content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+        header = content.replace(b'"dtype"', b'"dtipe"')
+        path.write_bytes([content[:-4], altered, b"", header][number])
+    again, about_again = run(files, weights["gmm"], out, *more, **keys)
+    assert np.array_equal(again, images) and about_again == about
+    if part == "features":
+        made, undisturbed = (
+            load_file(folder / "features.safetensors")["features"] for folder in (out, out.with_name("whole"))
+        )
+        assert np.allclose(made, undisturbed, rtol=1e-4, atol=1e-4)
+
+
+def raise_full_disk(*arguments: object) -> None:
+    raise OSError("the disk is full")
 
 
 def killed_after_first_shard(files: Pipeline, ema: Path, out: Path) -> int:

@@ -141,9 +141,21 @@ class Shards:
         return self.state / f"shard-{number:05d}.safetensors"
 
     def _is_whole(self, number: int) -> bool:
-        if self.sampler.is_adaptive and not self._extra(number).is_file():
+        if self.sampler.is_adaptive and "evaluations" not in self._beside(number):
             return False
         return npz.is_whole(self._file(number), self.shape(self.ranges[number]), np.uint8)
+
+    def _beside(self, number: int) -> dict[str, np.ndarray]:
+        """Return what lies beside a shard's images, features only if they are of this detector; damaged is nothing."""
+        try:
+            arrays, about = store.map_arrays(self._extra(number))
+        except (OSError, ValueError, LookupError, TypeError):  # a header that is JSON, but not as it was written
+            return {}
+        if about.get("digest") != store.array_digest(*(arrays[name] for name in sorted(arrays))):
+            return {}
+        if self.detector is None or about.get("detector_digest") != self.detector.digest:
+            arrays.pop("features", None)
+        return arrays
 
     def images(self) -> Iterator[np.ndarray]:
         """Yield the images of every shard, (n, S, S, 3) uint8."""
@@ -155,10 +167,9 @@ class Shards:
         return np.concatenate([self._features(number) for number in range(len(self.ranges))])
 
     def _features(self, number: int) -> np.ndarray:
-        if self._extra(number).is_file():
-            arrays, about = store.map_arrays(self._extra(number))
-            if about.get("detector_digest") == self.detector.digest:
-                return arrays["features"]
+        features = self._beside(number).get("features")
+        if features is not None:
+            return features
         images = torch.from_numpy(np.array(npz.map_array(self._file(number)))).permute(0, 3, 1, 2)
         parts = [self.detector.features(part).cpu().numpy() for part in images.split(self.settings.batch_size)]
         return np.concatenate(parts)
@@ -169,7 +180,7 @@ class Shards:
             return 0
         if not self.sampler.is_adaptive:
             return self.sampler.function_evaluations()
-        total = sum(int(store.map_arrays(self._extra(n))[0]["evaluations"].sum()) for n in range(len(self.ranges)))
+        total = sum(int(self._beside(n)["evaluations"].sum()) for n in range(len(self.ranges)))
         return total / self.settings.n_images
 
 
