@@ -17,6 +17,7 @@ import torch
 from conftest import CHANNELS, GRID, MODES, SECTIONS, SIZE, Pipeline
 from PIL import Image
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 
 from mmfm.cli.__main__ import main
 from mmfm.decoder import Decoder, DecoderConfig, load_decoder, save_decoder
@@ -289,6 +290,33 @@ def test_features_lie_beside_the_images(made, files, weights, tmp_path, monkeypa
     run(files, weights["mode"], tmp_path, *call[:3], str(tmp_path / "absent"), features=True, n_images=3)
     assert not (tmp_path / "features.safetensors").exists()
     assert main(arguments(files, weights["mode"], tmp_path, features=True)) == 2
+
+
+def test_finished_images_get_the_features_of_the_detector(made, files, weights, tmp_path, monkeypatch, capsys):
+    """Without the model, once for every detector; and they stay where none is asked for."""
+    from mmfm.evaluation.detector import load_detector
+    from mmfm.evaluation.fashion_detector import FashionDetector
+    from mmfm.evaluation.fid import sampled_features
+
+    other = tmp_path / "other.safetensors"
+    save_file(FashionDetector().state_dict(), other)
+    out = tmp_path / "out"
+    run(files, weights["mode"], out)
+    inode = (out / "images.npz").stat().st_ino
+    monkeypatch.setattr(Sampler, "generate", None)
+    for path, computed in ((DETECTOR, True), (DETECTOR, False), (other, True), (None, False)):
+        call = () if path is None else ("--detector", "fashion", "--detector-weights", str(path))
+        for output in out.glob("*.*"):
+            output.unlink()  # as Snakemake does
+        capsys.readouterr()
+        images, about = run(files, weights["mode"], out, *call, features=path is not None)
+        assert ("22 features done" in capsys.readouterr().err) == computed
+        assert np.array_equal(images, made[0]) and about == made[1] and (out / "images.npz").stat().st_ino == inode
+        detector = load_detector("fashion", path or other)
+        expected = detector.features(torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)).numpy()
+        features = sampled_features(out / "images.npz", about["images_digest"], detector)
+        np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-4)
+        assert sorted(p.name for p in out.glob("state-*/*")) == ["about.json", "finished", "lock"]
 
 
 @pytest.mark.parametrize("draw", ["multinomial", "stratified"])
