@@ -86,13 +86,15 @@ def test_distances_during_training_cost_what_sampling_them_costs():
     assert off.train().device == twice.train().device  # a step's activations take more
 
 
-@pytest.mark.parametrize(("stage", "size"), [("train", 2), ("sample", 4)])  # bf16 and float32
-def test_means_in_pinned_memory_are_counted_on_the_host(stage, size):
+@pytest.mark.parametrize("stage", ["train", "sample"])
+@pytest.mark.parametrize(("precision", "size"), [("auto", 2), ("float32", 4)])
+def test_means_in_pinned_memory_are_counted_on_the_host(stage, precision, size):
     """A scheduler would end the job otherwise. Pinned memory is rounded up to a power of two."""
 
     def need(where, on_gpu):
-        section = dataclasses.replace(getattr(FULL, stage), means_device=where)
-        return getattr(Estimator(dataclasses.replace(FULL, **{stage: section}), "dinov2", 8, on_gpu), stage)()
+        config = dataclasses.replace(FULL, train=dataclasses.replace(FULL.train, means_precision=precision))
+        section = dataclasses.replace(getattr(config, stage), means_device=where)
+        return getattr(Estimator(dataclasses.replace(config, **{stage: section}), "dinov2", 8, on_gpu), stage)()
 
     device, host = need("device", True), need("host", True)
     assert host.host - device.host == size * 2**31 and device.device - host.device == 8192 * 768 * 256 * size

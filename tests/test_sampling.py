@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
+from mmfm import config
 from mmfm.cli.__main__ import main
 from mmfm.decoder import Decoder, DecoderConfig, load_decoder, save_decoder
 from mmfm.flow.path import time_grid, time_shift
@@ -149,8 +150,6 @@ def test_image_is_the_flow_of_its_own_noise(made, files, weights):
 
 
 def load(files: Pipeline, ema: Path, seed: int | None = None, scale: float = 1.0, **other: object) -> Sampler:
-    from mmfm import config
-
     guided = {**SAMPLE, "guidance": {"scale": scale, "interval": [0.0, 1.0]}}
     guided |= {name: other.pop(name) for name in SAMPLE if name in other}
     sections = {"image": SECTIONS["image"], "encoder": SECTIONS["encoder"], "sample": guided}
@@ -264,6 +263,19 @@ def test_reference_precision_rounds_state_and_time(made, files, weights, tmp_pat
     assert 0 < np.abs(rounded.astype(int) - made[0][:5]).mean() < 8
     with pytest.raises(ValueError, match=r"bf16 times, too coarse for dopri5"):
         load(files, weights["mode"], precision="reference", solver="dopri5")
+
+
+@pytest.mark.parametrize("trained", ["auto", "bf16"])
+def test_the_source_has_the_means_that_the_model_was_trained_with(made, files, tmp_path, trained):
+    """In memory too: at full size float32 means take 6.4 GB."""
+    section = config.build(config.Train, {**SECTIONS["train"], "means_precision": trained})
+    recorded = {"settings": config.identity({"train": section})}
+    ema = write_ema(tmp_path / "ema.safetensors", files, "mode", recorded=recorded)
+    images, about = run(files, ema, tmp_path / "out", n_images=5)
+    bf16 = trained == "bf16"  # `auto` is float32 on a CPU
+    assert made[1]["means_precision"] == "float32" and about["means_precision"] == ("bf16" if bf16 else "float32")
+    assert load(files, ema).source.means.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    assert np.array_equal(images, made[0][:5]) != bf16 and np.abs(images.astype(int) - made[0][:5]).mean() < 2
 
 
 DETECTOR = Path(__file__).parent.parent / "resources" / "demo" / "detector" / "detector.safetensors"

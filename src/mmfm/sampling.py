@@ -45,6 +45,8 @@ def sample(
     settings: config.Sample = sections["sample"]
     out_dir = Path(out_dir)
     identity = {**config.identity(sections), "seed": sampler.seed, "precision": sampler.precision}
+    if sampler.means_precision == "bf16":  # `auto` means another one on another device
+        identity["means"] = "bf16"
     if sampler.is_adaptive:  # the images of a batch share the solver's steps
         identity["batch_size"] = settings.batch_size
     state = ranks.from_main(
@@ -256,6 +258,7 @@ def describe(sampler: Sampler, images_digest: str, evaluations: float) -> dict[s
         "function_evaluations": evaluations,
         "tolerances": {"rtol": settings.rtol, "atol": settings.atol} if sampler.is_adaptive else None,
         "precision": sampler.precision,
+        "means_precision": sampler.means_precision,
         "device": sampler.device.type,
         "weights": _weights(sampler.weights),
         "guidance": None if source_only else _guidance(sampler),
