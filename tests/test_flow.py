@@ -163,8 +163,17 @@ def test_adaptive_solvers_hold_their_tolerance_for_every_image(method):
 
 
 def test_an_adaptive_solver_says_what_to_do_where_it_fails():
-    with pytest.raises(ValueError, match=r"dopri5 with rtol 0.001 .* raise the tolerances"):
+    with pytest.raises(ValueError, match=r"dopri5 with rtol 0.001 .* raise sample\.rtol"):
         adaptive(lambda x, t: x * float("nan"), torch.ones(1, 1), torch.tensor([1.0, 0.0]), "dopri5", 1e-3, 1e-3)
+
+
+def test_an_adaptive_solver_gives_up_where_rounding_hides_its_error(monkeypatch):
+    """Below the rounding of float32 no step is small enough; steps get shorter without an end."""
+    monkeypatch.setattr("mmfm.flow.solver.MAX_STEPS", 50)
+    start, seen = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), []
+    with pytest.raises(ValueError, match=r"rtol 1e-12 .*max_num_steps.*raise sample\.rtol and sample\.atol"):
+        adaptive(lambda x, t: torch.sin(9 * x), start, torch.tensor([1.0, 0.0]), "dopri5", 1e-12, 1e-12, seen.append)
+    assert seen == list(range(1, len(seen) + 1)) and 50 < len(seen) < 400
 
 
 @pytest.mark.parametrize("times", [[1.0], [0.0, 1.0], [1.0, 1.0]])

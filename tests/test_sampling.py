@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from mmfm.cli.__main__ import main
 from mmfm.decoder import Decoder, DecoderConfig, load_decoder, save_decoder
 from mmfm.flow.path import time_grid, time_shift
 from mmfm.infra import npz, store
+from mmfm.infra.progress import Progress
 from mmfm.models.dit import DiT, DiTConfig
 from mmfm.sampler import SampleFiles, Sampler
 from mmfm.settings import SETTINGS
@@ -255,6 +257,14 @@ def test_an_adaptive_solver_survives_a_kill(files, weights, tmp_path, monkeypatc
     euler, _ = run(files, weights["gmm"], tmp_path / "euler", n_images=12, time_points=200)
     errors = [np.abs(x.astype(int) - euler).mean() for x in (images, fine)]
     assert errors[1] < 1 and errors[1] <= errors[0]
+
+
+def test_an_adaptive_solver_shows_its_evaluations(files, weights, tmp_path, monkeypatch, capsys):
+    """Also within a batch, which may take minutes."""
+    monkeypatch.setattr("mmfm.sampling.Progress", partial(Progress, every=0))
+    run(files, weights["gmm"], tmp_path, n_images=2, solver="bosh3", rtol=0.05, atol=0.05)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "0/2 images" in line]
+    assert len(lines) > 4 and lines[3].endswith("  4 evaluations of a batch")
 
 
 def test_reference_precision_rounds_state_and_time(made, files, weights, tmp_path):

@@ -192,13 +192,17 @@ class Sampler:
         return draws.class_labels(self.seed, index, self.model.config.num_classes, self.settings.label_draw)
 
     @torch.inference_mode()
-    def generate(self, numbers: range) -> tuple[Tensor, int]:
-        """Generate the images with these numbers: (B, 3, S, S) uint8, and the evaluations that each took."""
+    def generate(self, numbers: range, watch: Callable[[int], None] = lambda evaluations: None) -> tuple[Tensor, int]:
+        """Generate the images with these numbers: (B, 3, S, S) uint8, and the evaluations that each took.
+
+        Args:
+            watch: called with the evaluations so far of a solver that chooses its steps.
+        """
         x, modes = self.draw_source(numbers)
         velocity = self._velocity(self.draw_labels(numbers, modes))
         if self.is_adaptive:
             settings = self.settings
-            x, evaluations = adaptive(velocity, x, self.times, settings.solver, settings.rtol, settings.atol)
+            x, evaluations = adaptive(velocity, x, self.times, settings.solver, settings.rtol, settings.atol, watch)
             return self._decode(x), evaluations
         solve, _ = SOLVERS[self.settings.solver]
         dtype = torch.bfloat16 if self.precision == "reference" else torch.float32

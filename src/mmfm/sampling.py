@@ -136,11 +136,15 @@ class Shards:
         total = self.settings.n_images
         done = total - sum(len(self.ranges[i]) for i in missing)
         with Progress("sample", total, "images", done=done, enabled=ranks.is_main) as progress:
+
+            def advance(images: int, note: str = "") -> None:
+                progress.advance(min(images * ranks.world, total - progress.done), note)
+
             for number in missing[ranks.rank :: ranks.world]:
-                self._make(number, lambda n: progress.advance(min(n * ranks.world, total - progress.done)))
+                self._make(number, advance)
         ranks.barrier()
 
-    def _make(self, number: int, advance: Callable[[int], None]) -> None:
+    def _make(self, number: int, advance: Callable[..., None]) -> None:
         numbers = self.ranges[number]
         block = np.empty(self.shape(numbers), np.uint8)
         evaluations, features = np.zeros(len(numbers), np.int64), []
@@ -149,7 +153,9 @@ class Shards:
             if self.source_only:
                 images = self.sampler.source_images(batch)
             else:
-                images, evaluations[place] = self.sampler.generate(batch)
+                images, evaluations[place] = self.sampler.generate(
+                    batch, lambda evaluations: advance(0, f"{evaluations} evaluations of a batch")
+                )
             if self.detector is not None:
                 features.append(self.detector.features(images).cpu().numpy())
             block[place] = images.permute(0, 2, 3, 1).cpu().numpy()

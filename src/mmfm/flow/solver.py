@@ -10,6 +10,9 @@ VelocityFn = Callable[[Tensor, Tensor], Tensor]
 # (index of the step just taken, from 1; its time, 0-dimensional; state (B, ...)) -> None
 StepCallback = Callable[[int, Tensor, Tensor], None]
 
+MAX_STEPS = 2000
+"""Of a solver that chooses its steps; tolerances of 1e-5 take dozens. Below the arithmetic's rounding it never ends."""
+
 
 def euler(
     velocity_fn: VelocityFn,
@@ -61,8 +64,9 @@ def heun(
 
 
 def adaptive(
-    velocity_fn: VelocityFn, x: Tensor, times: Tensor, method: str, rtol: float, atol: float
-) -> tuple[Tensor, int]:
+    velocity_fn: VelocityFn, x: Tensor, times: Tensor, method: str, rtol: float, atol: float,
+    watch: Callable[[int], None] = lambda evaluations: None,
+) -> tuple[Tensor, int]:  # fmt: skip
     """Integrate with a solver of torchdiffeq that chooses its steps; the grid gives only the two ends.
 
     The error is held per image: a step is taken if that of the worst one is within the tolerance. The steps are shared
@@ -74,12 +78,13 @@ def adaptive(
         times: (T,) strictly decreasing.
         method: name in torchdiffeq, ``dopri5`` for instance.
         rtol, atol: tolerances.
+        watch: called with the number of evaluations after each.
 
     Returns:
         state at times[-1], (B, ...) float32, and the number of evaluations.
 
     Raises:
-        ValueError: a grid that is not decreasing, or tolerances that no step can hold.
+        ValueError: a grid that is not decreasing, or tolerances that no step can hold, or none of :data:`MAX_STEPS`.
     """
     from torchdiffeq import odeint
 
@@ -88,19 +93,22 @@ def adaptive(
 
     def field(t: Tensor, x: Tensor) -> Tensor:
         nonlocal evaluations
+        velocity = _evaluate(velocity_fn, x, t.to(torch.float32))
         evaluations += 1
-        return _evaluate(velocity_fn, x, t.to(torch.float32))
+        watch(evaluations)
+        return velocity
 
     def worst_image(error: Tensor) -> Tensor:
         return error.reshape(len(x), -1).square().mean(1).sqrt().max()
 
     ends = times[[0, -1]].to(x.device)
+    options = {"norm": worst_image, "max_num_steps": MAX_STEPS}
     try:
-        path = odeint(field, x.float(), ends, rtol=rtol, atol=atol, method=method, options={"norm": worst_image})
-    except AssertionError as error:  # torchdiffeq's word for a step that became too short, or for NaN
+        path = odeint(field, x.float(), ends, rtol=rtol, atol=atol, method=method, options=options)
+    except AssertionError as error:  # torchdiffeq's word for a step that became too short, too many, or for NaN
         raise ValueError(
-            f"{method} with rtol {rtol:g} and atol {atol:g} finds no step that holds them ({error}); raise the "
-            "tolerances, or use euler"
+            f"{method} with rtol {rtol:g} and atol {atol:g} does not get to the end ({error}); raise sample.rtol and "
+            "sample.atol, or set sample.solver to euler"
         ) from error
     return path[-1], evaluations
 
