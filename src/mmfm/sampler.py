@@ -208,10 +208,6 @@ class Sampler:
         dtype = torch.bfloat16 if self.precision == "reference" else torch.float32
         return self._decode(solve(velocity, x, self.times, dtype=dtype).float()), self.function_evaluations()
 
-    def images(self, numbers: range) -> Tensor:
-        """Generate the images with these numbers: (B, 3, S, S) uint8."""
-        return self.generate(numbers)[0]
-
     @torch.inference_mode()
     def source_images(self, numbers: range) -> Tensor:
         """Decode the source itself, without any step of the flow: (B, 3, S, S) uint8."""
