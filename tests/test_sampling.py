@@ -459,6 +459,32 @@ def test_another_configuration_does_not_take_the_shards(files, weights, tmp_path
     assert before.exists() and list(before.glob("shard-*.npz")) and distinct(images) == 22
 
 
+def test_more_images_take_the_first_from_a_finished_set(made, files, weights, tmp_path, monkeypatch):
+    """And fewer; shards that are cut short in either are made, and other settings and a damaged set give none."""
+    asked, generate = [], Sampler.generate
+    monkeypatch.setattr(
+        Sampler, "generate", lambda self, numbers, *rest: asked.extend(numbers) or generate(self, numbers, *rest)
+    )
+
+    def numbers_made(**keys):
+        asked.clear()
+        images, _ = run(files, weights["mode"], tmp_path, **keys)
+        if "time_points" not in keys:
+            assert np.array_equal(images, made[0][: len(images)])
+        return asked
+
+    assert numbers_made(n_images=12) == list(range(12))
+    assert numbers_made() == list(range(10, 22))
+    assert numbers_made(n_images=13) == [10, 11, 12]
+    assert numbers_made() == numbers_made(n_images=12) == [], "the sets are kept side by side"
+    assert numbers_made(n_images=6, time_points=3) == list(range(6))
+    for path in tmp_path.glob("state-*/finished/images.npz"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    assert numbers_made(n_images=7) == list(range(7))
+
+
 def write_once_then_fail(write: Callable) -> Callable:
     calls = itertools.count()
 
