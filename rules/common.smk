@@ -42,6 +42,10 @@ GUIDED = ["", "_ag"]
 # Stages run `python`: that of the environment Snakemake itself runs in, also when it was not activated.
 wf.prepare_environment()
 
+# Ctrl-C and schedulers signal all processes of a job: `tee` must outlive its stage, whose last words say what was saved.
+# Here and not in the rules, because changed commands rerun everything.
+shell.prefix("set -euo pipefail; tee() {{ trap '' HUP INT TERM USR1; exec tee \"$@\"; }}; ")
+
 _gpu_limit = workflow.global_resources.get("gpu")
 GPUS = checked(wf.gpus_per_job, C.gpus, _gpu_limit.value if _gpu_limit is not None else None)
 ALL_CORES = max(1, workflow.cores or 1)

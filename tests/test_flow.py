@@ -61,6 +61,18 @@ def test_shift_and_grid_equal_reference(schedule):
     assert_parity(grid, torch.tensor(schedule["euler_time_grid_50"]))
 
 
+@pytest.mark.parametrize("shape", [(384, 16, 16), (32, 4, 4), (768, 16, 16)])  # rounded above, below and to 1
+def test_the_first_time_is_exactly_1(shape):
+    """A guidance interval that ends, or lies, at 1 holds the first step."""
+    times, guided = time_grid(10, time_shift(shape)), []
+    assert times[0] == 1 and (times.diff() < 0).all()
+    for interval, steps in (((0.01, 1.0), 9), ((1.0, 1.0), 1)):
+        guided.clear()
+        field = autoguidance(lambda x, t: x, lambda x, t: guided.append(t) or x, 1.5, interval)
+        euler(field, torch.ones(1, 1), times)
+        assert len(guided) == steps
+
+
 def test_training_times_follow_the_reference_distribution(schedule):
     uniform = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     times = train_times(uniform, schedule["shift"])
@@ -82,12 +94,14 @@ def test_training_times_are_truncated_logit_normal():
 
 def test_euler_trajectory_equals_reference(golden):
     tensors, model, *_ = golden
-    states = [tensors["x"]]
-    final = euler(
-        partial(model, y=tensors["y"]), tensors["x"], time_grid(8, 3.0), on_step=lambda i, t, x: states.append(x)
-    )
-    assert_parity(torch.stack(states), tensors["euler_trajectory"])
-    assert torch.equal(final, states[-1])
+    states = []
+
+    def velocity(x, t):
+        states.append(x)
+        return model(x, t, y=tensors["y"])
+
+    final = euler(velocity, tensors["x"], time_grid(8, 3.0))
+    assert_parity(torch.stack([*states, final]), tensors["euler_trajectory"])
 
 
 def test_heun_equals_reference(golden):
@@ -151,8 +165,17 @@ def test_adaptive_solvers_hold_their_tolerance_for_every_image(method):
 
 
 def test_an_adaptive_solver_says_what_to_do_where_it_fails():
-    with pytest.raises(ValueError, match=r"dopri5 with rtol 0.001 .* raise the tolerances"):
+    with pytest.raises(ValueError, match=r"dopri5 with rtol 0.001 .* raise sample\.rtol"):
         adaptive(lambda x, t: x * float("nan"), torch.ones(1, 1), torch.tensor([1.0, 0.0]), "dopri5", 1e-3, 1e-3)
+
+
+def test_an_adaptive_solver_gives_up_where_rounding_hides_its_error(monkeypatch):
+    """Below the rounding of float32 no step is small enough; steps get shorter without an end."""
+    monkeypatch.setattr("mmfm.flow.solver.MAX_STEPS", 50)
+    start, seen = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), []
+    with pytest.raises(ValueError, match=r"rtol 1e-12 .*max_num_steps.*raise sample\.rtol and sample\.atol"):
+        adaptive(lambda x, t: torch.sin(9 * x), start, torch.tensor([1.0, 0.0]), "dopri5", 1e-12, 1e-12, seen.append)
+    assert seen == list(range(1, len(seen) + 1)) and 50 < len(seen) < 400
 
 
 @pytest.mark.parametrize("times", [[1.0], [0.0, 1.0], [1.0, 1.0]])

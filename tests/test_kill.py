@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import processes
 import psutil
 import pytest
 from processes import Watch, site_folder
-from workshop import Stage, digests, errors_file
+from workshop import DETECTOR, Stage, digests, errors_file
 
 RESUMABLE = ("extract", "fit_gmm", "spatial_gmm", "train_decoder", "train", "sample", "fid_reference")
 
@@ -105,6 +107,32 @@ def test_killed_between_the_last_unit_and_the_end(stages, tmp_path, name):
         shutil.rmtree(path) if path.is_dir() else path.unlink()  # as Snakemake does before it runs a rule again
     stage.run(out, watch=watch)
     assert not stage.units_made(watch) and digests(out) == digests(stage.made)
+
+
+def test_features_added_to_finished_images_cost_no_image(stages, tmp_path):
+    """Killed at every instant of the publication, the images are never made again, nor is anything half there."""
+    stage = stages["sample"]
+    features = replace(stage, inputs={**stage.inputs, "--detector": "fashion", "--detector-weights": DETECTOR})
+    asked = {"sample": {"features": True}}
+
+    def copied(name):
+        return Path(shutil.copytree(stage.made, tmp_path / name))
+
+    watch = Watch(copied("whole"))
+    features.run(watch.folder, watch=watch, **asked)
+    expected, events = digests(watch.folder), watch.events()
+    assert digests(stage.made).items() < expected.items()
+    instants = [n for n, words in enumerate(events, 1) if any("finished" in word for word in words)]
+    assert len(instants) > 5
+    for kill_at in instants:
+        watch = Watch(copied(str(kill_at)), kill_at=kill_at)
+        command = processes.start(features.command(watch.folder, **asked), errors_file(watch.folder), watch=watch)
+        assert command.wait() == -signal.SIGKILL
+        for name in ("images.npz", "samples.json"):
+            (watch.folder / name).unlink(missing_ok=True)
+        assert "images done" not in features.run(watch.folder, **asked)
+        assert digests(watch.folder) == expected
+        shutil.rmtree(watch.folder)
 
 
 @pytest.mark.parametrize("name", ["latent_stats", "fid"])

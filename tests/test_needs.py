@@ -100,13 +100,15 @@ def test_a_checkpoint_passes_through_the_memory_of_the_main_process():
     assert memory("fsdp", 2, False) == pytest.approx(4 * weights, rel=0.01) and memory("ddp", 2, False) == 0
 
 
-@pytest.mark.parametrize(("stage", "size"), [("train", 2), ("sample", 4)])  # bf16 and float32
-def test_means_in_pinned_memory_are_counted_on_the_host(stage, size):
+@pytest.mark.parametrize("stage", ["train", "sample"])
+@pytest.mark.parametrize(("precision", "size"), [("auto", 2), ("float32", 4)])
+def test_means_in_pinned_memory_are_counted_on_the_host(stage, precision, size):
     """A scheduler would end the job otherwise. Pinned memory is rounded up to a power of two."""
 
     def need(where, on_gpu):
-        section = dataclasses.replace(getattr(FULL, stage), means_device=where)
-        return getattr(Estimator(dataclasses.replace(FULL, **{stage: section}), "dinov2", 8, on_gpu), stage)()
+        config = dataclasses.replace(FULL, train=dataclasses.replace(FULL.train, means_precision=precision))
+        section = dataclasses.replace(getattr(config, stage), means_device=where)
+        return getattr(Estimator(dataclasses.replace(config, **{stage: section}), "dinov2", 8, on_gpu), stage)()
 
     device, host = need("device", True), need("host", True)
     assert host.host - device.host == size * 2**31 and device.device - host.device == 8192 * 768 * 256 * size

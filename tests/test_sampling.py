@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,15 @@ import pytest
 import torch
 from conftest import CHANNELS, GRID, MODES, SECTIONS, SIZE, Pipeline
 from PIL import Image
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
 
+from mmfm import config
 from mmfm.cli.__main__ import main
 from mmfm.decoder import Decoder, DecoderConfig, load_decoder, save_decoder
 from mmfm.flow.path import time_grid, time_shift
 from mmfm.infra import npz, store
+from mmfm.infra.progress import Progress
 from mmfm.models.dit import DiT, DiTConfig
 from mmfm.sampler import SampleFiles, Sampler
 from mmfm.settings import SETTINGS
@@ -147,8 +152,6 @@ def test_image_is_the_flow_of_its_own_noise(made, files, weights):
 
 
 def load(files: Pipeline, ema: Path, seed: int | None = None, scale: float = 1.0, **other: object) -> Sampler:
-    from mmfm import config
-
     guided = {**SAMPLE, "guidance": {"scale": scale, "interval": [0.0, 1.0]}}
     guided |= {name: other.pop(name) for name in SAMPLE if name in other}
     sections = {"image": SECTIONS["image"], "encoder": SECTIONS["encoder"], "sample": guided}
@@ -256,12 +259,33 @@ def test_an_adaptive_solver_survives_a_kill(files, weights, tmp_path, monkeypatc
     assert errors[1] < 1 and errors[1] <= errors[0]
 
 
+def test_an_adaptive_solver_shows_its_evaluations(files, weights, tmp_path, monkeypatch, capsys):
+    """Also within a batch, which may take minutes."""
+    monkeypatch.setattr("mmfm.sampling.Progress", partial(Progress, every=0))
+    run(files, weights["gmm"], tmp_path, n_images=2, solver="bosh3", rtol=0.05, atol=0.05)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "0/2 images" in line]
+    assert len(lines) > 4 and lines[3].endswith("  4 evaluations of a batch")
+
+
 def test_reference_precision_rounds_state_and_time(made, files, weights, tmp_path):
     rounded, about = run(files, weights["mode"], tmp_path, n_images=5, precision="reference")
     assert about["precision"] == "reference" and about["function_evaluations"] == 3
     assert 0 < np.abs(rounded.astype(int) - made[0][:5]).mean() < 8
     with pytest.raises(ValueError, match=r"bf16 times, too coarse for dopri5"):
         load(files, weights["mode"], precision="reference", solver="dopri5")
+
+
+@pytest.mark.parametrize("trained", ["auto", "bf16"])
+def test_the_source_has_the_means_that_the_model_was_trained_with(made, files, tmp_path, trained):
+    """In memory too: at full size float32 means take 6.4 GB."""
+    section = config.build(config.Train, {**SECTIONS["train"], "means_precision": trained})
+    recorded = {"settings": config.identity({"train": section})}
+    ema = write_ema(tmp_path / "ema.safetensors", files, "mode", recorded=recorded)
+    images, about = run(files, ema, tmp_path / "out", n_images=5)
+    bf16 = trained == "bf16"  # `auto` is float32 on a CPU
+    assert made[1]["means_precision"] == "float32" and about["means_precision"] == ("bf16" if bf16 else "float32")
+    assert load(files, ema).source.means.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    assert np.array_equal(images, made[0][:5]) != bf16 and np.abs(images.astype(int) - made[0][:5]).mean() < 2
 
 
 DETECTOR = Path(__file__).parent.parent / "resources" / "demo" / "detector" / "detector.safetensors"
@@ -288,6 +312,33 @@ def test_features_lie_beside_the_images(made, files, weights, tmp_path, monkeypa
     run(files, weights["mode"], tmp_path, *call[:3], str(tmp_path / "absent"), features=True, n_images=3)
     assert not (tmp_path / "features.safetensors").exists()
     assert main(arguments(files, weights["mode"], tmp_path, features=True)) == 2
+
+
+def test_finished_images_get_the_features_of_the_detector(made, files, weights, tmp_path, monkeypatch, capsys):
+    """Without the model, once for every detector; and they stay where none is asked for."""
+    from mmfm.evaluation.detector import load_detector
+    from mmfm.evaluation.fashion_detector import FashionDetector
+    from mmfm.evaluation.fid import sampled_features
+
+    other = tmp_path / "other.safetensors"
+    save_file(FashionDetector().state_dict(), other)
+    out = tmp_path / "out"
+    run(files, weights["mode"], out)
+    inode = (out / "images.npz").stat().st_ino
+    monkeypatch.setattr(Sampler, "generate", None)
+    for path, computed in ((DETECTOR, True), (DETECTOR, False), (other, True), (None, False)):
+        call = () if path is None else ("--detector", "fashion", "--detector-weights", str(path))
+        for output in out.glob("*.*"):
+            output.unlink()  # as Snakemake does
+        capsys.readouterr()
+        images, about = run(files, weights["mode"], out, *call, features=path is not None)
+        assert ("22 features done" in capsys.readouterr().err) == computed
+        assert np.array_equal(images, made[0]) and about == made[1] and (out / "images.npz").stat().st_ino == inode
+        detector = load_detector("fashion", path or other)
+        expected = detector.features(torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)).numpy()
+        features = sampled_features(out / "images.npz", about["images_digest"], detector)
+        np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-4)
+        assert sorted(p.name for p in out.glob("state-*/*")) == ["about.json", "finished", "lock"]
 
 
 @pytest.mark.parametrize("draw", ["multinomial", "stratified"])
@@ -346,6 +397,37 @@ def test_damaged_shards_are_made_again(made, files, weights, tmp_path):
     assert (out / "images.npz").read_bytes() == (made[2] / "images.npz").read_bytes()
 
 
+@pytest.mark.parametrize("part", ["evaluations", "features"])
+def test_what_lies_beside_a_damaged_shard_is_made_again(files, weights, tmp_path, monkeypatch, part):
+    """Truncated, altered, emptied and with a broken header."""
+    keys, more = {"solver": "bosh3", "rtol": 0.05, "atol": 0.05}, ()
+    if part == "features":
+        keys, more = {"features": True}, ("--detector", "fashion", "--detector-weights", str(DETECTOR))
+    images, about = run(files, weights["gmm"], tmp_path / "whole", *more, **keys)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("mmfm.sampling._publish", raise_full_disk)
+        assert main(arguments(files, weights["gmm"], out, *more, **keys)) == 2
+    state = next(out.glob("state-*"))
+    for number in range(4):
+        path = state / f"shard-{number:05d}.safetensors"
+        content = path.read_bytes()
+        altered = content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+        header = content.replace(b'"dtype"', b'"dtipe"')
+        path.write_bytes([content[:-4], altered, b"", header][number])
+    again, about_again = run(files, weights["gmm"], out, *more, **keys)
+    assert np.array_equal(again, images) and about_again == about
+    if part == "features":
+        made, undisturbed = (
+            load_file(folder / "features.safetensors")["features"] for folder in (out, out.with_name("whole"))
+        )
+        assert np.allclose(made, undisturbed, rtol=1e-4, atol=1e-4)
+
+
+def raise_full_disk(*arguments: object) -> None:
+    raise OSError("the disk is full")
+
+
 def killed_after_first_shard(files: Pipeline, ema: Path, out: Path) -> int:
     """Run the command in another process, kill it when its first shard is there, and return its exit status."""
     process = start(arguments(files, ema, out), slow=True)
@@ -375,6 +457,32 @@ def test_another_configuration_does_not_take_the_shards(files, weights, tmp_path
     before = next(tmp_path.glob("state-*"))
     images, _ = run(files, weights["mode"], tmp_path, time_points=3)
     assert before.exists() and list(before.glob("shard-*.npz")) and distinct(images) == 22
+
+
+def test_more_images_take_the_first_from_a_finished_set(made, files, weights, tmp_path, monkeypatch):
+    """And fewer; shards that are cut short in either are made, and other settings and a damaged set give none."""
+    asked, generate = [], Sampler.generate
+    monkeypatch.setattr(
+        Sampler, "generate", lambda self, numbers, *rest: asked.extend(numbers) or generate(self, numbers, *rest)
+    )
+
+    def numbers_made(**keys):
+        asked.clear()
+        images, _ = run(files, weights["mode"], tmp_path, **keys)
+        if "time_points" not in keys:
+            assert np.array_equal(images, made[0][: len(images)])
+        return asked
+
+    assert numbers_made(n_images=12) == list(range(12))
+    assert numbers_made() == list(range(10, 22))
+    assert numbers_made(n_images=13) == [10, 11, 12]
+    assert numbers_made() == numbers_made(n_images=12) == [], "the sets are kept side by side"
+    assert numbers_made(n_images=6, time_points=3) == list(range(6))
+    for path in tmp_path.glob("state-*/finished/images.npz"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    assert numbers_made(n_images=7) == list(range(7))
 
 
 def write_once_then_fail(write: Callable) -> Callable:

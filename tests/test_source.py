@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mmfm.flow.source import GaussianSource, MixtureSource, couple_modes, source_for
 from mmfm.infra import rng
@@ -52,6 +54,19 @@ def test_a_diagonal_source_scales_every_position():
     assert torch.equal(same, MixtureSource(MEANS, VARIANCES, WEIGHTS).draw(modes, noise))
 
 
+class Dtypes(TorchDispatchMode):
+    """Notes the dtypes of all tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.found |= {x.dtype for x in tree_leaves(made) if isinstance(x, torch.Tensor)}
+        return made
+
+
 def test_rows_on_disk_are_read_as_they_are(tmp_path):
     group = zarr.open_group(tmp_path / "s.zarr", mode="w")
     values = np.random.default_rng(0).uniform(0.1, 1, (5, *SHAPE)).astype(np.float32)
@@ -62,7 +77,10 @@ def test_rows_on_disk_are_read_as_they_are(tmp_path):
     assert torch.equal(rows[wanted], torch.from_numpy(values[wanted]))
     means, noise = torch.zeros(5, *SHAPE), rng.normal(1, "noise", torch.arange(3), SHAPE)
     loaded, mapped = (MixtureSource(means, v, torch.full((5,), 0.2)) for v in (torch.from_numpy(values), rows))
-    assert torch.equal(mapped.draw(wanted, noise), loaded.draw(wanted, noise))
+    with Dtypes() as used:
+        drawn = mapped.draw(wanted, noise)
+    assert torch.float64 not in used.found, "a batch of variances is large"
+    assert torch.equal(drawn, loaded.draw(wanted, noise))
     if torch.cuda.is_available():
         source = MixtureSource(means.cuda(), rows, torch.full((5,), 0.2))
         torch.testing.assert_close(source.draw(wanted.cuda(), noise.cuda()).cpu(), loaded.draw(wanted, noise))

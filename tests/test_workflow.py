@@ -263,3 +263,57 @@ def test_the_main_job_again_after_kill(finished):
     again = subprocess.run([*line, "-n"], cwd=finished.folder, capture_output=True, text=True)
     assert again.returncode == 0 and "slow" in again.stdout + again.stderr
     assert not list((finished.folder / ".snakemake" / "locks").glob("*.lock"))
+
+
+LAST_WORDS = """
+import signal, sys, time
+def stop(*_):
+    time.sleep(0.5)
+    sys.exit(print("step 5 is saved", flush=True) or 130)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, stop)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def start_words(folder: Path, script: str) -> subprocess.Popen:
+    """Start a rule that runs a script with a log, as a stage's rule does."""
+    (folder / "words.py").write_text(script)
+    (folder / "words.log").write_text("")
+    (folder / "words.smk").write_text(
+        'include: "Snakefile"\n\n\nrule words:\n    output:\n        "words.txt",\n    log:\n        "words.log",\n'
+        '    shell:\n        "python words.py 2>&1 | tee {log:q}; echo > {output}"\n'
+    )
+    line = [sys.executable, "-m", "snakemake", "words.txt", "-s", "words.smk", "--cores", "1"]
+    return subprocess.Popen(
+        [*line, "--workflow-profile", "profiles/default"], cwd=folder, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        # A shell that runs the tests in the background ignores SIGINT, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_the_last_words_of_an_interrupted_stage_reach_its_log(finished, number):
+    """A signal to the process group, as from a terminal or a scheduler, does not end `tee` before the stage."""
+    process, log = start_words(finished.folder, LAST_WORDS), finished.folder / "words.log"
+
+    def wait_for(words):
+        deadline = time.monotonic() + 20
+        while not log.exists() or words not in log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    wait_for("ready")
+    os.killpg(process.pid, number)
+    assert process.wait() != 0
+    wait_for("step 5 is saved")
+    assert not (finished.folder / "words.txt").exists()
+
+
+def test_a_failed_stage_fails_its_rule(finished):
+    """The status of what `tee` writes down is that of the rule."""
+    assert start_words(finished.folder, "print('words'); raise SystemExit(3)").wait() != 0
+    assert (finished.folder / "words.log").read_text() == "words\n"
+    assert not (finished.folder / "words.txt").exists()

@@ -143,7 +143,7 @@ class Estimator:
         rounds = -(-steps // s.preview.fid_every) if s.preview.fid_every else 0
         # Nothing of a step's activations is left while images are generated.
         activations = max(activations, memory if rounds else 0)
-        means, pinned = self._means(s.means_device, s.means_precision)
+        means, pinned = self._means(s.means_device)
         return self._need(
             images * self.image_bytes, checkpoint * steps / s.checkpoint_every, (s.keep_checkpoints + 2) * checkpoint,
             model + activations + means + self._encoding(micro) + s.latent_cache_gb * 1e9,
@@ -163,8 +163,9 @@ class Estimator:
             return checkpoint
         return parameters * FLOAT if self.on_gpu else 0
 
-    def _means(self, where: str, precision: str = "float32") -> tuple[float, float]:
+    def _means(self, where: str) -> tuple[float, float]:
         """Memory of the source's means on the device and, pinned there, on the host."""
+        precision = self.config.train.means_precision
         halved = precision == "bf16" or (precision == "auto" and self.on_gpu)
         size = self.means / 2 if halved else self.means
         if self.on_gpu and where == "host":

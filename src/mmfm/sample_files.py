@@ -68,3 +68,8 @@ def setting_of(weights: dict[str, Any]) -> Setting:
             "train or import them again"
         )
     return SETTINGS[weights["setting"]]
+
+
+def trained_means(weights: dict[str, Any]) -> str:
+    """Return the key ``train.means_precision`` that weights were trained with; imported ones were with float32."""
+    return weights.get("settings", {}).get("train", {}).get("means_precision", "float32")

@@ -17,7 +17,7 @@ from mmfm.flow.source import Source, source_for
 from mmfm.infra import rng, store
 from mmfm.infra.precision import autocast, uses_bf16
 from mmfm.models.dit import DiT
-from mmfm.sample_files import SampleFiles, compare, setting_of
+from mmfm.sample_files import SampleFiles, compare, setting_of, trained_means
 from mmfm.training.checkpoint import load_ema
 
 SOLVERS: dict[str, tuple[Callable[..., Tensor], int]] = {"euler": (euler, 1), "heun": (heun, 2)}
@@ -49,6 +49,7 @@ class Sampler:
         image_size: S, pixels.
         precision: of the network: ``float32`` or ``bf16``; ``reference`` has state and time of the solver in bf16 too
             (they are float32 otherwise, and the decoder always is).
+        means_precision: of the source's means, as in training: ``float32`` or ``bf16``; None for a source without them.
         guidance: ``autoguidance``, ``classifier-free`` or None.
     """
 
@@ -84,9 +85,12 @@ class Sampler:
         self.guide, self.guide_weights = self._load_guide(files)
         self.guidance = self._guidance_kind()
         host = self.settings.means_device == "host"
+        bf16_means = uses_bf16(trained_means(self.weights), self.device)
         self.source: Source = source_for(
-            self.weights["setting"], files.spatial_gmm, self.device, means_device="cpu" if host else self.device
-        )
+            self.weights["setting"], files.spatial_gmm, self.device, means_device="cpu" if host else self.device,
+            dtype=torch.bfloat16 if bf16_means else torch.float32,
+        )  # fmt: skip
+        self.means_precision = ("bf16" if bf16_means else "float32") if self.source.num_modes else None
         self._check_labels(files)
         self.times = time_grid(self.settings.time_points, time_shift(self.latent_shape))
         bf16 = uses_bf16(self.settings.precision, self.device)
@@ -188,21 +192,21 @@ class Sampler:
         return draws.class_labels(self.seed, index, self.model.config.num_classes, self.settings.label_draw)
 
     @torch.inference_mode()
-    def generate(self, numbers: range) -> tuple[Tensor, int]:
-        """Generate the images with these numbers: (B, 3, S, S) uint8, and the evaluations that each took."""
+    def generate(self, numbers: range, watch: Callable[[int], None] = lambda evaluations: None) -> tuple[Tensor, int]:
+        """Generate the images with these numbers: (B, 3, S, S) uint8, and the evaluations that each took.
+
+        Args:
+            watch: called with the evaluations so far of a solver that chooses its steps.
+        """
         x, modes = self.draw_source(numbers)
         velocity = self._velocity(self.draw_labels(numbers, modes))
         if self.is_adaptive:
             settings = self.settings
-            x, evaluations = adaptive(velocity, x, self.times, settings.solver, settings.rtol, settings.atol)
+            x, evaluations = adaptive(velocity, x, self.times, settings.solver, settings.rtol, settings.atol, watch)
             return self._decode(x), evaluations
         solve, _ = SOLVERS[self.settings.solver]
         dtype = torch.bfloat16 if self.precision == "reference" else torch.float32
         return self._decode(solve(velocity, x, self.times, dtype=dtype).float()), self.function_evaluations()
-
-    def images(self, numbers: range) -> Tensor:
-        """Generate the images with these numbers: (B, 3, S, S) uint8."""
-        return self.generate(numbers)[0]
 
     @torch.inference_mode()
     def source_images(self, numbers: range) -> Tensor:

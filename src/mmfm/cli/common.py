@@ -9,6 +9,9 @@ from typing import Any
 
 from mmfm import config
 
+DETECTORS: tuple[str, ...] = config.Fid.__dataclass_fields__["detector"].metadata["choices"]
+"""Values of ``fid.detector``, and so of ``--detector``."""
+
 
 def _explain(section: type, prefix: str) -> Iterator[str]:
     """Yield a line for every key of a section's dataclass, nested sections included."""

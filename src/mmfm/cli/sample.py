@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mmfm.cli.common import StageParser
+from mmfm.cli.common import DETECTORS, StageParser
 from mmfm.config import Sample
 from mmfm.settings import SETTINGS
 
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, help="seed of noise and modes (default: the training's)")
     parser.add_argument("--guide", type=Path, nargs="?", help="weights of the weaker model for autoguidance")
     parser.add_argument("--setting", choices=SETTINGS, help="refuse weights of another setting")
-    parser.add_argument("--detector", choices=("fashion", "inception"), help="write this detector's features")
+    parser.add_argument("--detector", choices=DETECTORS, help="write this detector's features")
     parser.add_argument("--detector-weights", type=Path, help="its weights file; without the file no features")
     parser.add_argument("--out-dir", type=Path, required=True, help="folder of the outputs")
     options, sections = parser.parse(arguments)

@@ -4,10 +4,9 @@ import sys
 from pathlib import Path
 
 from mmfm import config
-from mmfm.cli.common import StageParser
+from mmfm.cli.common import DETECTORS, StageParser
 from mmfm.settings import SETTINGS
 
-DETECTORS = config.Fid.__dataclass_fields__["detector"].metadata["choices"]
 VERSION = config.VERSIONS["train"]
 
 DESCRIPTION = """\

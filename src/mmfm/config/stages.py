@@ -29,7 +29,7 @@ VERSIONS: dict[str, int] = {
     "spatial_gmm": 1,
     "train_decoder": 1,
     "train": 2,
-    "sample": 2,
+    "sample": 3,
     "fid_reference": 1,
     "fid": 1,
     "sweep": 1,

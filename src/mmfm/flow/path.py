@@ -55,7 +55,7 @@ def train_times(uniform: Tensor, shift: float) -> Tensor:
 
 
 def time_grid(num_points: int, shift: float) -> Tensor:
-    """Sampling times (num_points,) float32: evenly spaced from 1 to 1/1000, then shifted; num_points - 1 steps.
+    """Sampling times (num_points,) float32: evenly spaced from exactly 1 to 1/1000, then shifted; num_points - 1 steps.
 
     One point is t = 1 alone: no step, the source itself.
 
@@ -64,4 +64,6 @@ def time_grid(num_points: int, shift: float) -> Tensor:
     """
     if num_points < 1:
         raise ValueError(f"time_points = {num_points}: a sampler needs at least 1, where it starts")
-    return shift_times(torch.linspace(1, LAST_GRID_TIME, num_points), shift)
+    times = shift_times(torch.linspace(1, LAST_GRID_TIME, num_points), shift)
+    times[0] = 1  # some shifts round to a number beside it, which would lie outside a guidance interval that ends at 1
+    return times

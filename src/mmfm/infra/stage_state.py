@@ -91,8 +91,9 @@ def unlock(directory: Path) -> None:
 def finishing(state: Path, outputs: Mapping[str, str | Path]) -> Iterator[Path]:
     """Yield a folder for the finished results of a stage, and put them in their places when the block ends.
 
-    The folder becomes ``finished/`` of the state, and from then on :func:`restore` puts the results in their places
-    again, whatever happens to those. The rest of the state, what the results were made from, is removed.
+    The folder becomes ``finished/`` of the state, in the place of an earlier one, and from then on :func:`restore` puts
+    the results in their places again, whatever happens to those. The rest of the state, what the results were made
+    from, is removed.
 
     Args:
         outputs: see :func:`restore`.
@@ -120,7 +121,9 @@ def restore(state: Path, outputs: Mapping[str, str | Path]) -> bool:
     Returns:
         Whether the stage is finished. A damaged result is removed, and the stage is not.
     """
-    finished = state / _FINISHED
+    finished, replaced = state / _FINISHED, state / f".{_FINISHED}.old"
+    if replaced.is_dir() and not finished.exists():  # killed while `finishing` once more, between two renames
+        os.replace(replaced, finished)
     if not finished.is_dir():
         return False
     manifest = store.read_json(finished / _MANIFEST)

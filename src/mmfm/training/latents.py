@@ -72,7 +72,7 @@ class Plan:
         flip: whether half of the places show their image flipped.
 
     Raises:
-    ValueError: fewer images than places in a step, or places that the processes can't share equally.
+        ValueError: fewer images than places in a step, or places that the processes can't share equally.
     """
 
     seed: int
