@@ -88,8 +88,8 @@ def parameter(stage, replaced=lambda wildcards: {}):
     """
 
     def value(wildcards):
-        encoder = getattr(wildcards, "encoder", ENCODERS[0])
-        return checked(lambda: wf.stage_parameter(C, stage, encoder, **replaced(wildcards)))
+        encoder, setting = getattr(wildcards, "encoder", ENCODERS[0]), getattr(wildcards, "setting", "")
+        return checked(lambda: wf.stage_parameter(C, stage, encoder, setting, **replaced(wildcards)))
 
     return value
 

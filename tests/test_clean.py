@@ -9,6 +9,7 @@ import pytest
 from mmfm import config, unused
 from mmfm.cli.__main__ import main
 from mmfm.infra import stage_state, store
+from mmfm.settings import effective
 
 DEFAULTS = config.load([Path(__file__).parent.parent / "config" / "config.yaml"])
 FOLDERS = ["extract", "fit_gmm", "spatial_gmm", "train_decoder", "train", "sample", "fid_reference", "gmm", "dec"]
@@ -18,7 +19,11 @@ FOLDERS += ["a", "b", "c", "other", "third", "running"]
 def make(output: Path, stage: str, settings: config.Config = DEFAULTS, inputs=None, files=None, **more) -> Path:
     """Make the state directory that a stage would make with these settings, and end its process's hold on it."""
     sections = {name: settings.section(name, "dinov2") for name in config.STAGES[stage]}
-    identity = {**config.identity(sections), **more}
+    identity = config.identity(sections)
+    if stage in ("train", "sample"):
+        more["setting"] = more.get("setting", "mode")
+        identity = effective(more["setting"], identity)
+    identity |= more
     state = stage_state.state_directory(output, stage, config.VERSIONS[stage], identity, inputs or {}, files)
     (state / "step-00000001").mkdir(exist_ok=True)
     (state / "step-00000001" / "model.safetensors").write_bytes(bytes(1000))
@@ -46,7 +51,7 @@ def snapshot(folder: Path) -> set[Path]:
 
 def test_a_changed_setting_frees_the_state_of_the_old_one(results, capsys):
     kept = [
-        make(results / stage / "dinov2" / "x", stage, **({"setting": "mode"} if stage == "train" else {}))
+        make(results / stage / "dinov2" / "x", stage)
         for stage in ("extract", "fit_gmm", "spatial_gmm", "train_decoder", "train", "sample", "fid_reference")
     ]
     kept += [

@@ -15,8 +15,13 @@ from mmfm import config
 
 ROOT = Path(__file__).parent.parent
 TARGETS = [*(f"results/fid/dinov2_{name}.txt" for name in ("mode", "mode_ag", "class")), "results/gmm/dinov2/sweep.png"]
-BASE = {"gpus": 0, "decoder": {"weights": "train"}}
-"""The decoder's keys count where it is trained."""
+BASE = {
+    "gpus": 0,
+    "decoder": {"weights": "train"},
+    "train": {"loss_weighting": {"rule": "sqrt"}},
+    "sample": {"solver": "dopri5"},
+}
+"""The decoder's keys count where it is trained, those of weights and tolerances where there are any."""
 
 OTHER = {
     "data.root": "other/images",
@@ -160,9 +165,30 @@ def test_every_key_reruns_what_its_document_says(checkout):
     assert not wrong
 
 
+def test_a_key_that_nothing_uses_reruns_nothing(checkout):
+    """A setting's targets don't hang on what only another setting, or another rule or solver, looks at."""
+    plain = {"gpus": 0, "decoder": {"weights": "train"}}
+    idle = {
+        "mode": {"train": {"label_dropout": 0.3}, "sample": {"label_draw": "random", "rtol": 0.1}},
+        "class": {"train": {"mode_dropout": 0.3, "assignment": "hard"}, "sample": {"mode_draw": "stratified"}},
+        "uncond": {
+            "train": {"means_precision": "bf16", "loss_weighting": {"rule": "none", "gamma": 3.0}},
+            "sample": {"atol": 0.1},
+        },
+    }
+    calls = []
+    for setting, keys in idle.items():
+        target = [f"results/fid/dinov2_{setting}.txt"]
+        calls += [{"keys": plain, "targets": target, "touch": True}, {"keys": plain, "targets": target}]
+        calls += [{"keys": {**plain, **keys}, "targets": target}]
+    found = plans(checkout, calls)
+    plans(checkout, [{"keys": BASE, "targets": TARGETS, "touch": True}])  # as the other tests expect it
+    assert [bool(rules) for rules in found] == [True, False, False] * 3
+
+
 def test_what_measures_distances_during_training_retrains_nothing(checkout):
     """Detector and reference are with the operation keys of `train` where distances are asked for."""
-    measured = {**BASE, "train": {"preview": {"fid_every": 50}}}
+    measured = {**BASE, "train": {**BASE["train"], "preview": {"fid_every": 50}}}
     other = {**measured, "fid": {"weights": "other/detector.safetensors", "reference": "other/reference.npz"}}
     asked, changed_with = plans(checkout, [{"keys": keys, "targets": TARGETS} for keys in (measured, other)])
     assert asked == [] and stages(changed_with) == {"fid_reference", "fid"}

@@ -18,6 +18,7 @@ from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
 from mmfm.pictures import image_grid, save_picture
 from mmfm.sampler import Sampler
+from mmfm.settings import effective
 
 VERSION = config.VERSIONS["sample"]
 FEATURES = "features.safetensors"
@@ -44,7 +45,9 @@ def sample(
     """
     settings: config.Sample = sections["sample"]
     out_dir = Path(out_dir)
-    identity = {**config.identity(sections), "seed": sampler.seed, "precision": sampler.precision}
+    setting = sampler.weights["setting"]
+    identity = {"setting": setting, **effective(setting, config.identity(sections))}
+    identity |= {"seed": sampler.seed, "precision": sampler.precision}
     if sampler.means_precision == "bf16":  # `auto` means another one on another device
         identity["means"] = "bf16"
     if sampler.is_adaptive:  # the images of a batch share the solver's steps

@@ -16,12 +16,13 @@ from typing import Any
 
 from mmfm import config
 from mmfm.infra import space, store
+from mmfm.settings import SETTINGS, effective
 
 RECORD = "configuration.json"
 """Beside the stages' folders: the configuration of the last run, written by the workflow."""
 
-_BY_NAME = {"gmm": ("n_components",), "train": ("seed", "model"), "sample": ("time_points", "guidance")}
-"""Keys that a target's name can carry (`.gN`, and `_ag`, which takes the guide's)."""
+_FREE = {"gmm": ("n_components", "init_means"), "train": ("seed", "model"), "sample": ("time_points", "guidance")}
+"""Keys that a target's name can carry (`.gN`, and `_ag`, which takes the guide's), and a file known by its digest."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,11 @@ def _differs(section: str, identity: dict[str, Any], settings: config.Config) ->
         candidates = [settings.models[name]]
     else:
         candidates = [getattr(settings, section)]
-    free, first = _BY_NAME.get(section, ()), ""
+    free, first = _FREE.get(section, ()), ""
     for candidate in candidates:
         wanted = config.keys_of_kind(candidate, "identity")
+        if (setting := identity.get("setting")) in SETTINGS:
+            wanted = effective(setting, {section: wanted})[section]
         wrong = [key for key in {**wanted, **own} if key not in free and wanted.get(key) != own.get(key)]
         if not wrong:
             return ""

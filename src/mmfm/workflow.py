@@ -11,7 +11,7 @@ from typing import IO
 
 from mmfm import config
 from mmfm.infra.store import canonical_json
-from mmfm.settings import SETTINGS
+from mmfm.settings import SETTINGS, effective
 
 _GUIDANCE = r"\.g\d+(\.\d+)?"
 
@@ -123,15 +123,20 @@ def guidance_keys(scale: float | None, guided: bool, settings: config.Config) ->
     return {"scale": scale, "interval": list(interval)}
 
 
-def stage_parameter(settings: config.Config, stage: str, encoder: str = "", **replaced: dict[str, object]) -> str:
+def stage_parameter(
+    settings: config.Config, stage: str, encoder: str = "", setting: str = "", **replaced: dict[str, object]
+) -> str:
     """Return the one parameter of a rule: canonical JSON of the identity and budget keys that its stage reads.
 
     The stage's VERSION goes with them (the commands pass over it), so that raising it makes the stage run again.
 
     Args:
+        setting: of the stages that have one; keys that it does not use are not the configured ones.
         replaced: keys that the target's name sets, by section, e.g. ``gmm={"n_components": 512}``.
     """
     values = config.stage_settings(settings, stage, encoder)
+    if setting:
+        values = effective(setting, values)
     for section, keys in replaced.items():
         values[section] = {**values[section], **keys}
     values["version"] = config.VERSIONS[stage]

@@ -11,6 +11,7 @@ behind anybody's back. Every key has one of three kinds:
 from mmfm.config.reading import build, load, parse_overrides
 from mmfm.config.sections import (
     ADAPTIVE_SOLVERS,
+    FIXED_SOLVERS,
     SECTIONS,
     Config,
     Data,
@@ -35,6 +36,7 @@ from mmfm.config.stages import STAGES, VERSIONS, identity, keys_of_kind, stage_o
 
 __all__ = [
     "ADAPTIVE_SOLVERS",
+    "FIXED_SOLVERS",
     "SECTIONS",
     "STAGES",
     "VERSIONS",

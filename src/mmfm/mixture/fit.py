@@ -55,10 +55,9 @@ def fit(tokens: TokenStore, settings: Gmm, out_dir: str | Path, ranks: Ranks) ->
             lambda: initial.given_means_digest(settings.init_means, settings.n_components, tokens.width)
         )
     identity = config.identity({"gmm": replace(settings, init_means="")})  # known by its digest, wherever it lies
+    files = {"tokens": tokens.path, "init_means": settings.init_means or None}
     state_dir = ranks.from_main(
-        lambda: stage_state.state_directory(
-            out_dir / "gmm.safetensors", "fit_gmm", VERSION, identity, inputs, {"tokens": tokens.path}
-        )
+        lambda: stage_state.state_directory(out_dir / "gmm.safetensors", "fit_gmm", VERSION, identity, inputs, files)
     )
     truncated = settings.e_step == "truncated"
     stretch = GROUP_ROWS * settings.n_components

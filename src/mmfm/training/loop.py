@@ -20,7 +20,7 @@ from mmfm.infra.precision import uses_bf16
 from mmfm.mixture.gaussian import Mixture
 from mmfm.models.dit import DiT, DiTConfig
 from mmfm.pictures import save_picture
-from mmfm.settings import SETTINGS
+from mmfm.settings import SETTINGS, effective
 from mmfm.training import latents
 from mmfm.training.checkpoint import save_ema
 from mmfm.training.fid_curve import DistanceFiles
@@ -61,7 +61,7 @@ def train(
     """
     settings: config.Train = sections["train"]
     digests = ranks.from_main(lambda: files.digests(setting))
-    identity = {"setting": setting, **config.identity(sections)}
+    identity = {"setting": setting, **effective(setting, config.identity(sections))}
     if uses_bf16(settings.precision, ranks.device):  # `auto` must not continue a float32 run in bf16
         identity["autocast"] = "bf16"
     if SETTINGS[setting].mixture and uses_bf16(settings.means_precision, ranks.device):
