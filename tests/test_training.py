@@ -17,8 +17,9 @@ from conftest import MODES, SECTIONS, Pipeline, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfm.cli import train as command
+from mmfm.cli.__main__ import main
 from mmfm.config import STAGES
-from mmfm.infra import store
+from mmfm.infra import distributed, store
 from mmfm.infra.distributed import Ranks
 from mmfm.rae import RAE
 from mmfm.training import checkpoint, trainer
@@ -117,6 +118,48 @@ def test_a_signal_saves_and_the_same_command_goes_on(tiny_pipeline, undisturbed,
             run(tiny_pipeline, tmp_path)
     assert steps_kept(tmp_path) == [4, 7] and not (tmp_path / "ema.safetensors").exists()
     assert_same(run(tiny_pipeline, tmp_path), undisturbed)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (signal.SIGTERM, signal.SIGTERM), (signal.SIGUSR1, signal.SIGUSR1), (signal.SIGINT, signal.SIGINT),
+        (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM),
+    ],
+)  # fmt: skip
+def test_a_request_that_arrives_twice_is_one_request(tiny_pipeline, tmp_path, monkeypatch, capfd, numbers):
+    """SLURM signals every process, and torchrun passes on what it got itself."""
+    step = trainer.Trainer._train_step
+
+    def interrupted(self, *inputs):
+        if self.step == 6:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        step(self, *inputs)
+
+    monkeypatch.setattr(trainer.Trainer, "_train_step", interrupted)
+    assert main(["train", *arguments(tiny_pipeline, tmp_path, "mode")]) == 130
+    assert steps_kept(tmp_path) == [4, 7]
+    assert "step 7 is saved" in capfd.readouterr().err
+
+
+def test_a_second_ctrl_c_after_a_while_does_not_wait_for_a_checkpoint(tiny_pipeline, tmp_path, monkeypatch, capfd):
+    step = trainer.Trainer._train_step
+
+    def interrupted(self, *inputs):
+        if self.step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+            monkeypatch.setattr(distributed, "_PATIENCE", 0.0)  # as if that time had passed
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("it waited")
+        step(self, *inputs)
+
+    monkeypatch.setattr(trainer.Trainer, "_train_step", interrupted)
+    assert main(["train", *arguments(tiny_pipeline, tmp_path, "mode")]) == 130
+    assert steps_kept(tmp_path) == [4]
+    errors = capfd.readouterr().err
+    assert "goes on from the last checkpoint" in errors and "saved" not in errors
 
 
 def test_kill_9_in_the_middle_changes_nothing(tiny_pipeline, tmp_path):
