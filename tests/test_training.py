@@ -485,6 +485,20 @@ def test_out_of_memory_outside_the_steps_says_what_to_change(tiny_pipeline, tmp_
         run(tiny_pipeline, tmp_path, "mode", preview={**SECTIONS["train"]["preview"], "every": 3})
 
 
+def test_a_finished_run_is_published_without_a_picture_that_does_not_fit(
+    tiny_pipeline, undisturbed, tmp_path, monkeypatch, caplog
+):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("mmfm.training.looks.image_grid", full)
+    (tmp_path / "preview.png").write_text("of other weights")
+    run(tiny_pipeline, tmp_path)
+    assert_same(tmp_path, undisturbed)
+    assert not (tmp_path / "preview.png").exists()
+    assert "without preview.png: out of memory" in caplog.text and "Lower train.preview.n_images" in caplog.text
+
+
 @pytest.mark.parametrize("text", ["CUDA out of memory. Tried to allocate 2 GiB", "DefaultCPUAllocator: can't allocate"])
 def test_out_of_memory_says_what_to_lower(tiny_pipeline, undisturbed, tmp_path, monkeypatch, text):
     error = torch.OutOfMemoryError if "CUDA" in text else RuntimeError

@@ -1,5 +1,6 @@
 """Flow matching in the latent space: the stage ``train``."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,8 @@ from mmfm.training.recipe import Recipe, Routine
 from mmfm.training.schedule import ConstantThenLinear, Cosine
 from mmfm.training.trainer import Trainer
 from mmfm.training.weighting import LossWeighting
+
+log = logging.getLogger(__name__)
 
 _ROOM = (
     "Model, average, optimiser and the source's means do not fit: set train.means_device to host (changes no result), "
@@ -211,8 +214,14 @@ def _provenance(
 def _publish(
     out_dir: Path, state: Path, average: nn.Module, provenance: dict[str, Any], preview: Callable[..., Any] | None
 ) -> None:
-    """Write the outputs of a finished run."""
+    """Write the outputs of a finished run. The weights do not wait for a picture that may not fit into memory."""
     publish_history(state, provenance["step"], out_dir, f"train {provenance['setting']}")
-    if preview is not None:
-        save_picture(preview(average), out_dir / "preview.png")
+    (out_dir / "preview.png").unlink(missing_ok=True)  # one of other weights must not lie beside these
     save_ema(out_dir / "ema.safetensors", average, provenance)
+    if preview is None:
+        return
+    try:
+        with memory.explained("Lower train.preview.n_images"):
+            save_picture(preview(average), out_dir / "preview.png")
+    except (ValueError, OSError, RuntimeError) as error:
+        log.warning("the weights are published, but without preview.png: %s", error)
