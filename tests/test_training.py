@@ -1,6 +1,7 @@
 """The training loop: the same numbers whatever is interrupted, divided or cached."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -294,6 +295,46 @@ def test_a_nan_stops_before_it_reaches_the_weights(tiny_pipeline, undisturbed, t
     assert steps_kept(tmp_path) == [4] and checkpoint.find(state_of(tmp_path), 15).step == 4
     run(tiny_pipeline, tmp_path)
     assert_equal(weights(tmp_path), weights(undisturbed))
+
+
+@pytest.mark.parametrize(("lr", "log_every"), [(1e39, 1), (1e39, 100), (1e20, 100)])
+def test_weights_that_overflow_are_not_saved_and_no_image_is_blamed(tiny_pipeline, tmp_path, lr, log_every):
+    """The loss and gradient of the step that breaks them are finite."""
+    keys = {"keep_checkpoints": 1, "checkpoint_every": 1, "log_every": log_every, "schedule": "cosine"}
+    step = trainer.Trainer._train_step
+
+    def broken(self, *inputs):
+        if self.step == 3:
+            self.recipe = dataclasses.replace(self.recipe, lr=lambda step: lr)
+        step(self, *inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_train_step", broken)
+        with pytest.raises(ValueError, match=r"weights are NaN or Inf by step .* lower the learning rate"):
+            run(tiny_pipeline, tmp_path, **keys)
+    kept = checkpoint.find(state_of(tmp_path), 15)
+    assert all(tensor.isfinite().all() for part in ("model", "ema") for tensor in kept.tensors(part).values())
+
+
+def test_weights_that_the_last_step_breaks_are_not_published(tiny_pipeline, tmp_path, monkeypatch):
+    step = trainer.Trainer._train_step
+
+    def broken(self, *inputs):
+        step(self, *inputs)
+        if self.step == 15:
+            self.division.averages[0].view(-1)[0] = float("nan")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_train_step", broken)
+        with pytest.raises(ValueError, match="weights are NaN or Inf by step 15"):
+            run(tiny_pipeline, tmp_path)
+    assert not (tmp_path / "ema.safetensors").exists() and steps_kept(tmp_path) == [8, 12]
+    with monkeypatch.context() as patch:  # as an earlier version might have saved them
+        patch.setattr(trainer.Trainer, "_train_step", broken)
+        patch.setattr(trainer.Trainer, "_check_weights", lambda self: None)
+        run(tiny_pipeline, tmp_path)
+    with pytest.raises(ValueError, match=r"the weights in .*step-00000015' are not finite; remove it"):
+        run(tiny_pipeline, tmp_path)
 
 
 def test_previews_are_drawn_as_training_goes(tiny_pipeline, tmp_path):

@@ -79,7 +79,7 @@ class Trainer:
             Whether the run is finished, so that nothing is left but to publish; see also :meth:`owes`.
 
         Raises:
-            ValueError: the disk has no room for the checkpoints of the run.
+            ValueError: the disk has no room for the checkpoints of the run, or the weights found are not finite.
         """
         found = self.ranks.from_main(lambda: checkpoint.find(self.state, target))
         if found is None or found.step < target:
@@ -94,6 +94,11 @@ class Trainer:
         self.step, self.logged_step = found.step, found.values["logged_step"]
         self.seconds = found.values["seconds"]
         self.loss_sum.fill_(found.values["loss_sum"])
+        if not self._finite():
+            raise ValueError(
+                f"the weights in '{found.path}' are not finite; remove it, and the run goes on from the checkpoint "
+                "before it, or starts anew"
+            )
         if self.companion is not None:
             self.companion.load(found.values["companion"], found.step)
         return self.step == target
@@ -109,7 +114,7 @@ class Trainer:
             feed: not needed where that step is reached.
 
         Raises:
-            ValueError: a loss or gradient is not finite, or memory ran out; the last checkpoint is intact.
+            ValueError: a loss, gradient or weight is not finite, or memory ran out; the last checkpoint is intact.
             KeyboardInterrupt: a signal asked to stop; a checkpoint of this very step was written before.
         """
         routine, first = self.routine, self.step
@@ -217,6 +222,7 @@ class Trainer:
     def _save(self, feed: Feed, milestone: bool) -> None:
         """Write a checkpoint, of finite weights only."""
         self._check(feed)
+        self._check_weights()
         self.seconds = self._clock.seconds
         tensors = {part: self.division.state(part) for part in (("model",) if self.ema is None else ("model", "ema"))}
         optimizer = self.division.optimizer_state(self.optimizer)
@@ -259,8 +265,23 @@ class Trainer:
         """
         step = self.guard.first_broken()
         if step is not None:
+            self._check_weights()  # these would make every loss NaN: no image is to blame
             found = self.ranks.gather(self._culprits(step, feed))
             raise ValueError(explanation(self.plan, step, sorted(index for images in found for index in images)))
+
+    def _check_weights(self) -> None:
+        """Raise ValueError if a weight or average is not finite: the update of a finite gradient can overflow."""
+        if not self._finite():
+            raise ValueError(
+                f"the weights are NaN or Inf by step {self.step:,}, though loss and gradient were finite before: an "
+                "update was too large. The last checkpoint is intact; lower the learning rate"
+            )
+
+    @torch.no_grad()
+    def _finite(self) -> bool:
+        """Whether all that is trained, and its average, is finite in every process; a collective call."""
+        norm = nn.utils.get_total_norm([*self.division.tensors, *self.division.averages])
+        return self.ranks.sum(1 - norm.isfinite().float()).item() == 0
 
     @torch.no_grad()
     def _culprits(self, step: int, feed: Feed) -> list[int]:
