@@ -75,9 +75,7 @@ def save(
     """
     final = state / f"step-{step:08d}"
     partial = state / f".partial-{os.getpid()}-{final.name}"
-    # What a full disk or a kill left unfinished would take the room of this one.
-    for left in state.glob(".partial-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    _remove_leftovers(state)  # they would take the room of this one
     partial.mkdir(parents=True)
     for part, tensor in tensors.items():
         with store.whole_file(partial / f"{part}.safetensors") as file:
@@ -93,23 +91,36 @@ def save(
 
 
 def _prune(state: Path, keep: int, saved: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints up to step ``saved`` and the milestones, and killed leftovers.
+    """Remove all but the newest ``keep`` checkpoints up to step ``saved`` and the milestones, and what is none.
 
-    What lies above the step just saved was passed over as damaged when this run started, so it does not count.
+    What lies above the step just saved could not be read when this run started, so it does not count.
     """
     ordinary = []
     for step, path in _candidates(state):
+        if step > saved:
+            continue
         try:
-            if step <= saved and not store.read_json(path / "manifest.json")["milestone"]:
-                ordinary.append((step, path))
-        except (OSError, ValueError, KeyError):
-            continue  # no checkpoint of ours: find() warns of it
-    for _, path in ordinary[keep:]:
-        # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under its name.
-        doomed = path.with_name(f".partial-{path.name}")
-        os.replace(path, doomed)
-    for doomed in state.glob(".partial-*"):
-        shutil.rmtree(doomed, ignore_errors=True)
+            if not store.read_json(path / "manifest.json")["milestone"]:
+                ordinary.append(path)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            _set_aside(path)
+    for path in ordinary[keep:]:
+        _set_aside(path)
+    _remove_leftovers(state)
+
+
+def _set_aside(path: Path) -> None:
+    """Take its name from a checkpoint: a kill in the middle of its removal must not leave half of one."""
+    doomed = path.with_name(f".partial-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+
+
+def _remove_leftovers(state: Path) -> None:
+    """Remove what a kill or a full disk left unfinished, and what was set aside."""
+    for pattern in (".partial-*", ".step-*.old"):  # the latter of a kill in publish_directory
+        for left in state.glob(pattern):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _candidates(state: Path) -> list[tuple[int, Path]]:
@@ -143,7 +154,8 @@ def read(path: Path) -> Checkpoint:
 def find(state: Path, target: int) -> Checkpoint | None:
     """Find the checkpoint from which a run to step ``target`` goes on.
 
-    That is the one of exactly that step, or else the newest. Those that are not whole are passed over with a warning.
+    That is the one of exactly that step, or else the newest. Those that are not whole are passed over with a warning,
+    and removed with the next :func:`save`: they must not push out good ones.
 
     Returns:
         None where there is none.
@@ -151,15 +163,16 @@ def find(state: Path, target: int) -> Checkpoint | None:
     Raises:
         ValueError: training is already beyond ``target`` and no checkpoint of that step was kept.
     """
-    candidates = _candidates(state)
-    for _, path in sorted(candidates, key=lambda candidate: (candidate[0] != target, -candidate[0])):
+    for _, path in sorted(_candidates(state), key=lambda candidate: (candidate[0] != target, -candidate[0])):
         try:
             found = read(path)
         except (ValueError, OSError) as error:
             log.warning("checkpoint %s is passed over: %s", path, error)
+            if isinstance(error, ValueError):  # a disk that can't be read now may be later
+                _set_aside(path)
             continue
         if found.step > target:
-            kept = ", ".join(str(step) for step, _ in reversed(candidates))
+            kept = ", ".join(str(step) for step, _ in reversed(_candidates(state)))
             raise ValueError(
                 f"training in {state} is already at step {found.step}, and step {target} was not kept (there are: "
                 f"{kept}); raise the budget to one of these or more, or remove the directory to start anew"
