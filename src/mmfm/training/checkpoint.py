@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmfm.infra import store
+from mmfm.infra import space, store
 from mmfm.models.dit import DiT, DiTConfig
 
 log = logging.getLogger(__name__)
@@ -95,18 +95,26 @@ def _prune(state: Path, keep: int, saved: int) -> None:
 
     What lies above the step just saved could not be read when this run started, so it does not count.
     """
-    ordinary = []
-    for step, path in _candidates(state):
-        if step > saved:
-            continue
-        try:
-            if not store.read_json(path / "manifest.json")["milestone"]:
-                ordinary.append(path)
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            _set_aside(path)
-    for path in ordinary[keep:]:
+    found = {path: _is_milestone(path) for step, path in _candidates(state) if step <= saved}
+    ordinary = [path for path, milestone in found.items() if milestone is False]
+    broken = [path for path, milestone in found.items() if milestone is None]
+    for path in ordinary[keep:] + broken:
         _set_aside(path)
     _remove_leftovers(state)
+
+
+def _is_milestone(path: Path) -> bool | None:
+    """Whether a checkpoint stays for good; None where its manifest is broken, so that it is none."""
+    try:
+        return bool(store.read_json(path / "manifest.json")["milestone"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def replaceable(state: Path) -> int:
+    """Return the bytes of checkpoints that later ones push out, and of leftovers."""
+    passing = [path for _, path in _candidates(state) if not _is_milestone(path)]
+    return sum(map(space.used, [*passing, *_leftovers(state)]))
 
 
 def _set_aside(path: Path) -> None:
@@ -116,11 +124,14 @@ def _set_aside(path: Path) -> None:
     os.replace(path, doomed)
 
 
+def _leftovers(state: Path) -> list[Path]:
+    """What a kill or a full disk left unfinished (the latter pattern: in publish_directory), and what was set aside."""
+    return [*state.glob(".partial-*"), *state.glob(".step-*.old")]
+
+
 def _remove_leftovers(state: Path) -> None:
-    """Remove what a kill or a full disk left unfinished, and what was set aside."""
-    for pattern in (".partial-*", ".step-*.old"):  # the latter of a kill in publish_directory
-        for left in state.glob(pattern):
-            shutil.rmtree(left, ignore_errors=True)
+    for left in _leftovers(state):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _candidates(state: Path) -> list[tuple[int, Path]]:

@@ -83,7 +83,7 @@ class Trainer:
         """
         found = self.ranks.from_main(lambda: checkpoint.find(self.state, target))
         if found is None or found.step < target:
-            self.ranks.from_main(lambda: space.require(self.state, self.stage, self._disk()))
+            self.ranks.from_main(lambda: self._require_disk(0 if found is None else found.step, target))
         if self.distances is not None:
             self.distances.resume(0 if found is None else found.step)
         if found is None:
@@ -162,12 +162,15 @@ class Trainer:
         progress.say(f"asked to stop: step {self.step:,} is saved")
         raise KeyboardInterrupt
 
-    def _disk(self) -> int:
-        """Bytes that a run writes: the checkpoints kept, a milestone, the one being written, and the weights."""
+    def _require_disk(self, step: int, target: int) -> None:
+        """Ask for room for the checkpoints kept, the milestones to come, the one being written, and the weights."""
         weights = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
         trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         one = (1 if self.ema is None else 2) * weights + 2 * trained
-        return (self.routine.keep_checkpoints + 2) * one + weights
+        milestones = len({target, *(s for s in self.routine.milestones if step < s < target)})
+        total = (self.routine.keep_checkpoints + milestones + 1) * one + weights
+        # Milestones that are there give no room back; the first new checkpoint is written before an old one goes.
+        space.require(self.state, self.stage, total, min(checkpoint.replaceable(self.state), total - one))
 
     def _train_step(self, forward: nn.Module, batches: Iterator[tuple[MicroBatch, Any]]) -> None:
         """Take one optimiser step on the mean loss of the global batch; nothing here waits for the device."""
