@@ -440,6 +440,20 @@ def test_milestones_stay_so_that_a_lowered_budget_finds_them(tiny_pipeline, tmp_
     assert history(tmp_path, "step")[-1] == (10,)
 
 
+def test_milestones_that_are_not_reached_are_named(tiny_pipeline, tmp_path, caplog):
+    run(tiny_pipeline, tmp_path, "uncond", epochs=1, milestones=[1, 2, 99])
+    assert "train.milestones [2, 99] are not reached: train.epochs is 1" in caplog.text
+
+
+def test_an_image_size_that_the_decoder_does_not_make_is_refused(tiny_pipeline, tmp_path):
+    """Else `sample` would find out, after the training."""
+    line = arguments(tiny_pipeline, tmp_path, "mode")
+    with pytest.raises(ValueError, match=r"makes images of 32 pixels, but image.size is 30; set image.size or give"):
+        command.main([*line, "image.size=30"])
+    decoder = line.index("--decoder")
+    assert command.main([*line[:decoder], *line[decoder + 2 :], "image.size=30", "train.epochs=1"]) == 0
+
+
 class _Operations(TorchDispatchMode):
     """Collects the names of the operations that wait for a device."""
 

@@ -74,6 +74,9 @@ def train(
             out_dir / "ema.safetensors", "train", version, identity, digests, files.paths
         )
     )
+    beyond = [epoch for epoch in settings.milestones if epoch > settings.epochs]
+    if beyond and ranks.is_main:
+        log.warning("train.milestones %s are not reached: train.epochs is %d", beyond, settings.epochs)
     n_images = len(Listing.open(files.listing))
     plan = latents.Plan(
         settings.seed, n_images, settings.global_batch, ranks.rank, ranks.world, settings.micro_batch, settings.flip
@@ -81,6 +84,8 @@ def train(
     with memory.explained(_ROOM):
         autoencoder = _load_autoencoder(files, sections["encoder"], ranks.device)
         latent_shape = (autoencoder.encoder.hidden_size, *autoencoder.encoder.grid)
+        if files.decoder:
+            autoencoder.require_image_size(sections["image"].size, files.decoder)
         task = _build_task(setting, files, settings, latent_shape, ranks.device)
         task = replace(task, weighting=_build_weighting(task, plan.steps_per_epoch, ranks.device))
         model = _build_model(task, sections["model"], latent_shape).to(ranks.device)
