@@ -71,7 +71,7 @@ def test_shards_hold_half_of_the_weights_and_the_average(two):
 
 def test_a_nan_stops_a_sharded_run_too(two):
     for message, _ in json.loads((two / "found.json").read_text())["said"]:
-        assert f"NaN or Inf in step {HALF + 2}: the loss of image" in message
+        assert f"NaN or Inf in step {HALF + 2}, in the loss of image" in message
     assert checkpoint.find(two / "poisoned" / "state-x", STEPS).step == HALF
 
 

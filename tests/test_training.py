@@ -25,6 +25,7 @@ from mmfm.infra.distributed import Ranks
 from mmfm.rae import RAE
 from mmfm.training import checkpoint, trainer
 from mmfm.training.ema import Ema
+from mmfm.training.guard import explanation
 from mmfm.training.latents import Plan
 from mmfm.training.loop import FlowMatching
 from mmfm.training.schedule import ConstantThenLinear, Cosine
@@ -289,12 +290,27 @@ def test_a_nan_stops_before_it_reaches_the_weights(tiny_pipeline, undisturbed, t
         with pytest.raises(ValueError, match="in step 7") as caught:
             run(tiny_pipeline, tmp_path, log_every=log_every)
     if how == "loss":
-        assert f"image {image} of the listing" in str(caught.value)
+        assert f"in the loss of image {image} of the listing" in str(caught.value)
     else:  # all losses are finite still: the step was not applied
-        assert "the gradient is, over the images" in str(caught.value)
+        assert "in the gradient over images" in str(caught.value)
     assert steps_kept(tmp_path) == [4] and checkpoint.find(state_of(tmp_path), 15).step == 4
     run(tiny_pipeline, tmp_path)
     assert_equal(weights(tmp_path), weights(undisturbed))
+
+
+@pytest.mark.parametrize(
+    ("culprits", "words"),
+    [
+        ([3], "in the loss of image 3 of the listing;"),
+        ([3, 5], "in the losses of images 3, 5 of the listing;"),
+        (list(range(10)), "in the losses of images 0, 1, 2, 3, 4, 5, 6, 7 and 2 more of the listing;"),
+        ([], "and 4 more of the listing;"),
+    ],
+)
+def test_what_is_said_of_a_nan(culprits, words):
+    text = explanation(Plan(seed=0, n_images=40, global_batch=12), 6, culprits)
+    assert text.startswith("NaN or Inf in step 7, in the ") and words in text
+    assert bool(culprits) != ("in the gradient over images " in text)
 
 
 @pytest.mark.parametrize(("lr", "log_every"), [(1e39, 1), (1e39, 100), (1e20, 100)])
