@@ -298,6 +298,20 @@ def test_a_nan_stops_before_it_reaches_the_weights(tiny_pipeline, undisturbed, t
     assert_equal(weights(tmp_path), weights(undisturbed))
 
 
+@pytest.mark.parametrize(("error", "raised"), [(KeyboardInterrupt, KeyboardInterrupt), (MemoryError, ValueError)])
+def test_the_board_is_closed_after_a_stop_and_after_an_error(tiny_pipeline, tmp_path, monkeypatch, error, raised):
+    closed = []
+
+    def ends(self, *inputs):
+        raise error
+
+    monkeypatch.setattr(trainer.Trainer, "_train_step", ends)
+    monkeypatch.setattr("mmfm.training.board.NoBoard.close", lambda self: closed.append(True))
+    with pytest.raises(raised):
+        run(tiny_pipeline, tmp_path)
+    assert closed == [True]
+
+
 @pytest.mark.parametrize(
     ("culprits", "words"),
     [
@@ -613,6 +627,7 @@ def test_the_average_follows_a_compiled_model():
     model.bias.requires_grad_(False)
     start = model.weight.detach().clone()
     ema = Ema(model, 0.9)
+    ema.follow([ema.module.weight], [model.weight])
     model.compile(backend="eager")
     optimizer = torch.optim.SGD([model.weight], lr=1.0)
     expected = start

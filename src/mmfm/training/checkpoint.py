@@ -33,13 +33,11 @@ class Checkpoint:
     Attributes:
         path: its directory.
         step: optimiser steps that it has behind it.
-        milestone: whether it ended a run; such a checkpoint is never pruned.
         values: the small state that goes with it, JSON values.
     """
 
     path: Path
     step: int
-    milestone: bool
     values: dict[str, Any]
 
     def tensors(self, part: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -67,7 +65,7 @@ def save(
         tensors: state dicts by part.
         optimizer: the optimiser's state dict.
         values: JSON-serialisable state.
-        milestone: see :class:`Checkpoint`.
+        milestone: whether it ended a run, or may; such a checkpoint is never pruned.
         keep: how many of the newest other checkpoints stay.
 
     Returns:
@@ -151,7 +149,7 @@ def read(path: Path) -> Checkpoint:
     manifest = store.read_json(path / "manifest.json")
     try:
         run, step, files = manifest["run"], manifest["step"], manifest["files"]
-        found = Checkpoint(path, step, manifest["milestone"], manifest["values"])
+        found = Checkpoint(path, step, manifest["values"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"its manifest lacks {error}") from error
     if run != path.parent.name or path.name != f"step-{step:08d}":

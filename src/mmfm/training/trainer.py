@@ -3,6 +3,7 @@
 What is trained is a function from a micro batch to one loss per image; flow matching and the decoder share the rest.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -123,13 +124,13 @@ class Trainer:
         self._clock = Clock(first, self.seconds)
         self.guard.start(first)
         progress = Progress(self.stage, target, "steps", done=first, enabled=self.ranks.is_main)
-        with memory.explained(routine.remedy), StopRequest() as stop, progress:
+        closed = contextlib.closing(self._record)  # after a stop or an error too
+        with closed, memory.explained(routine.remedy), StopRequest() as stop, progress:
             # What a run that was killed while it measured had not finished.
             if self._measure(target, feed, stop, progress):
                 self._leave(progress)
             if goes_on:
                 self._train(target, feed, stop, progress)
-        self._record.close()
 
     def _train(self, target: int, feed: Feed, stop: StopRequest, progress: Progress) -> None:
         routine = self.routine
