@@ -234,6 +234,29 @@ def test_a_finished_run_only_publishes(tiny_pipeline, undisturbed, tmp_path, mon
     assert (tmp_path / "preview.png").read_bytes() == (undisturbed / "preview.png").read_bytes()
 
 
+def test_a_finished_run_whose_outputs_are_in_place_does_nothing(tiny_pipeline, tmp_path, monkeypatch):
+    run(tiny_pipeline, tmp_path)
+    paths = sorted(tmp_path.glob("*.*"))
+    for path in paths:
+        os.utime(path, (0, 0))
+    before = {path: (path.stat().st_ino, path.read_bytes()) for path in paths}
+    with monkeypatch.context() as patch:
+        patch.setattr("mmfm.training.loop.load_encoder", lambda *_: pytest.fail("something is loaded"))
+        run(tiny_pipeline, tmp_path)
+    assert {path: (path.stat().st_ino, path.read_bytes()) for path in paths} == before
+    assert all(path.stat().st_mtime > 0 for path in paths)  # newer than the inputs, as Snakemake wants it
+
+
+@pytest.mark.parametrize("name", ["ema.safetensors", "history.jsonl", "preview.png"])
+def test_an_output_that_was_lost_or_changed_is_made_again(tiny_pipeline, tmp_path, name):
+    run(tiny_pipeline, tmp_path, epochs=1)
+    good = (tmp_path / name).read_bytes()
+    for damage in (Path.unlink, lambda path: path.write_bytes(good[:-1])):
+        damage(tmp_path / name)
+        run(tiny_pipeline, tmp_path, epochs=1)
+        assert (tmp_path / name).read_bytes() == good
+
+
 def test_other_settings_do_not_meet_the_state(tiny_pipeline, undisturbed, tmp_path):
     shutil.copytree(state_of(undisturbed), tmp_path / state_of(undisturbed).name)
     run(tiny_pipeline, tmp_path, lr=5e-4)
@@ -363,6 +386,7 @@ def test_weights_that_the_last_step_breaks_are_not_published(tiny_pipeline, tmp_
         patch.setattr(trainer.Trainer, "_train_step", broken)
         patch.setattr(trainer.Trainer, "_check_weights", lambda self: None)
         run(tiny_pipeline, tmp_path)
+    (tmp_path / "ema.safetensors").unlink()
     with pytest.raises(ValueError, match=r"the weights in .*step-00000015' are not finite; remove it"):
         run(tiny_pipeline, tmp_path)
 

@@ -22,10 +22,9 @@ from mmfm.mixture.gaussian import Mixture
 from mmfm.models.dit import DiT, DiTConfig
 from mmfm.pictures import save_picture
 from mmfm.settings import SETTINGS
-from mmfm.training import latents
-from mmfm.training.checkpoint import save_ema
+from mmfm.training import latents, outputs
 from mmfm.training.fid_curve import DistanceFiles
-from mmfm.training.history import draw_curve_of, publish_history
+from mmfm.training.history import draw_curve_of
 from mmfm.training.inputs import TrainFiles, image_classes
 from mmfm.training.looks import fid_curve, previewer
 from mmfm.training.objective import FlowMatching
@@ -81,6 +80,10 @@ def train(
     plan = latents.Plan(
         settings.seed, n_images, settings.global_batch, ranks.rank, ranks.world, settings.micro_batch, settings.flip
     )
+    target = settings.epochs * plan.steps_per_epoch
+    measures = bool(settings.preview.fid_every and distance_files is not None and files.decoder is not None)
+    if ranks.from_main(lambda: outputs.in_place(out_dir, state, target, bool(files.decoder), measures)):
+        return
     with memory.explained(_ROOM):
         autoencoder = _load_autoencoder(files, sections["encoder"], ranks.device)
         latent_shape = (autoencoder.encoder.hidden_size, *autoencoder.encoder.grid)
@@ -91,14 +94,13 @@ def train(
         model = _build_model(task, sections["model"], latent_shape).to(ranks.device)
     preview = previewer(task, autoencoder, latent_shape, settings.preview)
     distances = None
-    if settings.preview.fid_every and distance_files is not None and files.decoder is not None:
+    if measures:
         distances = fid_curve(task, autoencoder, latent_shape, distance_files, digests["listing"], state, ranks)
 
     def draw_preview(average: nn.Module, step: int) -> None:
         save_picture(preview(average), state / f"preview-{step:08d}.png")
         draw_curve_of(state, step, state / "curve.png", f"train {setting}")
 
-    target = settings.epochs * plan.steps_per_epoch
     with memory.explained(_ROOM):
         trainer = Trainer(
             "train", model, task.losses, plan, _recipe(settings, plan.steps_per_epoch),
@@ -116,7 +118,7 @@ def train(
         trainer.run(target, None)
     provenance = _provenance(setting, sections, latent_shape, digests, plan, trainer.step)
     average = trainer.average()
-    ranks.from_main(lambda: _publish(out_dir, state, average, provenance, preview if files.decoder else None))
+    ranks.from_main(lambda: outputs.publish(out_dir, state, average, provenance, preview if files.decoder else None))
 
 
 def _load_autoencoder(files: TrainFiles, encoder: config.Encoder, device: torch.device) -> rae.RAE:
@@ -214,19 +216,3 @@ def _provenance(
         "digests": digests,
         **{f"{name}_digest": digest for name, digest in digests.items()},
     }
-
-
-def _publish(
-    out_dir: Path, state: Path, average: nn.Module, provenance: dict[str, Any], preview: Callable[..., Any] | None
-) -> None:
-    """Write the outputs of a finished run. The weights do not wait for a picture that may not fit into memory."""
-    publish_history(state, provenance["step"], out_dir, f"train {provenance['setting']}")
-    (out_dir / "preview.png").unlink(missing_ok=True)  # one of other weights must not lie beside these
-    save_ema(out_dir / "ema.safetensors", average, provenance)
-    if preview is None:
-        return
-    try:
-        with memory.explained("Lower train.preview.n_images"):
-            save_picture(preview(average), out_dir / "preview.png")
-    except (ValueError, OSError, RuntimeError) as error:
-        log.warning("the weights are published, but without preview.png: %s", error)
