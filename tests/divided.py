@@ -73,6 +73,10 @@ def main(folder: Path) -> None:
             made = run(folder / sharding / "state-x", ranks, sharding)
         shards = sum(t.numel() for t in (*made.division.tensors, *made.division.averages))
         whole = sum(p.numel() for p in made.model.parameters() if p.requires_grad)
+        tensors = [t for part in ("model", "ema") for t in made.division.state(part).values()]
+        for values in made.division.optimizer_state(made.optimizer)["state"].values():
+            tensors += values.values()
+        gathered = ranks.gather(sum(t.nbytes for t in tensors) / whole)
         run(half_of(folder / "fsdp", folder / "ddp-from-fsdp", ranks), ranks, "ddp")
         run(half_of(folder / "ddp", folder / "fsdp-from-ddp", ranks), ranks, "fsdp")
         run(folder / "fsdp-whole-share" / "state-x", ranks, "fsdp", micro_batch=0)
@@ -95,7 +99,8 @@ def main(folder: Path) -> None:
                 overflow[sharding] = str(error)
         said = ranks.gather((message, overflow))
         if ranks.is_main:
-            (folder / "found.json").write_text(json.dumps({"share": shards / (2 * whole), "said": said}))
+            found = {"share": shards / (2 * whole), "gathered": gathered, "said": said}
+            (folder / "found.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

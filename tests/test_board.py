@@ -1,13 +1,20 @@
-"""Boards: event files without duplicate steps, wandb with and without a network."""
+"""Boards: event files without duplicate steps; see test_wandb.py for the other one."""
 
-import sys
+import io
+import shutil
 
+import numpy as np
 import pytest
+import test_training
+import torch
+from conftest import SECTIONS
 from divided import STEPS, run
+from PIL import Image
 
 from mmfm.infra.distributed import Ranks
 from mmfm.training import board
-from mmfm.training.history import read_history
+from mmfm.training.history import preview_file, read_history
+from mmfm.training.record import Record
 
 
 def scalars(folder):
@@ -19,12 +26,10 @@ def scalars(folder):
 
 
 def test_event_files_hold_the_history_once(tmp_path):
-    import torch
-
     state, alone = tmp_path / "state-x", Ranks(0, 1, torch.device("cpu"))
     run(state, alone, "ddp", logger="tensorboard")
     lines = read_history(state / "history.jsonl")
-    left = board.open_board("tensorboard", state, "train", lines[:3])  # resumed at step 3
+    left = board.open_board("tensorboard", state, lines[:3])  # resumed at step 3
     for line in lines[3:]:
         left.write(line)
     found = scalars(state / "tensorboard")  # of a run that was killed: nothing was closed
@@ -32,43 +37,41 @@ def test_event_files_hold_the_history_once(tmp_path):
     assert len(lines) == STEPS and {"train/grad_norm", "train/images_per_second", "train/lr"} <= found.keys()
 
 
-STUB = """
-calls = []
-class _Run:
-    def log(self, values, step): calls.append((step, values))
-    def finish(self): calls.append("finish")
-def init(**options):
-    calls.append(options)
-    return _Run()
-"""
+def pictures(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    return {e.step: np.asarray(Image.open(io.BytesIO(e.encoded_image_string))) for e in events.Images("preview/images")}
 
 
-@pytest.fixture
-def wandb(tmp_path, monkeypatch):
-    """A module with the three functions of wandb that are called; the real one is no dependency."""
-    (tmp_path / "wandb.py").write_text(STUB)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    yield __import__("wandb")
-    del sys.modules["wandb"]
+def test_previews_are_shown_once_in_a_resumed_run(tiny_pipeline, tmp_path):
+    keys = {"logger": "tensorboard", "preview": {**SECTIONS["train"]["preview"], "every": 3}}
+    test_training.run(tiny_pipeline, tmp_path, epochs=2, **keys)
+    state = test_training.state_of(tmp_path)
+    shutil.rmtree(state / "step-00000010")  # goes on from 8
+    test_training.run(tiny_pipeline, tmp_path, **keys)
+    shown = pictures(state / "tensorboard")
+    assert list(shown) == [3, 6, 9, 12]
+    for step, pixels in shown.items():
+        with Image.open(preview_file(state, step)) as picture:
+            assert np.array_equal(pixels, np.asarray(picture))
 
 
-def test_wandb_goes_on_offline(wandb, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(board, "_WANDB_HOST", ("127.0.0.1", 9))  # nobody listens to this port
-    opened = board.open_board("wandb", tmp_path / "state-x", "train", [])
-    opened.write({"step": 3, "loss": 0.5})
-    opened.close()
-    options, *calls = wandb.calls
-    assert options["mode"] == "offline" and options["id"] == "state-x" and options["resume"] == "allow"
-    assert calls == [(3, {"loss": 0.5}), "finish"] and "records offline" in caplog.text
+def test_a_board_that_fails_ends_no_training(tmp_path, monkeypatch, caplog):
+    class Failing(board.NoBoard):
+        def write(self, line):
+            raise ConnectionResetError("Connection lost")
 
-
-def test_wandb_that_is_not_installed_says_so(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="pip install wandb"):
-        board.open_board("wandb", tmp_path, "train", [])
+    monkeypatch.setattr("mmfm.training.record.open_board", lambda *_: Failing())
+    record = Record(tmp_path, "wandb", None, Ranks(0, 1, torch.device("cpu")))
+    for step in (1, 2):
+        record.add({"step": step, "loss": 0.5})
+    record.close()
+    assert [line["step"] for line in read_history(tmp_path / "history.jsonl")] == [1, 2]
+    assert caplog.text.count("Connection lost") == 1
 
 
 def test_an_unknown_logger_is_refused(tmp_path):
     with pytest.raises(ValueError, match="one of tensorboard, wandb, none"):
-        board.open_board("aim", tmp_path, "train", [])
+        board.open_board("aim", tmp_path, [])

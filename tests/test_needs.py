@@ -86,6 +86,20 @@ def test_distances_during_training_cost_what_sampling_them_costs():
     assert off.train().device == twice.train().device  # a step's activations take more
 
 
+def test_a_checkpoint_passes_through_the_memory_of_the_main_process():
+    """All of it where it is gathered from shards, the largest file where it comes from a GPU."""
+
+    def memory(sharding, processes, on_gpu):
+        configuration = dataclasses.replace(FULL, train=dataclasses.replace(FULL.train, sharding=sharding))
+        need = Estimator(configuration, "dinov2", processes, on_gpu).train()
+        return need.mem_mb(processes, on_gpu) - int(processes * (need.host + (0 if on_gpu else need.device)) / 1e6)
+
+    weights = 4 * 847e6 / 1e6
+    assert memory("fsdp", 8, True) == pytest.approx(4 * weights, rel=0.01)
+    assert memory("ddp", 8, True) == memory("fsdp", 1, True) == pytest.approx(weights, rel=0.01)
+    assert memory("fsdp", 2, False) == pytest.approx(4 * weights, rel=0.01) and memory("ddp", 2, False) == 0
+
+
 @pytest.mark.parametrize(("stage", "size"), [("train", 2), ("sample", 4)])  # bf16 and float32
 def test_means_in_pinned_memory_are_counted_on_the_host(stage, size):
     """A scheduler would end the job otherwise. Pinned memory is rounded up to a power of two."""

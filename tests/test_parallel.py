@@ -10,6 +10,7 @@ import pytest
 import torch
 from divided import HALF, STEPS, run
 
+from mmfm import scale
 from mmfm.infra.distributed import Ranks
 from mmfm.training import checkpoint, parallel
 
@@ -67,6 +68,12 @@ def test_two_processes_train_as_one(two, one, name):
 
 def test_shards_hold_half_of_the_weights_and_the_average(two):
     assert json.loads((two / "found.json").read_text())["share"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_checkpoint_of_shards_is_gathered_on_the_main_process_alone(two):
+    """Bytes a parameter, which needs counts there."""
+    main, other = json.loads((two / "found.json").read_text())["gathered"]
+    assert main == pytest.approx(scale.TRAINED_BYTES - scale.FLOAT + scale.EMA_BYTES, rel=0.05) and other < 0.5
 
 
 def test_a_nan_stops_a_sharded_run_too(two):

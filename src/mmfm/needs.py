@@ -47,14 +47,14 @@ class Estimator:
         return {name: getattr(self, name)() for name in names}
 
     def _need(
-        self, reads: float, writes: float, disk: float, device: float, *, host: float = 0.0, single: float = 0.0,
-        half: float = 0.0, images: float = 0.0, workers: int = 0,
+        self, reads: float, writes: float, disk: float, device: float, *, host: float = 0.0, main: float = 0.0,
+        single: float = 0.0, half: float = 0.0, images: float = 0.0, workers: int = 0,
     ) -> Need:  # fmt: skip
         arithmetic = (single / self.rates.single + half / self.rates.half) / self.processes
         decoding = images / (self.rates.decode * max(1, workers) * self.processes)
         seconds = max(arithmetic, decoding, (reads + writes) / self.rates.disk)
         host += scale.PROCESS_BYTES + workers * scale.WORKER_BYTES
-        return Need(reads, writes, disk, host, device, single + half, seconds)
+        return Need(reads, writes, disk, host, main, device, single + half, seconds)
 
     def _encoding(self, batch: int) -> float:
         """Memory of encoding a batch: weights, activations, latents in float32 and their deviations in float64."""
@@ -91,7 +91,8 @@ class Estimator:
         passes = START_PASSES if s.init == "kmeans" else 0
         kmeans += product * (1 + passes * CANDIDATES / s.n_components) if passes else 0
         number = FLOAT if s.precision == "float32" else DOUBLE
-        chunk = s.chunk_size * (2 * s.n_components * number + 3 * width * DOUBLE)
+        # Log-joints, which of them matter, and where many do their responsibilities in float64.
+        chunk = s.chunk_size * (s.n_components * (number + 1 + DOUBLE) + 3 * width * DOUBLE)
         # Rows that grouped passes look at together; kept ones lie in the cache.
         stretch = min(share, GROUP_ROWS * s.n_components * width * FLOAT) if passes or s.e_step == "truncated" else 0
         return self._need(
@@ -121,6 +122,7 @@ class Estimator:
         return self._need(
             images * self.image_bytes, checkpoint * s.steps / s.checkpoint_every, 4 * checkpoint,
             parameters * scale.TRAINED_BYTES + activations + encoding,
+            main=self._saving(parameters, checkpoint, "ddp"),
             single=images * self.encoder.flops, half=3 * images * scale.decoder_flops(s, self.tokens + 1),
             images=images, workers=s.workers,
         )  # fmt: skip
@@ -145,10 +147,21 @@ class Estimator:
         return self._need(
             images * self.image_bytes, checkpoint * steps / s.checkpoint_every, (s.keep_checkpoints + 2) * checkpoint,
             model + activations + means + self._encoding(micro) + s.latent_cache_gb * 1e9,
-            host=pinned, single=images * (self.encoder.flops + posterior) + rounds * measured * single,
+            host=pinned, main=self._saving(parameters, checkpoint, s.sharding),
+            single=images * (self.encoder.flops + posterior) + rounds * measured * single,
             half=3 * images * scale.dit_flops(self.model, self.tokens) + rounds * measured * half,
             images=images, workers=s.workers,
         )  # fmt: skip
+
+    def _saving(self, parameters: float, checkpoint: float, sharding: str) -> float:
+        """Host memory of the main process while a checkpoint is written, beyond what it trains with.
+
+        Shards are gathered there, all of them before the first file is written. What is whole on a GPU is copied one
+        file at a time, the optimiser's even a tensor at a time; what is whole on the host is written from where it is.
+        """
+        if sharding == "fsdp" and self.processes > 1:
+            return checkpoint
+        return parameters * FLOAT if self.on_gpu else 0
 
     def _means(self, where: str, precision: str = "float32") -> tuple[float, float]:
         """Memory of the source's means on the device and, pinned there, on the host."""
@@ -218,7 +231,7 @@ def table(config: Config, encoder: str, gpus: int, n_images: int | None = None) 
     """Return the needs of all stages as a Markdown table; 0 GPUs is one process on a CPU core."""
     rows = ["| stage | reads | writes | disk | host / rank | GPU / rank | FLOPs | time |", "|---|" + "--:|" * 7]
     for name, need in Estimator(config, encoder, gpus or 1, gpus > 0, n_images).stages().items():
-        sizes = (need.reads, need.writes, need.disk, need.host, need.device)
+        sizes = (need.reads, need.writes, need.disk, need.host + need.main, need.device)
         cells = [f"`{name}`", *map(_bytes, sizes), f"{need.flops:.1e}", _time(need.seconds)]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"

@@ -125,6 +125,7 @@ class Need:
         reads, writes: bytes over the whole stage, all processes together.
         disk: most bytes that lie on the disk at a time, state and results.
         host: bytes of memory per process with its reading processes.
+        main: bytes of host memory that the main process takes besides.
         device: bytes of memory per process on its GPU; on a CPU they come on top of ``host``.
         flops: operations of all processes together.
         seconds: the longest of arithmetic, decoding and disk.
@@ -134,13 +135,14 @@ class Need:
     writes: float
     disk: float
     host: float
+    main: float
     device: float
     flops: float
     seconds: float
 
     def mem_mb(self, processes: int, on_gpu: bool) -> int:
         """Host memory of the whole job in MB."""
-        return int(processes * (self.host + (0 if on_gpu else self.device)) / 1e6)
+        return int((processes * (self.host + (0 if on_gpu else self.device)) + self.main) / 1e6)
 
     @property
     def disk_mb(self) -> int:

@@ -162,6 +162,8 @@ def _check_together(section: Any, where: str) -> None:
             )
         if section.rtol + section.atol <= 0:
             raise ValueError(f"'{where}.rtol' and '{where}.atol' are both 0; {section.solver} needs one of them")
+    if isinstance(section, Gmm) and section.init_means and section.n_init > 1:
+        raise ValueError(f"'{where}.n_init' is {section.n_init}, but '{where}.init_means' is one start; set it to 1")
     if isinstance(section, Sweep) and not section.modes:
         raise ValueError(f"'{where}.modes' must be a list of at least one number, got an empty one")
     if isinstance(section, Model):

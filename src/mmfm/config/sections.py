@@ -79,7 +79,7 @@ class Gmm:
     seed: int = key("seed of the start", minimum=0)
     precision: str = key("arithmetic of the E-step's products", choices=("float32", "float64"))
     chunk_size: int = operation("images per E-step product", unit="images", minimum=1)
-    n_init: int = key("starts; the one that ends with the best log-likelihood is kept", minimum=1)
+    n_init: int = budget("starts; the one that ends with the best log-likelihood is kept", minimum=1)
     init_means: str = key("file of K means to start from instead of `init` (.npy or gmm.safetensors); empty for none")
     e_step: str = key("`truncated`: images meet the modes near their last one only", choices=("exact", "truncated"))
     cache_gb: float = operation(

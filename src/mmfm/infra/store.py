@@ -8,6 +8,7 @@ import errno
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -193,6 +194,14 @@ def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: M
     return digest
 
 
+def _entry(dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """Check an array's entry in a safetensors header; return its dtype, shape, and where it starts and stops."""
+    (start, stop), kind = data_offsets, np.dtype(_SAFETENSORS_DTYPES[dtype])
+    if min(start, *shape, 0) < 0 or stop - start != kind.itemsize * math.prod(shape):
+        raise ValueError(f"an array {shape} of {dtype} doesn't take the bytes {start} to {stop}")
+    return kind, tuple(shape), start, stop
+
+
 def map_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Memory-map the arrays of a safetensors file read-only, with the metadata that :func:`write_arrays` stored.
 
@@ -212,14 +221,13 @@ def map_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]
         try:
             header = json.loads(file.read(length))
             metadata = json.loads(header.pop("__metadata__", {}).get(_METADATA, "{}"))
-        except ValueError as error:
+            entries = {name: _entry(**entry) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no safetensors file of this project ({error}); make it again") from error
     arrays = {}
-    for name, entry in header.items():
-        start, stop = entry["data_offsets"]
+    for name, (dtype, shape, start, stop) in entries.items():
         if 8 + length + stop > size:
             raise ValueError(f"{path} is truncated ({size:,} bytes, {8 + length + stop:,} expected); make it again")
-        dtype, shape = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]]), tuple(entry["shape"])
         if stop == start:
             arrays[name] = np.empty(shape, dtype)
             continue

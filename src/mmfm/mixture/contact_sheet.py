@@ -1,4 +1,4 @@
-"""A picture of some modes: the images whose tokens are nearest to the mode's mean."""
+"""A picture of some modes: the images whose tokens are likeliest under the mode."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from mmfm.mixture import reseeding
-from mmfm.mixture.gaussian import SHARP_FROM, Mixture
-from mmfm.mixture.moments import DROPPED_MASS, SufficientStatistics, m_step
+from mmfm.mixture.densities import DIRECT_FROM, SHARP_FROM, arithmetic
+from mmfm.mixture.gaussian import Mixture
+from mmfm.mixture.moments import DROPPED_MASS, NARROW_FROM, SufficientStatistics, m_step
 from mmfm.mixture.streaming import Rows
 from mmfm.mixture.truncated import Truncation, exact_winners, truncated_e_step
 
@@ -33,7 +34,9 @@ def posteriors(joint: Tensor) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor, Te
         (P,) and responsibility (P,) float64 of those that aren't, sorted by component.
     """
     top = joint.amax(1, keepdim=True)
-    close = joint > top - math.log(joint.shape[1] / DROPPED_MASS)
+    # At least the best itself, also where so small a number is lost in the rounding of a huge one: with variances of
+    # 1e-6, which some starts have, log-joints are -1e9.
+    close = joint >= top - math.log(joint.shape[1] / DROPPED_MASS)
     if int(close.count_nonzero()) > _DENSE_SHARE * close.numel():
         weight = joint.sub_(top).exp_()
         total = weight.sum(1, dtype=torch.float64)
@@ -61,7 +64,8 @@ def e_step(rows: Rows, mixture: Mixture, dtype: torch.dtype) -> SufficientStatis
     Args:
         dtype: arithmetic of the product of the densities; sums are float64 always.
     """
-    statistics = SufficientStatistics(mixture.means, mixture.covariance_type)
+    narrow = mixture.cancelling_terms() > NARROW_FROM
+    statistics = SufficientStatistics(mixture.means, mixture.covariance_type, narrow)
     for _, x in rows:
         log_prob, responsibilities = posteriors(mixture.log_joint(x, dtype, rows.space))
         statistics.log_likelihood += log_prob.sum()
@@ -130,7 +134,7 @@ def em_iterations(
             statistics, winners = truncated_e_step(rows, old, before, dtype, truncation)
             slack = functools.partial(truncation.gap_limit, rows, old, before, dtype)
         bound = float(statistics.log_likelihood) / rows.n
-        _check_rise(state, bound, slack)
+        _check_rise(state, bound, slack, _remedy(old, dtype, truncation))
         mixture, loss = m_step(statistics, old.covariance_type, reg_covar)
         mixture, moved = reseeding.reseed(mixture, statistics.count, reg_covar, sum(n > 0 for n in state.reseeded))
         below_floor = bool(old.diagonal().min() < reg_covar)  # only a start: its bound may be out of reach
@@ -157,19 +161,27 @@ def _change(bounds: tuple[float, ...]) -> float:
 
 def rounding(old: Mixture, new: Mixture, bound: float, dtype: torch.dtype) -> float:
     """Return how wrong the difference of two mean log-likelihoods may be: by the size of the terms that are summed."""
-    terms = 2 * (old.dimension + abs(bound))
+    coarse, fine = 2 * (old.dimension + abs(bound)), 0.0
     for mixture in (old, new):
-        m = mixture.means - mixture.centre()
-        # Components with larger terms are computed in float64.
-        terms += float(mixture.weights @ (m.square() / mixture.diagonal()).sum(1).clamp_max(SHARP_FROM))
-    return 8 * torch.finfo(dtype).eps * terms
+        terms = mixture.cancelling_terms()
+        coarse += float(mixture.weights @ terms.clamp_max(SHARP_FROM))
+        fine += float(mixture.weights @ terms.clamp_max(DIRECT_FROM))  # of the components computed in float64
+    return 8 * (
+        torch.finfo(arithmetic(old.covariance_type, dtype)).eps * coarse + torch.finfo(torch.float64).eps * fine
+    )
 
 
 FORGIVEN = 1e-6
 """A fall of the bound by so many nats per row stops no fit: it is a thousandth of the usual tolerance."""
 
 
-def _check_rise(state: EMState, bound: float, hidden: Callable[[], float] | None) -> None:
+def _remedy(mixture: Mixture, dtype: torch.dtype, truncation: Truncation | None) -> str:
+    choices = ["set gmm.precision to float64"] * (arithmetic(mixture.covariance_type, dtype) != torch.float64)
+    choices += ["set gmm.e_step to exact"] * (truncation is not None)
+    return " or ".join([*choices, "raise gmm.reg_covar"])
+
+
+def _check_rise(state: EMState, bound: float, hidden: Callable[[], float] | None, remedy: str) -> None:
     """Refuse a lower bound that fell by more than is explained; ``hidden`` measures what truncation may hide."""
     number = state.n_iter + 1
     if not math.isfinite(bound):
@@ -184,5 +196,5 @@ def _check_rise(state: EMState, bound: float, hidden: Callable[[], float] | None
     if fall > allowed:
         raise ValueError(
             f"EM iteration {number}: the mean log-likelihood fell by {fall:.3g} nats to {bound:.6g}, and at most "
-            f"{allowed:.3g} are explained; set gmm.precision to float64, or gmm.e_step to exact, and report this"
+            f"{allowed:.3g} are explained; {remedy}, and report this"
         )

@@ -1,7 +1,6 @@
 """The stage fit_gmm: starts, EM with a checkpoint every iteration, labels of all images, report."""
 
 import functools
-import json
 import math
 import time
 from dataclasses import replace
@@ -52,8 +51,10 @@ def fit(tokens: TokenStore, settings: Gmm, out_dir: str | Path, ranks: Ranks) ->
     covariance_shape(settings.covariance_type, settings.n_components, tokens.width)
     inputs = {"tokens": tokens.digest}
     if settings.init_means:
-        inputs["init_means"] = ranks.from_main(lambda: store.file_digest(settings.init_means))
-    identity = config.identity({"gmm": settings})
+        inputs["init_means"] = ranks.from_main(
+            lambda: initial.given_means_digest(settings.init_means, settings.n_components, tokens.width)
+        )
+    identity = config.identity({"gmm": replace(settings, init_means="")})  # known by its digest, wherever it lies
     state_dir = ranks.from_main(
         lambda: stage_state.state_directory(
             out_dir / "gmm.safetensors", "fit_gmm", VERSION, identity, inputs, {"tokens": tokens.path}
@@ -78,7 +79,7 @@ def fit(tokens: TokenStore, settings: Gmm, out_dir: str | Path, ranks: Ranks) ->
             "converged": state.converged,
             "lower_bounds": list(state.lower_bounds),
             "reseeded_components": sum(state.reseeded),
-            "collapsed_components": _collapsed(state.mixture, settings.reg_covar),
+            "collapsed_components": _collapsed(state.mixture, counts, settings.reg_covar),
             "seconds_per_iteration": float(np.mean(seconds)) if seconds else None,
             "settings": config.keys_of_kind(settings, "identity", "budget"),
         }
@@ -97,7 +98,7 @@ def _run_em(rows: Rows, settings: Gmm, state_dir: Path, dtype: torch.dtype, numb
     ranks = rows.ranks
     if number:
         state_dir = state_dir / f"start-{number:02d}"
-    newest = ranks.from_main(lambda: newest_iteration(state_dir, settings.max_iter))
+    newest, beyond = ranks.from_main(lambda: newest_iteration(state_dir, settings.max_iter))
     truncated = settings.e_step == "truncated"
     if newest is None:
         mixture, winners = initial.start(rows, settings, number)
@@ -116,6 +117,10 @@ def _run_em(rows: Rows, settings: Gmm, state_dir: Path, dtype: torch.dtype, numb
         truncation=Truncation() if truncated else None,
     )
     with Progress("fit_gmm", settings.max_iter, "iterations", done=state.n_iter, enabled=ranks.is_main) as progress:
+        if beyond and not state.converged:
+            progress.say(
+                f"goes on from iteration {state.n_iter}: what is kept of earlier runs ({beyond}) is above gmm.max_iter"
+            )
         for state in iterations:
             _save(rows, state_dir, state)
             seconds.append(time.perf_counter() - begin)
@@ -139,8 +144,8 @@ def _truncation_gap(rows: Rows, state: EMState, dtype: torch.dtype) -> dict[str,
     return {"nats_per_image": mean, "standard_error": error, "images": images}
 
 
-def _collapsed(mixture: Mixture, reg_covar: float) -> int:
-    return int((mixture.diagonal().amax(1) <= _COLLAPSED * reg_covar).sum())
+def _collapsed(mixture: Mixture, counts: np.ndarray, reg_covar: float) -> int:
+    return int(((mixture.diagonal().amax(1) <= _COLLAPSED * reg_covar).cpu().numpy() & (counts > 0)).sum())
 
 
 def _iteration_path(state_dir: Path, number: int) -> Path:
@@ -158,11 +163,16 @@ def save_iteration(state_dir: Path, state: EMState) -> None:
         "reseeded": list(state.reseeded),
         "slack": state.slack if math.isfinite(state.slack) else None,
     }
+    metadata["metadata_digest"] = store.fingerprint(metadata)  # the arrays' digest is the file's own
     winners = {} if state.winners is None else {"winners": state.winners.numpy()}
     state.mixture.save(_iteration_path(state_dir, state.n_iter), metadata, winners)
     for path in state_dir.glob("iteration-*.safetensors"):
-        if 0 < int(path.stem.split("-")[1]) < state.n_iter - 1:
+        if 0 < _number(path) < state.n_iter - 1:
             path.unlink()
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.split("-")[1])
 
 
 def load_iteration(path: Path, device: torch.device | str = "cpu", local: range | None = None) -> EMState:
@@ -172,17 +182,17 @@ def load_iteration(path: Path, device: torch.device | str = "cpu", local: range 
         local: global indices of the rows whose winners are wanted; None for all.
 
     Raises:
-        ValueError: the file is truncated, or its contents don't have the digest that they were written with.
+        ValueError: the file is truncated, or its contents don't have the digests that they were written with.
     """
-    try:
-        arrays, metadata = store.map_arrays(path)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+    arrays, metadata = store.map_arrays(path)
     if metadata.get("digest") != store.array_digest(*(arrays[name] for name in sorted(arrays))):
         raise ValueError(f"{path} is damaged; delete it")
-    missing = {"lower_bounds", "converged", "reseeded", "slack"} - set(metadata)
+    names = ("lower_bounds", "converged", "reseeded", "slack")
+    missing = [name for name in names if name not in metadata]
     if missing:
-        raise ValueError(f"{path} is no checkpoint of fit_gmm (it has no {', '.join(sorted(missing))}); delete it")
+        raise ValueError(f"{path} is no checkpoint of fit_gmm (it has no {', '.join(missing)}); delete it")
+    if metadata.get("metadata_digest") != store.fingerprint({name: metadata[name] for name in names}):
+        raise ValueError(f"{path} is damaged; delete it")
     return EMState(
         Mixture.load(path, device),
         tuple(metadata["lower_bounds"]),
@@ -200,15 +210,22 @@ def _local_winners(arrays: dict[str, np.ndarray], local: range | None, device: t
     return torch.tensor(own, device=device)
 
 
-def newest_iteration(state_dir: Path, max_iter: int) -> Path | None:
-    """Return the newest iteration that ``max_iter`` allows, passing over damaged ones; None if there is none."""
-    for path in sorted(state_dir.glob("iteration-*.safetensors"), reverse=True):
+def newest_iteration(state_dir: Path, max_iter: int) -> tuple[Path | None, int]:
+    """Return the newest iteration that ``max_iter`` allows, and the newest of all; damaged ones are passed over.
+
+    Returns:
+        Its path, None if there is none; and the other's number, 0 if it is the same.
+    """
+    beyond = 0
+    for path in sorted(state_dir.glob("iteration-*.safetensors"), key=_number, reverse=True):
         try:
-            if load_iteration(path).n_iter <= max_iter:
-                return path
+            load_iteration(path)
         except ValueError:
             continue
-    return None
+        if _number(path) <= max_iter:
+            return path, beyond
+        beyond = max(beyond, _number(path))
+    return None, beyond
 
 
 def predict_all(rows: Rows, mixture: Mixture, dtype: torch.dtype) -> tuple[np.ndarray, float]:

@@ -1,15 +1,4 @@
-"""Gaussian mixtures: densities, posteriors, draws, files.
-
-The log-density of all components is one matrix product of features of the data with a table of the components. With x
-and the means taken relative to the mixture's overall mean c, and z = x - c, m = mean - c, for diagonal variances v:
-
-    log w_k N(x; mean_k, v_k) = constant_k + [z, z^2] . [m_k / v_k, -1 / (2 v_k)],
-    constant_k = log w_k - (C log 2 pi + sum log v_k + sum m_k^2 / v_k) / 2
-
-Spherical variances need only the sum of z^2, a tied covariance one product with its whitening matrix first, and full
-ones a product for each component. Nothing larger than (B, K) or (B, 2 C) is made. Centring keeps the terms small, so
-that float32 is enough; TF32 and bfloat16 are not.
-"""
+"""Gaussian mixtures: parameters, posteriors, draws, files. Densities are computed in :mod:`mmfm.mixture.densities`."""
 
 import math
 import warnings
@@ -22,19 +11,13 @@ import torch
 from torch import Tensor
 
 from mmfm.infra import rng, store
-from mmfm.infra.precision import exact_float32
+from mmfm.mixture.densities import Densities
 from mmfm.mixture.workspace import Workspace
 
 COVARIANCE_TYPES = ("diag", "spherical", "tied", "full")
 
 MAX_COVARIANCE_BYTES = 2 << 30
 """The largest array of covariances that is worked with; a fit holds a handful of them."""
-
-SHARP_FROM = 2e4
-"""Sum of m^2 / v from which float32 terms cancel too much; such components are computed in float64.
-
-At D = 768 this is a component whose mean is 5 standard deviations off the centre along every axis.
-"""
 
 _SCORE_ROWS = 4096
 
@@ -88,7 +71,8 @@ class Mixture:
         by_axes = {1: "spherical", 2: "diag", 3: "full"}
         self.covariance_type = covariance_type or by_axes.get(self.variances.ndim, "diag")
         self.metadata = dict(metadata or {})
-        self._operands: dict[torch.dtype, tuple[Tensor, ...]] = {}
+        self._densities: dict[torch.dtype, Densities] = {}
+        self._whitening: Tensor | None = None
         self._check()
 
     def _check(self) -> None:
@@ -159,45 +143,29 @@ class Mixture:
         """
         return (self.weights @ self.means).to(dtype).double()
 
-    def sharp(self) -> Tensor:
-        """Return the components that float32 densities are wrong for, (S,) int64: narrow ones far from the centre."""
-        if self.covariance_type not in ("diag", "spherical"):
-            return torch.empty(0, dtype=torch.int64, device=self.device)
-        terms = ((self.means - self.centre(torch.float32)).square() / self.diagonal()).sum(1)
-        return (terms > SHARP_FROM).nonzero().squeeze(1)
+    def cancelling_terms(self) -> Tensor:
+        """Return the squared distance of every mean from the centre in units of its component's spread, (K,) float64.
+
+        It is the size of the terms that cancel in a log-density of the rows that are there; with the arithmetic's
+        epsilon it says how wrong that is.
+        """
+        offset = self.means - self.centre(torch.float32)
+        if self.covariance_type in ("diag", "spherical"):
+            return (offset.square() / self.diagonal()).sum(1)
+        return (offset[:, None] @ self.whitening()).square().sum((1, 2))
+
+    def log_determinants(self) -> Tensor:
+        """Return the logarithm of every covariance's determinant, (K,) float64, or () for ``tied``."""
+        if self.covariance_type in ("diag", "spherical"):
+            return self.diagonal().log().sum(1)
+        return 2 * self._cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
     def whitening(self) -> Tensor:
         """Return W, (C, C) or (K, C, C) float64, with W W^T the inverse covariance (``tied``, ``full``)."""
-        identity = torch.eye(self.dimension, dtype=torch.float64, device=self.device)
-        return torch.linalg.solve_triangular(self._cholesky, identity, upper=False).mT.contiguous()
-
-    def _prepared(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return centre (C,), constant (K,), table (F, K) and for tied, full the whitening: kept in ``dtype``.
-
-        For diagonal and spherical mixtures in float32, the sharp components and their table in float64 follow.
-        """
-        if dtype not in self._operands:
-            centre = self.centre(dtype)
-            m, whitening = self.means - centre, []
-            if self.covariance_type in ("diag", "spherical"):
-                v = self.variances.reshape(len(m), -1)
-                log_det = v.log().sum(1) * (self.dimension / v.shape[1])
-                linear, quadratic = m / v, v.reciprocal()
-            else:
-                whitening = [self.whitening()]
-                log_det = 2 * self._cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-                m = (m[:, None] @ whitening[0]).squeeze(1)
-                linear, quadratic = m, torch.ones_like(m[:, :1])
-            constant = self.weights.log() - 0.5 * (
-                self.dimension * math.log(2 * math.pi) + log_det + (m * linear).sum(1)
-            )
-            table = torch.cat((linear, -0.5 * quadratic), 1).T.contiguous()
-            extra = [part.to(dtype) for part in whitening]
-            if not whitening and dtype == torch.float32:
-                sharp = self.sharp()
-                extra = [sharp, constant[sharp], table[:, sharp].contiguous()]
-            self._operands[dtype] = (centre.to(dtype), constant.to(dtype), table.to(dtype), *extra)
-        return self._operands[dtype]
+        if self._whitening is None:
+            identity = torch.eye(self.dimension, dtype=torch.float64, device=self.device)
+            self._whitening = torch.linalg.solve_triangular(self._cholesky, identity, upper=False).mT.contiguous()
+        return self._whitening
 
     @torch.no_grad()
     def log_joint(self, x: Tensor, dtype: torch.dtype = torch.float64, space: Workspace | None = None) -> Tensor:
@@ -205,52 +173,25 @@ class Mixture:
 
         Args:
             x: (B, C).
-            dtype: arithmetic, float64 or float32. In float32 the error is about 1e-3 nats at C = 768 with variances of
-                the order of the data's. With variances near 1e-6 it would be hundreds: such components are computed in
-                float64 (``diag``, ``spherical``).
+            dtype: arithmetic, float64 or float32, of ``diag`` and ``spherical``. In float32 the error is about 1e-3
+                nats at C = 768 with variances of the order of the data's. With variances near 1e-6 it would be
+                hundreds: such components are computed in float64, and rounded. ``tied`` and ``full`` are in any case
+                computed in float64.
             space: where the result is made; the next call overwrites it. None: in new memory.
 
         Returns:
-            (B, K) of ``dtype``, without a gradient.
+            (B, K) of the arithmetic, without a gradient.
         """
-        space = space or Workspace(self.device)
-        centre, constant, table, *extra = self._prepared(dtype)
-        with exact_float32(self.device.type):
-            if self.covariance_type == "full":
-                return self._log_joint_full(x.to(self.device, dtype) - centre, constant, table, extra[0])
-            features = self._features(x, centre, extra.pop() if self.covariance_type == "tied" else None, space)
-            result = space.take("joint", dtype, len(x), len(constant))
-            torch.addmm(constant, features, table, out=result)
-            if extra and len(extra[0]):
-                sharp, constant, table = extra
-                features = self._features(x, self.centre(dtype), None, space)
-                result[:, sharp] = torch.addmm(constant, features, table).to(dtype)
-            return result
+        return self.densities(dtype).log_joint(x, space or Workspace(self.device))
 
-    def _features(self, x: Tensor, centre: Tensor, whitening: Tensor | None, space: Workspace) -> Tensor:
-        """Return [z, z^2] (B, 2 C), or with one precision for all axes [z, |z|^2] (B, C + 1), of z = x - centre."""
-        x, c, dtype = x.to(self.device), self.dimension, centre.dtype
-        diag = self.covariance_type == "diag"
-        features = space.take("features", dtype, len(x), 2 * c if diag else c + 1)
-        z = torch.sub(x, centre, out=features[:, :c])
-        if whitening is not None:
-            z.copy_(z @ whitening)
-        if diag:
-            torch.mul(z, z, out=features[:, c:])
-        else:
-            torch.sum(z.square(), 1, keepdim=True, out=features[:, c:])
-        return features
-
-    @staticmethod
-    def _log_joint_full(z: Tensor, constant: Tensor, table: Tensor, whitening: Tensor) -> Tensor:
-        result = torch.empty(len(z), len(constant), dtype=z.dtype, device=z.device)
-        norms = table[:-1].square().sum(0)
-        for k, matrix in enumerate(whitening):
-            result[:, k] = (z @ matrix - table[:-1, k]).square_().sum(1)
-        return result.mul_(-0.5).add_(constant + 0.5 * norms)
+    def densities(self, dtype: torch.dtype) -> Densities:
+        """Return what computes the densities in ``dtype``, made once."""
+        if dtype not in self._densities:
+            self._densities[dtype] = Densities(self, dtype)
+        return self._densities[dtype]
 
     def log_prob(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return the log-density of the mixture at x (B, C): (B,) of ``dtype``, nats."""
+        """Return the log-density of the mixture at x (B, C): (B,), nats; ``dtype`` as in :meth:`log_joint`."""
         return self.log_joint(x, dtype).logsumexp(1)
 
     def score(self, x: Tensor, dtype: torch.dtype = torch.float64) -> float:
@@ -266,12 +207,8 @@ class Mixture:
         """Return Akaike's information criterion for x (N, C); the lower the better."""
         return -2 * self.score(x) * len(x) + 2 * self.n_parameters
 
-    def log_posterior(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return log p(k | x) for x (B, C): (B, K) of ``dtype``."""
-        return self.log_joint(x, dtype).log_softmax(1)
-
     def predict_proba(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return p(k | x) for x (B, C): (B, K) of ``dtype``, rows summing to 1."""
+        """Return p(k | x) for x (B, C): (B, K), rows summing to 1; ``dtype`` as in :meth:`log_joint`."""
         return self.log_joint(x, dtype).softmax(1)
 
     def predict(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -285,7 +222,7 @@ class Mixture:
             tokens: (B, C), global tokens; computed in float32 by the encoder.
 
         Returns:
-            (B, K) of ``dtype`` on the mixture's device.
+            (B, K) on the mixture's device; ``dtype`` as in :meth:`log_joint`.
         """
         return self.predict_proba(tokens, dtype)
 

@@ -149,7 +149,7 @@ def lloyd_iteration(rows: Rows, centres: Tensor, candidates: Tensor, winners: Te
         (K, C) float32; a cluster without rows stays where it is.
     """
     table = Table(centres, candidates, torch.float32)
-    statistics = SufficientStatistics(table.means.double(), "spherical")
+    statistics = SufficientStatistics(table.means.double(), None)
     grouped_pass(rows, table, winners, statistics, None)
     statistics.share(rows.ranks)
     return (statistics.means + statistics.first / statistics.count.clamp_min(1)[:, None]).float()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmfm import data
 from mmfm.config import Gmm
-from mmfm.infra import rng
+from mmfm.infra import rng, store
 from mmfm.mixture.gaussian import Mixture, covariance_shape
 from mmfm.mixture.kmeans import lloyd, nearest
 from mmfm.mixture.moments import hard_moments, m_step
@@ -156,23 +156,30 @@ def read_rows(read: Read, indices: np.ndarray, block: int) -> np.ndarray:
 
 
 def given_means(path: str | Path, k: int, c: int) -> np.ndarray:
-    """Read means to start from: the array of a ``.npy`` file or the means of a ``gmm.safetensors``, (K, C) float32.
+    """Read means to start from: the array of a ``.npy`` file or the means of a ``gmm.safetensors``, (K, C) float64.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: another shape, or values that are not finite.
+        ValueError: there is no such file, or one of another shape or with values that are not finite numbers.
     """
     path = Path(path)
-    if path.suffix == ".npy":
-        means = np.load(path, allow_pickle=False)
-    else:
-        means = Mixture.load(path).means.numpy()
+    remedy = f"take a .npy file or a gmm.safetensors with finite means ({k}, {c}), or leave the key empty"
+    try:
+        means = np.load(path, allow_pickle=False) if path.suffix == ".npy" else Mixture.load(path).means.numpy()
+        means = np.asarray(means).astype(np.float64, casting="same_kind")
+    except (OSError, ValueError, EOFError, TypeError) as error:
+        raise ValueError(f"gmm.init_means: '{path}' can't be read ({error}); {remedy}") from error
     if means.shape != (k, c) or not np.isfinite(means).all():
         raise ValueError(
-            f"gmm.init_means: '{path}' holds an array {means.shape}, wanted are finite means ({k}, {c}), one for each "
-            "of gmm.n_components; take another file, or leave the key empty"
+            f"gmm.init_means: '{path}' holds an array {means.shape}, one mean for each of gmm.n_components is wanted, "
+            f"all finite; {remedy}"
         )
-    return means.astype(np.float32)
+    return means
+
+
+def given_means_digest(path: str | Path, k: int, c: int) -> str:
+    """Return the digest of a file of means, whose contents are checked; see :func:`given_means`."""
+    given_means(path, k, c)
+    return store.file_digest(path)
 
 
 def start(rows: Rows, settings: Gmm, number: int = 0) -> tuple[Mixture, Tensor | None]:
@@ -180,9 +187,11 @@ def start(rows: Rows, settings: Gmm, number: int = 0) -> tuple[Mixture, Tensor |
 
     * ``kmeans``: faiss's k-means on a sample of the rows, from K of them, then Lloyd's iterations of all processes on
       all rows, in which clusters are merged and split. Weights, means and variances are those of the clusters.
-    * given means: these, with weights and variances of the rows that are nearest to each, as in scikit-learn.
-    * ``k-means++`` and ``random_from_data``: K rows as means, equal weights, variances ``reg_covar``, which is what
-      scikit-learn's starts of these names amount to.
+    * given means: these, with weights and variances of the rows that are nearest to each. scikit-learn takes its own
+      k-means' for those.
+    * ``k-means++`` and ``random_from_data``: K rows as means, equal weights, variances ``reg_covar``. The first M-step
+      is that of scikit-learn's starts of these names, where every weight is 1/N (the first lower bound differs by
+      log N/K), but for ``tied``, where scikit-learn starts from the rows' scatter.
 
     Args:
         rows: this process's share of the rows.
@@ -192,7 +201,8 @@ def start(rows: Rows, settings: Gmm, number: int = 0) -> tuple[Mixture, Tensor |
         The mixture, and the cluster of this process's rows (n,) int32 where the start has clusters.
     """
     ranks = rows.ranks
-    centres = torch.tensor(ranks.from_main(lambda: _centres(rows, settings, number)), device=ranks.device)
+    chosen = torch.tensor(ranks.from_main(lambda: _centres(rows, settings, number)), device=ranks.device)
+    centres = chosen.float()
     if settings.init_means or settings.init == "kmeans":
         if settings.init_means:
             winners = nearest(rows, centres)
@@ -202,7 +212,7 @@ def start(rows: Rows, settings: Gmm, number: int = 0) -> tuple[Mixture, Tensor |
         rows.space.clear()  # EM's chunks are of other sizes
         mixture = m_step(moments, settings.covariance_type, settings.reg_covar)[0]
         if settings.init_means:
-            mixture = Mixture(mixture.weights, centres, mixture.variances, settings.covariance_type)
+            mixture = Mixture(mixture.weights, chosen, mixture.variances, settings.covariance_type)
         return mixture, winners
     k, c = centres.shape
     variances = torch.full(covariance_shape(settings.covariance_type, k, c), settings.reg_covar, dtype=torch.float64)

@@ -9,11 +9,6 @@ from mmfm.infra import store
 from mmfm.mixture.gaussian import Mixture
 
 
-def n_parameters(mixture: Mixture) -> int:
-    """Return the number of free parameters: means, variances, and weights that sum to 1."""
-    return mixture.n_parameters
-
-
 def entropy(shares: np.ndarray) -> float:
     """Return the entropy of non-negative shares (K,), nats: log K where all are equal, 0 where one has everything."""
     p = shares[shares > 0] / shares.sum()
@@ -53,7 +48,7 @@ def summarise(
         log_likelihood: mean over the rows under the final parameters, nats.
         classes: (N,) class labels; with one class there is nothing to compare with.
     """
-    n, p = len(labels), n_parameters(mixture)
+    n, p = len(labels), mixture.n_parameters
     weights = mixture.weights.cpu().numpy()
     active = counts[counts > 0]
     report = {

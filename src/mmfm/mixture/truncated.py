@@ -67,7 +67,8 @@ def neighbours(mixture: Mixture, m: int) -> Tensor:
     the largest H(j, k) - H(j, j). This knows what distances of means don't: the wide components that take their
     neighbours' outliers, and the narrow ones that must get theirs back. H is a product of moments with the table.
     """
-    centre, constant, table = mixture._prepared(torch.float32)[:3]
+    own = mixture.densities(torch.float32)
+    centre, constant, table = own.centre, own.constant, own.table
     means, variances = (mixture.means - centre).float(), mixture.diagonal().float()
     squares = means.square() + variances
     if mixture.covariance_type == "spherical":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmfm.infra import rng
 from mmfm.infra.distributed import Ranks
+from mmfm.mixture.moments import add_rows
 
 SILHOUETTE_IMAGES = 20_000
 """Images whose silhouette is taken; each is compared with the images of all components."""
@@ -50,8 +51,8 @@ class Clusters:
         first, second = torch.zeros_like(references), references.new_zeros(k, 1)
         for component, _, x in _by_component(rows, labels):
             x -= references[component]
-            _add_by_component(first, component, x)
-            _add_by_component(second, component, x.square_().sum(1, keepdim=True))
+            add_rows(first, component, x)
+            add_rows(second, component, x.square_().sum(1, keepdim=True))
         for tensor in (first, second):
             ranks.sum(tensor)
         shift = first / counts.clamp(min=1)[:, None]
@@ -91,7 +92,7 @@ def indices(
         wanted = sampled[image.cpu()].to(x.device)
         silhouette += _silhouettes(x[wanted], component[wanted], clusters).sum()
         x -= clusters.means[component]
-        _add_by_component(distances, component, x.square_().sum(1, keepdim=True).sqrt_())
+        add_rows(distances, component, x.square_().sum(1, keepdim=True).sqrt_())
     ranks.sum(distances)
     ranks.sum(silhouette)
     mean_distances = distances.squeeze(1)[active] / clusters.counts[active]
@@ -112,12 +113,6 @@ def _by_component(rows: Iterable[tuple[range, Tensor]], labels: np.ndarray) -> I
         for start in range(0, len(x), step):
             part = order[start : start + step]
             yield component[start : start + step], part + chunk.start, x[part].double()
-
-
-def _add_by_component(sums: Tensor, component: Tensor, values: Tensor) -> None:
-    """Add values (p, D), sorted by component (p,), to sums (K, D): in their order, so the same in every run."""
-    found, lengths = torch.unique_consecutive(component, return_counts=True)
-    sums[found] += torch.segment_reduce(values, "sum", lengths=lengths, axis=0, unsafe=True, initial=0)
 
 
 def _silhouettes(x: Tensor, component: Tensor, clusters: Clusters) -> Tensor:

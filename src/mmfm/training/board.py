@@ -1,20 +1,28 @@
 """Where a run can be watched besides its history: TensorBoard, or Weights and Biases.
 
-Nothing here is state. TensorBoard's files are made again from the history when a run goes on, so that no step appears
-twice; Weights and Biases passes over steps that it has seen.
+Nothing here is state. What a board keeps in files is made again from the history when a run goes on, so that no step
+appears twice; a server of Weights and Biases is told what it has not seen.
+
+A line is a dictionary of ``step`` and what belongs to it: numbers, or the path of a picture. A name without a slash is
+shown below ``train/``.
 """
 
 import logging
 import os
+import secrets
 import shutil
-import socket
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from mmfm.infra import store
 
 log = logging.getLogger(__name__)
 
 LOGGERS = ("tensorboard", "wandb", "none")
-_WANDB_HOST = ("api.wandb.ai", 443)
+_FINISH_SECONDS = 60
 
 
 class Board(Protocol):
@@ -62,56 +70,104 @@ class TensorBoard:
         self._writer.close()
 
     def _add(self, line: dict[str, Any]) -> None:
-        for name, value in line.items():
-            if name != "step":
-                self._writer.add_scalar(name if "/" in name else f"train/{name}", value, line["step"])
+        for name, value in _named(line).items():
+            if isinstance(value, Path):
+                with Image.open(value) as picture:
+                    self._writer.add_image(name, np.asarray(picture.convert("RGB")), line["step"], dataformats="HWC")
+            else:
+                self._writer.add_scalar(name, value, line["step"])
 
 
 class Wandb:
     """A run of Weights and Biases, one for a state directory however often it is resumed.
 
-    Without a network it is recorded offline, in ``folder/wandb``, for ``wandb sync``.
+    Where nothing can be sent (no network, no key, a wrong one) it is recorded offline, in ``folder/wandb``, for
+    ``wandb sync``. A recording has the whole history, and takes the place of those of earlier, interrupted runs.
+
+    The steps are an axis of their own, one for each kind of line: the steps that wandb counts by itself must rise, and
+    a line that comes late, as a distance after a kill, would be dropped.
+
+    Args:
+        lines: what the history holds already; what the server has of it is not sent again.
 
     Raises:
         ValueError: the package is not installed.
     """
 
-    def __init__(self, folder: Path, stage: str) -> None:
+    def __init__(self, folder: Path, lines: list[dict[str, Any]]) -> None:
         try:
             import wandb
         except ImportError as error:
             raise ValueError(
-                "train.logger is wandb, which is not installed: pip install wandb, or take tensorboard or none"
+                "train.logger is wandb, which is not installed: pip install 'wandb>=0.31,<1', or take another"
             ) from error
-        mode = os.environ.get("WANDB_MODE")
-        if mode is None and not _reachable(_WANDB_HOST):
-            log.warning("no network to %s: wandb records offline, in %s (wandb sync sends it)", _WANDB_HOST[0], folder)
-            mode = "offline"
-        self._run = wandb.init(project="mmfm", name=stage, id=folder.name, dir=str(folder), resume="allow", mode=mode)
+        self._wandb = wandb
+        earlier = list(folder.glob("wandb/offline-run-*"))
+        self._run = self._online(folder) or self._start(folder)
+        for left in [] if self._run.disabled else earlier:
+            shutil.rmtree(left, ignore_errors=True)
+        for metric in ("train/*", "preview/fid", "preview/images"):
+            self._run.define_metric(metric, step_metric=_axis(metric))
+        self._seen = {name: value for name, value in dict(self._run.summary).items() if name.endswith("/step")}
+        for line in lines:
+            self.write(line)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Send or record one line."""
-        self._run.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+        """Send or record one line, unless the server has it."""
+        values = _named(line)
+        axis = _axis(next(iter(values)))
+        if line["step"] > self._seen.get(axis, -1):
+            shown = {n: self._wandb.Image(str(v)) if isinstance(v, Path) else v for n, v in values.items()}
+            self._run.log({axis: line["step"], **shown})
 
     def close(self) -> None:
-        """Finish the run."""
+        """Finish the run; where the network is gone, that is given up after a minute and left to ``wandb sync``."""
         self._run.finish()
 
+    def _online(self, folder: Path) -> Any:
+        """Return a run that is sent, or None where WANDB_MODE is another, or with a warning if that can't be."""
+        if os.environ.get("WANDB_MODE", "online") != "online":
+            return None
+        try:
+            # Without the question for a key on a terminal, which nobody may be there to answer.
+            if self._wandb.login(prompt=False, verify=True):
+                return self._start(folder, mode="online", resume="allow")
+            problem = "no API key (wandb login)"
+        except self._wandb.Error as error:
+            problem = " ".join(str(error).split())
+        log.warning("wandb records offline, in %s (wandb sync sends it): %s", folder / "wandb", problem)
+        return self._start(folder, mode="offline")
 
-def _reachable(address: tuple[str, int]) -> bool:
-    try:
-        socket.create_connection(address, timeout=3).close()
-    except OSError:
-        return False
-    return True
+    def _start(self, folder: Path, **options: Any) -> Any:
+        return self._wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "mmfm"), name=folder.parent.name, id=_run_id(folder),
+            dir=str(folder), settings={"finish_timeout": _FINISH_SECONDS}, **options,
+        )  # fmt: skip
 
 
-def open_board(logger: str, state: Path, stage: str, lines: list[dict[str, Any]]) -> Board:
+def _run_id(folder: Path) -> str:
+    """Return the id of a state's run, made once: training the same anew is another run."""
+    path = folder / "wandb" / "id"
+    if not path.is_file():
+        with store.whole_file(path) as partial:
+            partial.write_text(f"{folder.name}-{secrets.token_hex(4)}")
+    return path.read_text()
+
+
+def _named(line: dict[str, Any]) -> dict[str, Any]:
+    return {name if "/" in name else f"train/{name}": value for name, value in line.items() if name != "step"}
+
+
+def _axis(name: str) -> str:
+    """Return the axis of the steps of what has this name."""
+    return "train/step" if name.startswith("train/") else f"{name}/step"
+
+
+def open_board(logger: str, state: Path, lines: list[dict[str, Any]]) -> Board:
     """Open the board of a run whose checkpoints lie in ``state``.
 
     Args:
         logger: name in :data:`LOGGERS`.
-        stage: name of the run.
         lines: of the history so far.
 
     Raises:
@@ -120,7 +176,7 @@ def open_board(logger: str, state: Path, stage: str, lines: list[dict[str, Any]]
     if logger == "tensorboard":
         return TensorBoard(state / "tensorboard", lines)
     if logger == "wandb":
-        return Wandb(state, stage)
+        return Wandb(state, lines)
     if logger == "none":
         return NoBoard()
     raise ValueError(f"unknown logger '{logger}'; it must be one of {', '.join(LOGGERS)}")

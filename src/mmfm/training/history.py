@@ -46,6 +46,16 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def preview_file(state: Path, step: int) -> Path:
+    """Return the place of the picture that shows the average of ``step``."""
+    return state / f"preview-{step:08d}.png"
+
+
+def previews(state: Path) -> dict[int, Path]:
+    """Return the pictures that there are, by step."""
+    return {int(path.stem.removeprefix("preview-")): path for path in sorted(state.glob("preview-*.png"))}
+
+
 def draw_curve(
     lines: list[dict[str, Any]], path: str | Path, title: str, distances: list[dict[str, Any]] | None = None
 ) -> None:

@@ -24,7 +24,7 @@ from mmfm.pictures import save_picture
 from mmfm.settings import SETTINGS
 from mmfm.training import latents, outputs
 from mmfm.training.fid_curve import DistanceFiles
-from mmfm.training.history import draw_curve_of
+from mmfm.training.history import draw_curve_of, preview_file
 from mmfm.training.inputs import TrainFiles, image_classes
 from mmfm.training.looks import fid_curve, previewer
 from mmfm.training.objective import FlowMatching
@@ -98,7 +98,7 @@ def train(
         distances = fid_curve(task, autoencoder, latent_shape, distance_files, digests["listing"], state, ranks)
 
     def draw_preview(average: nn.Module, step: int) -> None:
-        save_picture(preview(average), state / f"preview-{step:08d}.png")
+        save_picture(preview(average), preview_file(state, step))
         draw_curve_of(state, step, state / "curve.png", f"train {setting}")
 
     with memory.explained(_ROOM):

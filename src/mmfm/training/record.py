@@ -1,14 +1,26 @@
 """What a run writes down as it goes: its clock, the history, the board and the distances."""
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mmfm.infra.distributed import Ranks
-from mmfm.training.board import Board, open_board
-from mmfm.training.history import DISTANCES, HISTORY, append_line, draw_curve_of, keep_until, read_history
+from mmfm.training.board import Board, NoBoard, open_board
+from mmfm.training.history import (
+    DISTANCES,
+    HISTORY,
+    append_line,
+    draw_curve_of,
+    keep_until,
+    preview_file,
+    previews,
+    read_history,
+)
+
+log = logging.getLogger(__name__)
 
 
 class Clock:
@@ -51,7 +63,6 @@ class Record:
 
     Args:
         state: directory of the run.
-        stage: name of the run on the board.
         logger: see :mod:`mmfm.training.board`.
         step: the step that training goes on from. Later lines are of steps that will be taken again, and are removed;
             none are where it does not go on (None).
@@ -60,15 +71,16 @@ class Record:
         ValueError: the logger is unknown or not installed.
     """
 
-    def __init__(self, state: Path, stage: str, logger: str, step: int | None, ranks: Ranks) -> None:
+    def __init__(self, state: Path, logger: str, step: int | None, ranks: Ranks) -> None:
         self.state, self.ranks = state, ranks
         self._board: Board | None = None
 
         def open_all() -> None:
             for name in (HISTORY, DISTANCES):
                 keep_until(state / name, step)
-            lines = [*read_history(state / HISTORY), *map(_shown, read_history(state / DISTANCES))]
-            self._board = open_board(logger, state, stage, lines)
+            lines = [*read_history(state / HISTORY), *map(_distance, read_history(state / DISTANCES))]
+            pictures = [_picture(state, found) for found in previews(state) if step is None or found <= step]
+            self._board = open_board(logger, state, [*lines, *pictures])
 
         ranks.from_main(open_all)
 
@@ -80,21 +92,40 @@ class Record:
         """Add a line of the distances and draw the curve in the state under ``title``; a collective call."""
 
         def add() -> None:
-            self._write(DISTANCES, line, _shown(line))
+            self._write(DISTANCES, line, _distance(line))
             draw_curve_of(self.state, line["step"], self.state / "curve.png", title)
 
         self.ranks.from_main(add)
 
+    def add_preview(self, step: int) -> None:
+        """Show the picture of ``step``; a collective call."""
+        self.ranks.from_main(lambda: self._show(_picture(self.state, step)))
+
     def close(self) -> None:
         """Finish the board."""
         if self._board is not None:
-            self._board.close()
+            self._careful(self._board.close)
 
     def _write(self, name: str, line: dict[str, Any], shown: dict[str, Any]) -> None:
         append_line(self.state / name, line)
-        self._board.write(shown)
+        self._show(shown)
+
+    def _show(self, shown: dict[str, Any]) -> None:
+        self._careful(lambda: self._board.write(shown))
+
+    def _careful(self, call: Callable[[], None]) -> None:
+        """Call the board, which may lose its server or its process; training must not end by that."""
+        try:
+            call()
+        except Exception as error:
+            log.warning("the board fails (%s: %s); training goes on without it", type(error).__name__, error)
+            self._board = NoBoard()
 
 
-def _shown(line: dict[str, Any]) -> dict[str, Any]:
+def _distance(line: dict[str, Any]) -> dict[str, Any]:
     """What a board shows of a distance."""
     return {"step": line["step"], "preview/fid": line["distance"]}
+
+
+def _picture(state: Path, step: int) -> dict[str, Any]:
+    return {"step": step, "preview/images": preview_file(state, step)}

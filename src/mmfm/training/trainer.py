@@ -33,7 +33,8 @@ class Trainer:
         losses: see :data:`Losses`.
         plan: which images stand where.
         state: directory of the checkpoints.
-        preview: called with the average and the step on the main process; may draw pictures.
+        preview: called with the average and the step on the main process; draws the picture
+            :func:`mmfm.training.history.preview_file`.
         companion: see :class:`Companion`.
         distances: measured as the run goes; None for none.
     """
@@ -120,7 +121,7 @@ class Trainer:
         """
         routine, first = self.routine, self.step
         goes_on = first < target
-        self._record = Record(self.state, self.stage, routine.logger, first if goes_on else None, self.ranks)
+        self._record = Record(self.state, routine.logger, first if goes_on else None, self.ranks)
         self._clock = Clock(first, self.seconds)
         self.guard.start(first)
         progress = Progress(self.stage, target, "steps", done=first, enabled=self.ranks.is_main)
@@ -248,6 +249,7 @@ class Trainer:
         with self._clock.stopped(), memory.explained(remedy):
             average = self.average()
             self.ranks.from_main(lambda: self.preview(average, self.step))
+            self._record.add_preview(self.step)
 
     def _measure(self, target: int, feed: Feed | None, stop: StopRequest, progress: Progress) -> bool:
         """Measure the present step if that is due, and return whether the run was asked to stop meanwhile."""
