@@ -276,16 +276,16 @@ class Trainer:
             raise ValueError(explanation(self.plan, step, sorted(index for images in found for index in images)))
 
     def _check_weights(self) -> None:
-        """Raise ValueError if a weight or average is not finite: the update of a finite gradient can overflow."""
+        """Raise ValueError if weights or average have no finite norm: the update of a finite gradient can overflow."""
         if not self._finite():
             raise ValueError(
-                f"the weights are NaN or Inf by step {self.step:,}, though loss and gradient were finite before: an "
-                "update was too large. The last checkpoint is intact; lower the learning rate"
+                f"the weights are NaN, Inf or too large by step {self.step:,}, though loss and gradient were finite "
+                "before: an update was too large. The last checkpoint is intact; lower the learning rate"
             )
 
     @torch.no_grad()
     def _finite(self) -> bool:
-        """Whether all that is trained, and its average, is finite in every process; a collective call."""
+        """Whether all that is trained, and its average, has a finite norm in every process; a collective call."""
         norm = nn.utils.get_total_norm([*self.division.tensors, *self.division.averages])
         return self.ranks.sum(1 - norm.isfinite().float()).item() == 0
 
