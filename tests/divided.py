@@ -88,8 +88,18 @@ def main(folder: Path) -> None:
             run(folder / "poisoned" / "state-x", ranks, "fsdp", loss=poisoned)
         except ValueError as error:
             message = str(error)
+        overflow = {}
+        for sharding in ("ddp", "fsdp"):
+            made = trainer(folder / f"overflow-{sharding}" / "state-x", ranks, sharding)
+            if not ranks.is_main:  # one process alone has the broken part
+                made.division.averages[0].view(-1)[:1] = float("inf")
+            try:
+                made._save(None, milestone=False)
+            except ValueError as error:
+                overflow[sharding] = str(error)
+        said = ranks.gather((message, overflow))
         if ranks.is_main:
-            found = {"share": shards / (2 * whole), "gathered": gathered, "message": message}
+            found = {"share": shards / (2 * whole), "gathered": gathered, "said": said}
             (folder / "found.json").write_text(json.dumps(found))
 
 

@@ -434,7 +434,7 @@ def test_tokens_that_are_not_finite(files, refused, value):
 def test_a_loss_that_is_not_finite(files, refused):
     """A learning rate far too high: the line names the step, and no checkpoint holds what is broken."""
     line = files.command("train", "train.lr=1.0e+30", "train.clip_norm=0.0", "train.checkpoint_every=1")
-    refused(line, "NaN or Inf in step", "the last checkpoint is intact", "Lower the learning rate")
+    refused(line, "the weights are NaN, Inf or too large", "The last checkpoint is intact", "lower the learning rate")
     from safetensors.torch import load_file
 
     for path in files.out.glob("state-*/step-*/model.safetensors"):

@@ -36,7 +36,7 @@ def state(tmp_path: Path) -> Path:
 def test_what_is_read_is_what_was_written(state):
     write(state, 5)
     found = checkpoint.find(state, 10)
-    assert found.step == 5 and found.values == {"seconds": 1 / 3} and not found.milestone
+    assert found.step == 5 and found.values == {"seconds": 1 / 3}
     assert found.tensors("model")["weight"].tolist() == [5.0] * 4
     assert found.optimizer()["param_groups"][0]["betas"] == (0.9, 0.95)
 
@@ -99,8 +99,38 @@ def test_the_newest_stay_and_milestones_too(state):
     assert steps(state) == [1, 4, 5]
 
 
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_a_file, lose_the_manifest, break_the_manifest])
+def test_a_damaged_checkpoint_pushes_out_no_good_one_and_goes_with_the_next(state, damage):
+    write(state, 8, keep=2)
+    damage(write(state, 9, keep=2))
+    assert checkpoint.find(state, 100).step == 8
+    write(state, 10, keep=2)
+    assert [path.name for path in sorted(state.iterdir())] == ["step-00000008", "step-00000010"]
+
+
+def test_what_has_no_readable_manifest_goes_whenever_it_broke(state):
+    break_the_manifest(write(state, 8))
+    lose_the_manifest(write(state, 9))
+    write(state, 10, keep=1)
+    assert [path.name for path in state.iterdir()] == ["step-00000010"]
+
+
+def test_one_that_cannot_be_read_now_stays(state, monkeypatch):
+    write(state, 4)
+    write(state, 8)
+
+    def unreadable(path):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "file_digest", unreadable)
+        assert checkpoint.find(state, 10) is None
+    assert checkpoint.find(state, 10).step == 8
+
+
 def test_leftovers_of_killed_processes_go_with_the_next_checkpoint(state):
     (state / ".partial-1-step-00000003").mkdir()
+    (state / ".step-00000003.old").mkdir()
     write(state, 4)
     assert [path.name for path in state.iterdir()] == ["step-00000004"]
 

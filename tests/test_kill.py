@@ -150,11 +150,14 @@ def test_stages_without_units_leave_whole_files_or_none(stages, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "processes", "number"),
-    [("extract", 2, signal.SIGKILL), ("train", 2, signal.SIGTERM), ("sample", 1, signal.SIGINT)],
-)
-def test_the_launcher_and_all_its_processes_end(stages, tmp_path, name, processes, number):
-    """As from a terminal or a scheduler; torchrun starts its processes in groups of their own."""
+    ("name", "processes", "number", "everyone"),
+    [
+        ("extract", 2, signal.SIGKILL, False), ("train", 2, signal.SIGTERM, False), ("train", 2, signal.SIGTERM, True),
+        ("train", 2, signal.SIGUSR1, True), ("sample", 1, signal.SIGINT, False),
+    ],
+)  # fmt: skip
+def test_the_launcher_and_all_its_processes_end(stages, tmp_path, name, processes, number, everyone):
+    """As from a terminal, or from SLURM, which signals everyone; torchrun's processes are in groups of their own."""
     stage, out = stages[name], tmp_path / "out"
     watch, errors = Watch(out, pause=2.0, at=f"/{stage.units}"), errors_file(out)
     path = os.pathsep.join([str(site_folder(tmp_path / "site")), os.environ.get("PYTHONPATH", "")])
@@ -169,7 +172,11 @@ def test_the_launcher_and_all_its_processes_end(stages, tmp_path, name, processe
     wait_for_units(stage, out, set(), lambda: command.poll() is not None)
     family = [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]
     assert len(family) >= processes
-    os.killpg(command.pid, number)
+    if everyone:
+        for process in family:
+            process.send_signal(number)
+    else:
+        os.killpg(command.pid, number)
     assert command.wait(timeout=100) not in (0, None), errors.read_text()
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive, errors.read_text()

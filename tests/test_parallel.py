@@ -77,9 +77,15 @@ def test_a_checkpoint_of_shards_is_gathered_on_the_main_process_alone(two):
 
 
 def test_a_nan_stops_a_sharded_run_too(two):
-    message = json.loads((two / "found.json").read_text())["message"]
-    assert f"NaN or Inf in step {HALF + 2}: the loss of image" in message
+    for message, _ in json.loads((two / "found.json").read_text())["said"]:
+        assert f"NaN or Inf in step {HALF + 2}, in the loss of image" in message
     assert checkpoint.find(two / "poisoned" / "state-x", STEPS).step == HALF
+
+
+def test_weights_broken_in_one_process_are_saved_by_none(two):
+    for _, overflow in json.loads((two / "found.json").read_text())["said"]:
+        assert all("weights are NaN, Inf or too large" in overflow[sharding] for sharding in ("ddp", "fsdp"))
+    assert not list(two.glob("overflow-*/state-x/step-*"))
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])

@@ -117,3 +117,20 @@ def test_a_stage_asks_for_space_before_it_starts(stage, tiny_pipeline, files, tm
     assert main(command(stage, tmp_path, tiny_pipeline, files)) == 2
     message = capsys.readouterr().err
     assert f"{stage} still has about" in message and "GB are free" in message and message.count("\n") == 1
+
+
+def test_checkpoints_that_stay_are_no_room_for_new_ones(tiny_pipeline, tmp_path, capsys, monkeypatch):
+    def train(epochs: int) -> int:
+        values = settings(config.STAGES["train"], train={"epochs": epochs, "milestones": [1, 2, 5]})
+        line = ["train", "--setting", "uncond", "--settings", values, "--out-dir", str(tmp_path)]
+        return main([*line, *tiny_pipeline.train_arguments])
+
+    assert train(3) == 0
+    one = space.used(next(tmp_path.glob("state-*/step-00000015")))
+    # To come: milestones of epochs 5 and 6, one being written before one of the two others goes, and the weights.
+    needed = 3 * one + one // 4
+    monkeypatch.setattr(space, "free", lambda path: int(0.9 * needed))
+    assert train(6) == 2
+    assert "train still has about" in capsys.readouterr().err
+    monkeypatch.setattr(space, "free", lambda path: int(1.1 * needed))
+    assert train(6) == 0

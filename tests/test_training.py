@@ -1,6 +1,7 @@
 """The training loop: the same numbers whatever is interrupted, divided or cached."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -17,12 +18,14 @@ from conftest import MODES, SECTIONS, Pipeline, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfm.cli import train as command
+from mmfm.cli.__main__ import main
 from mmfm.config import STAGES
-from mmfm.infra import store
+from mmfm.infra import distributed, store
 from mmfm.infra.distributed import Ranks
 from mmfm.rae import RAE
 from mmfm.training import checkpoint, trainer
 from mmfm.training.ema import Ema
+from mmfm.training.guard import explanation
 from mmfm.training.latents import Plan
 from mmfm.training.loop import FlowMatching
 from mmfm.training.schedule import ConstantThenLinear, Cosine
@@ -119,6 +122,48 @@ def test_a_signal_saves_and_the_same_command_goes_on(tiny_pipeline, undisturbed,
     assert_same(run(tiny_pipeline, tmp_path), undisturbed)
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (signal.SIGTERM, signal.SIGTERM), (signal.SIGUSR1, signal.SIGUSR1), (signal.SIGINT, signal.SIGINT),
+        (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM),
+    ],
+)  # fmt: skip
+def test_a_request_that_arrives_twice_is_one_request(tiny_pipeline, tmp_path, monkeypatch, capfd, numbers):
+    """SLURM signals every process, and torchrun passes on what it got itself."""
+    step = trainer.Trainer._train_step
+
+    def interrupted(self, *inputs):
+        if self.step == 6:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        step(self, *inputs)
+
+    monkeypatch.setattr(trainer.Trainer, "_train_step", interrupted)
+    assert main(["train", *arguments(tiny_pipeline, tmp_path, "mode")]) == 130
+    assert steps_kept(tmp_path) == [4, 7]
+    assert "step 7 is saved" in capfd.readouterr().err
+
+
+def test_a_second_ctrl_c_after_a_while_does_not_wait_for_a_checkpoint(tiny_pipeline, tmp_path, monkeypatch, capfd):
+    step = trainer.Trainer._train_step
+
+    def interrupted(self, *inputs):
+        if self.step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+            monkeypatch.setattr(distributed, "_PATIENCE", 0.0)  # as if that time had passed
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("it waited")
+        step(self, *inputs)
+
+    monkeypatch.setattr(trainer.Trainer, "_train_step", interrupted)
+    assert main(["train", *arguments(tiny_pipeline, tmp_path, "mode")]) == 130
+    assert steps_kept(tmp_path) == [4]
+    errors = capfd.readouterr().err
+    assert "goes on from the last checkpoint" in errors and "saved" not in errors
+
+
 def test_kill_9_in_the_middle_changes_nothing(tiny_pipeline, tmp_path):
     long = {"epochs": 24, "decay_end_epoch": 24, "checkpoint_every": 10, "log_every": 3}
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": ""}
@@ -189,6 +234,29 @@ def test_a_finished_run_only_publishes(tiny_pipeline, undisturbed, tmp_path, mon
     assert (tmp_path / "preview.png").read_bytes() == (undisturbed / "preview.png").read_bytes()
 
 
+def test_a_finished_run_whose_outputs_are_in_place_does_nothing(tiny_pipeline, tmp_path, monkeypatch):
+    run(tiny_pipeline, tmp_path)
+    paths = sorted(tmp_path.glob("*.*"))
+    for path in paths:
+        os.utime(path, (0, 0))
+    before = {path: (path.stat().st_ino, path.read_bytes()) for path in paths}
+    with monkeypatch.context() as patch:
+        patch.setattr("mmfm.training.loop.load_encoder", lambda *_: pytest.fail("something is loaded"))
+        run(tiny_pipeline, tmp_path)
+    assert {path: (path.stat().st_ino, path.read_bytes()) for path in paths} == before
+    assert all(path.stat().st_mtime > 0 for path in paths)  # newer than the inputs, as Snakemake wants it
+
+
+@pytest.mark.parametrize("name", ["ema.safetensors", "history.jsonl", "preview.png"])
+def test_an_output_that_was_lost_or_changed_is_made_again(tiny_pipeline, tmp_path, name):
+    run(tiny_pipeline, tmp_path, epochs=1)
+    good = (tmp_path / name).read_bytes()
+    for damage in (Path.unlink, lambda path: path.write_bytes(good[:-1])):
+        damage(tmp_path / name)
+        run(tiny_pipeline, tmp_path, epochs=1)
+        assert (tmp_path / name).read_bytes() == good
+
+
 def test_other_settings_do_not_meet_the_state(tiny_pipeline, undisturbed, tmp_path):
     shutil.copytree(state_of(undisturbed), tmp_path / state_of(undisturbed).name)
     run(tiny_pipeline, tmp_path, lr=5e-4)
@@ -245,12 +313,82 @@ def test_a_nan_stops_before_it_reaches_the_weights(tiny_pipeline, undisturbed, t
         with pytest.raises(ValueError, match="in step 7") as caught:
             run(tiny_pipeline, tmp_path, log_every=log_every)
     if how == "loss":
-        assert f"image {image} of the listing" in str(caught.value)
+        assert f"in the loss of image {image} of the listing" in str(caught.value)
     else:  # all losses are finite still: the step was not applied
-        assert "the gradient is, over the images" in str(caught.value)
+        assert "in the gradient over images" in str(caught.value)
     assert steps_kept(tmp_path) == [4] and checkpoint.find(state_of(tmp_path), 15).step == 4
     run(tiny_pipeline, tmp_path)
     assert_equal(weights(tmp_path), weights(undisturbed))
+
+
+@pytest.mark.parametrize(("error", "raised"), [(KeyboardInterrupt, KeyboardInterrupt), (MemoryError, ValueError)])
+def test_the_board_is_closed_after_a_stop_and_after_an_error(tiny_pipeline, tmp_path, monkeypatch, error, raised):
+    closed = []
+
+    def ends(self, *inputs):
+        raise error
+
+    monkeypatch.setattr(trainer.Trainer, "_train_step", ends)
+    monkeypatch.setattr("mmfm.training.board.NoBoard.close", lambda self: closed.append(True))
+    with pytest.raises(raised):
+        run(tiny_pipeline, tmp_path)
+    assert closed == [True]
+
+
+@pytest.mark.parametrize(
+    ("culprits", "words"),
+    [
+        ([3], "in the loss of image 3 of the listing;"),
+        ([3, 5], "in the losses of images 3, 5 of the listing;"),
+        (list(range(10)), "in the losses of images 0, 1, 2, 3, 4, 5, 6, 7 and 2 more of the listing;"),
+        ([], "and 4 more of the listing;"),
+    ],
+)
+def test_what_is_said_of_a_nan(culprits, words):
+    text = explanation(Plan(seed=0, n_images=40, global_batch=12), 6, culprits)
+    assert text.startswith("NaN or Inf in step 7, in the ") and words in text
+    assert bool(culprits) != ("in the gradient over images " in text)
+
+
+@pytest.mark.parametrize(("lr", "log_every"), [(1e39, 1), (1e39, 100), (1e20, 100)])
+def test_weights_that_overflow_are_not_saved_and_no_image_is_blamed(tiny_pipeline, tmp_path, lr, log_every):
+    """The loss and gradient of the step that breaks them are finite."""
+    keys = {"keep_checkpoints": 1, "checkpoint_every": 1, "log_every": log_every, "schedule": "cosine"}
+    step = trainer.Trainer._train_step
+
+    def broken(self, *inputs):
+        if self.step == 3:
+            self.recipe = dataclasses.replace(self.recipe, lr=lambda step: lr)
+        step(self, *inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_train_step", broken)
+        with pytest.raises(ValueError, match=r"weights are NaN, Inf or too large by step .* lower the learning rate"):
+            run(tiny_pipeline, tmp_path, **keys)
+    kept = checkpoint.find(state_of(tmp_path), 15)
+    assert all(tensor.isfinite().all() for part in ("model", "ema") for tensor in kept.tensors(part).values())
+
+
+def test_weights_that_the_last_step_breaks_are_not_published(tiny_pipeline, tmp_path, monkeypatch):
+    step = trainer.Trainer._train_step
+
+    def broken(self, *inputs):
+        step(self, *inputs)
+        if self.step == 15:
+            self.division.averages[0].view(-1)[0] = float("nan")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_train_step", broken)
+        with pytest.raises(ValueError, match="weights are NaN, Inf or too large by step 15"):
+            run(tiny_pipeline, tmp_path)
+    assert not (tmp_path / "ema.safetensors").exists() and steps_kept(tmp_path) == [8, 12]
+    with monkeypatch.context() as patch:  # as an earlier version might have saved them
+        patch.setattr(trainer.Trainer, "_train_step", broken)
+        patch.setattr(trainer.Trainer, "_check_weights", lambda self: None)
+        run(tiny_pipeline, tmp_path)
+    (tmp_path / "ema.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"the weights in .*step-00000015' are not finite; remove it"):
+        run(tiny_pipeline, tmp_path)
 
 
 def test_previews_are_drawn_as_training_goes(tiny_pipeline, tmp_path):
@@ -356,6 +494,20 @@ def test_milestones_stay_so_that_a_lowered_budget_finds_them(tiny_pipeline, tmp_
     assert history(tmp_path, "step")[-1] == (10,)
 
 
+def test_milestones_that_are_not_reached_are_named(tiny_pipeline, tmp_path, caplog):
+    run(tiny_pipeline, tmp_path, "uncond", epochs=1, milestones=[1, 2, 99])
+    assert "train.milestones [2, 99] are not reached: train.epochs is 1" in caplog.text
+
+
+def test_an_image_size_that_the_decoder_does_not_make_is_refused(tiny_pipeline, tmp_path):
+    """Else `sample` would find out, after the training."""
+    line = arguments(tiny_pipeline, tmp_path, "mode")
+    with pytest.raises(ValueError, match=r"makes images of 32 pixels, but image.size is 30; set image.size or give"):
+        command.main([*line, "image.size=30"])
+    decoder = line.index("--decoder")
+    assert command.main([*line[:decoder], *line[decoder + 2 :], "image.size=30", "train.epochs=1"]) == 0
+
+
 class _Operations(TorchDispatchMode):
     """Collects the names of the operations that wait for a device."""
 
@@ -442,14 +594,36 @@ def test_out_of_memory_outside_the_steps_says_what_to_change(tiny_pipeline, tmp_
         run(tiny_pipeline, tmp_path, "mode", preview={**SECTIONS["train"]["preview"], "every": 3})
 
 
-@pytest.mark.parametrize("text", ["CUDA out of memory. Tried to allocate 2 GiB", "DefaultCPUAllocator: can't allocate"])
-def test_out_of_memory_says_what_to_lower(tiny_pipeline, undisturbed, tmp_path, monkeypatch, text):
-    error = torch.OutOfMemoryError if "CUDA" in text else RuntimeError
+def test_a_finished_run_is_published_without_a_picture_that_does_not_fit(
+    tiny_pipeline, undisturbed, tmp_path, monkeypatch, caplog
+):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("mmfm.training.looks.image_grid", full)
+    (tmp_path / "preview.png").write_text("of other weights")
+    run(tiny_pipeline, tmp_path)
+    assert_same(tmp_path, undisturbed)
+    assert not (tmp_path / "preview.png").exists()
+    assert "without preview.png: out of memory" in caplog.text and "Lower train.preview.n_images" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+        RuntimeError("DefaultCPUAllocator: can't allocate\nmore"),
+        MemoryError("Unable to allocate 8. EiB for an array"),  # NumPy's
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory_says_what_to_lower(tiny_pipeline, undisturbed, tmp_path, monkeypatch, error):
     step = trainer.Trainer._train_step
 
     def full(self, *inputs):
         if self.step == 6:
-            raise error(f"{text}\nmore")
+            raise error
         step(self, *inputs)
 
     with monkeypatch.context() as patch:
@@ -477,6 +651,7 @@ def test_the_average_follows_a_compiled_model():
     model.bias.requires_grad_(False)
     start = model.weight.detach().clone()
     ema = Ema(model, 0.9)
+    ema.follow([ema.module.weight], [model.weight])
     model.compile(backend="eager")
     optimizer = torch.optim.SGD([model.weight], lr=1.0)
     expected = start

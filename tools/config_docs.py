@@ -55,8 +55,8 @@ The kinds of keys:
 The keys of `encoders`, `models` and `decoder` count where they are used: those of another encoder or model rerun
 nothing, and of `decoder` only `weights` does unless that is `train`. Without a mixture (`uncond`) those of `gmm` count
 for nothing. Nor does what only another setting looks at: `label_dropout` and `label_draw` are of `class`, `class_gmm`,
-`mode_dropout` is of `mode`, `assignment`, `means_precision` and `mode_draw` of settings with a mixture; the other keys of
-`loss_weighting` count where there is a `rule`, `rtol` and `atol` where the solver chooses its steps.
+`mode_dropout` is of `mode`, `assignment`, `means_precision` and `mode_draw` of settings with a mixture; the other keys
+of `loss_weighting` count where there is a `rule`, `rtol` and `atol` where the solver chooses its steps.
 
 A target's name can carry `seed`, model, `k` (modes), `t` (time points) and `g` (guidance scale) instead, which is the
 way to sweep: everything that two variants share is made once.

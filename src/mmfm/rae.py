@@ -84,6 +84,24 @@ class RAE(nn.Module):
         images = self.decoder(latent.flatten(2).transpose(1, 2))
         return images * self.encoder.image_std[:, None, None] + self.encoder.image_mean[:, None, None]
 
+    def require_image_size(self, expected: int, file: str | Path) -> int:
+        """Return the pixels a side of the images that the decoder makes.
+
+        Args:
+            expected: ``image.size``.
+            file: the decoder's, for the message.
+
+        Raises:
+            ValueError: the size is another one.
+        """
+        size = self.encoder.grid[0] * self.decoder.config.patch_size
+        if size != expected:
+            raise ValueError(
+                f"the decoder {file} makes images of {size} pixels, but image.size is {expected}; "
+                "set image.size or give the decoder for it"
+            )
+        return size
+
 
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [0, 1] -> uint8 of the same shape: clamp, times 255, truncate (the reference's rounding)."""

@@ -96,7 +96,7 @@ class Sampler:
         bf16 = uses_bf16(self.settings.precision, self.device)
         self.precision = "reference" if self.settings.precision == "reference" else "bf16" if bf16 else "float32"
         self.autoencoder = self._load_autoencoder(files, sections["encoder"].family)
-        self.image_size = self._image_size(files, sections["image"].size)
+        self.image_size = self.autoencoder.require_image_size(sections["image"].size, files.decoder)
 
     def _check_labels(self, files: SampleFiles) -> None:
         """Raise ValueError if the label table of the weights does not fit their setting or the mixture."""
@@ -152,16 +152,6 @@ class Sampler:
         processor = _Processor(family, files.encoder_weights, self.latent_shape).to(self.device)
         statistics = rae.load_statistics(files.stats, self.latent_shape)
         return rae.RAE(processor, decoder, *statistics).requires_grad_(False).eval()
-
-    def _image_size(self, files: SampleFiles, expected: int) -> int:
-        decoder = self.autoencoder.decoder.config
-        size = self.latent_shape[1] * decoder.patch_size
-        if size != expected:
-            raise ValueError(
-                f"the decoder {files.decoder} makes images of {size} pixels, but image.size is {expected}; "
-                "set image.size or give the decoder for it"
-            )
-        return size
 
     @property
     def is_adaptive(self) -> bool:

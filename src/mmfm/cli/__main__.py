@@ -50,8 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         message = error if isinstance(error, ValueError) or error.errno is None else explain(error)
         print(f"{name}: error: {' '.join(str(message).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{name}: stopped; the same command goes on from here", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"{name}: {str(stop) or 'stopped; the same command goes on from here'}", file=sys.stderr)
         return 130
 
 

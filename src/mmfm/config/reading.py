@@ -1,6 +1,7 @@
 """From YAML files and ``section.key=value`` arguments to frozen dataclasses, strictly: whatever is wrong is named."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +21,9 @@ from mmfm.config.sections import (
     Train,
 )
 from mmfm.config.spelling import nearest
+
+_LARGEST_GAMMA = 20
+"""The ratio of a label's loss to the mean reaches the number of labels; a power of it must stay below infinity."""
 
 
 def load(files: Iterable[str | Path], overrides: Iterable[str] = ()) -> Config:
@@ -120,6 +124,8 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
     kinds = typing.get_args(hint) or (hint,)
     for kind in kinds:
         if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise ValueError(f"'{where}' is {value}; it must be a finite number")
             return float(value)
         if type(value) is kind:
             return value
@@ -143,6 +149,8 @@ def _check_together(section: Any, where: str) -> None:
     if isinstance(section, LossWeighting):
         if not 0 <= section.decay < 1:
             raise ValueError(f"'{where}.decay' is {section.decay}; it must be in [0, 1)")
+        if section.gamma > _LARGEST_GAMMA:
+            raise ValueError(f"'{where}.gamma' is {section.gamma}; it must be at most {_LARGEST_GAMMA}")
         if not 0 < section.bounds[0] <= 1 <= section.bounds[1]:
             raise ValueError(f"'{where}.bounds' are {list(section.bounds)}; give 0 < smallest <= 1 <= largest")
     if isinstance(section, Guidance | Guide) and not 0 <= section.interval[0] <= section.interval[1] <= 1:

@@ -8,6 +8,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ import torch
 import torch.distributed as dist
 
 _PR_SET_PDEATHSIG = 1
+
+_PATIENCE = 5.0
+"""Seconds from the first SIGINT on in which another one is the same request."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +121,14 @@ class StopRequest:
 
     Ranks must leave at the same step: ask :meth:`agreed` at points that all of them pass. As a context manager it puts
     the former handlers back at the end.
+
+    One request arrives several times: SLURM signals every process, and torchrun passes on what it got itself. So only a
+    SIGINT that comes :data:`_PATIENCE` seconds or more after the first is a person who does not want to wait.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._interrupted: float | None = None
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         self._former = {number: signal.signal(number, self._remember) for number in numbers}
 
@@ -132,9 +140,13 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: Any) -> None:
-        if self.signal is not None:  # a second request: the person does not want to wait
-            raise KeyboardInterrupt
         self.signal = number
+        if number != signal.SIGINT:
+            return
+        if self._interrupted is None:
+            self._interrupted = time.monotonic()
+        elif time.monotonic() - self._interrupted >= _PATIENCE:
+            raise KeyboardInterrupt("stopped at once; the same command goes on from the last checkpoint")
 
     def agreed(self, ranks: Ranks) -> bool:
         """Whether any process was asked to stop. A collective call, between CPUs: it does not wait for a GPU."""

@@ -15,8 +15,10 @@ def explained(remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one, and the CPU's allocator knows no better
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        # Python and NumPy have a type for it, and torch one for GPUs; its CPU allocator's is RuntimeError itself.
+        named = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not named and "DefaultCPUAllocator" not in str(error):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"out of memory ({reason}). {remedy}; what was saved before is intact") from error

@@ -27,17 +27,18 @@ def free(path: str | Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def require(state: str | Path, stage: str, total: int) -> None:
+def require(state: str | Path, stage: str, total: int, written: int | None = None) -> None:
     """Refuse to start a stage that would fill the disk.
 
     Args:
-        state: its state directory; what already lies there is not needed again.
+        state: its state directory.
         total: bytes that the stage has written when it is finished, state and outputs together.
+        written: those of them that are not needed again; by default all that lies in the state.
 
     Raises:
         ValueError: less is free than is still to be written.
     """
-    needed, there = total - used(state), free(state)
+    needed, there = total - (used(state) if written is None else written), free(state)
     if needed > there:
         raise ValueError(
             f"{stage} still has about {needed / 1e9:,.2f} GB to write, but only {there / 1e9:,.2f} GB are free at "

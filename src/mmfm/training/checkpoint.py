@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmfm.infra import store
+from mmfm.infra import space, store
 from mmfm.models.dit import DiT, DiTConfig
 
 log = logging.getLogger(__name__)
@@ -33,13 +33,11 @@ class Checkpoint:
     Attributes:
         path: its directory.
         step: optimiser steps that it has behind it.
-        milestone: whether it ended a run; such a checkpoint is never pruned.
         values: the small state that goes with it, JSON values.
     """
 
     path: Path
     step: int
-    milestone: bool
     values: dict[str, Any]
 
     def tensors(self, part: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -67,7 +65,7 @@ def save(
         tensors: state dicts by part.
         optimizer: the optimiser's state dict.
         values: JSON-serialisable state.
-        milestone: see :class:`Checkpoint`.
+        milestone: whether it ended a run, or may; such a checkpoint is never pruned.
         keep: how many of the newest other checkpoints stay.
 
     Returns:
@@ -75,9 +73,7 @@ def save(
     """
     final = state / f"step-{step:08d}"
     partial = state / f".partial-{os.getpid()}-{final.name}"
-    # What a full disk or a kill left unfinished would take the room of this one.
-    for left in state.glob(".partial-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    _remove_leftovers(state)  # they would take the room of this one
     partial.mkdir(parents=True)
     for part, tensor in tensors.items():
         with store.whole_file(partial / f"{part}.safetensors") as file:
@@ -93,23 +89,47 @@ def save(
 
 
 def _prune(state: Path, keep: int, saved: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints up to step ``saved`` and the milestones, and killed leftovers.
+    """Remove all but the newest ``keep`` checkpoints up to step ``saved`` and the milestones, and what is none.
 
-    What lies above the step just saved was passed over as damaged when this run started, so it does not count.
+    What lies above the step just saved could not be read when this run started, so it does not count.
     """
-    ordinary = []
-    for step, path in _candidates(state):
-        try:
-            if step <= saved and not store.read_json(path / "manifest.json")["milestone"]:
-                ordinary.append((step, path))
-        except (OSError, ValueError, KeyError):
-            continue  # no checkpoint of ours: find() warns of it
-    for _, path in ordinary[keep:]:
-        # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under its name.
-        doomed = path.with_name(f".partial-{path.name}")
-        os.replace(path, doomed)
-    for doomed in state.glob(".partial-*"):
-        shutil.rmtree(doomed, ignore_errors=True)
+    found = {path: _is_milestone(path) for step, path in _candidates(state) if step <= saved}
+    ordinary = [path for path, milestone in found.items() if milestone is False]
+    broken = [path for path, milestone in found.items() if milestone is None]
+    for path in ordinary[keep:] + broken:
+        _set_aside(path)
+    _remove_leftovers(state)
+
+
+def _is_milestone(path: Path) -> bool | None:
+    """Whether a checkpoint stays for good; None where its manifest is broken, so that it is none."""
+    try:
+        return bool(store.read_json(path / "manifest.json")["milestone"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def replaceable(state: Path) -> int:
+    """Return the bytes of checkpoints that later ones push out, and of leftovers."""
+    passing = [path for _, path in _candidates(state) if not _is_milestone(path)]
+    return sum(map(space.used, [*passing, *_leftovers(state)]))
+
+
+def _set_aside(path: Path) -> None:
+    """Take its name from a checkpoint: a kill in the middle of its removal must not leave half of one."""
+    doomed = path.with_name(f".partial-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+
+
+def _leftovers(state: Path) -> list[Path]:
+    """What a kill or a full disk left unfinished (the latter pattern: in publish_directory), and what was set aside."""
+    return [*state.glob(".partial-*"), *state.glob(".step-*.old")]
+
+
+def _remove_leftovers(state: Path) -> None:
+    for left in _leftovers(state):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _candidates(state: Path) -> list[tuple[int, Path]]:
@@ -129,7 +149,7 @@ def read(path: Path) -> Checkpoint:
     manifest = store.read_json(path / "manifest.json")
     try:
         run, step, files = manifest["run"], manifest["step"], manifest["files"]
-        found = Checkpoint(path, step, manifest["milestone"], manifest["values"])
+        found = Checkpoint(path, step, manifest["values"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"its manifest lacks {error}") from error
     if run != path.parent.name or path.name != f"step-{step:08d}":
@@ -143,7 +163,8 @@ def read(path: Path) -> Checkpoint:
 def find(state: Path, target: int) -> Checkpoint | None:
     """Find the checkpoint from which a run to step ``target`` goes on.
 
-    That is the one of exactly that step, or else the newest. Those that are not whole are passed over with a warning.
+    That is the one of exactly that step, or else the newest. Those that are not whole are passed over with a warning,
+    and removed with the next :func:`save`: they must not push out good ones.
 
     Returns:
         None where there is none.
@@ -151,15 +172,16 @@ def find(state: Path, target: int) -> Checkpoint | None:
     Raises:
         ValueError: training is already beyond ``target`` and no checkpoint of that step was kept.
     """
-    candidates = _candidates(state)
-    for _, path in sorted(candidates, key=lambda candidate: (candidate[0] != target, -candidate[0])):
+    for _, path in sorted(_candidates(state), key=lambda candidate: (candidate[0] != target, -candidate[0])):
         try:
             found = read(path)
         except (ValueError, OSError) as error:
             log.warning("checkpoint %s is passed over: %s", path, error)
+            if isinstance(error, ValueError):  # a disk that can't be read now may be later
+                _set_aside(path)
             continue
         if found.step > target:
-            kept = ", ".join(str(step) for step, _ in reversed(candidates))
+            kept = ", ".join(str(step) for step, _ in reversed(_candidates(state)))
             raise ValueError(
                 f"training in {state} is already at step {found.step}, and step {target} was not kept (there are: "
                 f"{kept}); raise the budget to one of these or more, or remove the directory to start anew"

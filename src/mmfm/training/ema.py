@@ -21,13 +21,13 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        # Frozen parameters are equal in both from the start.
-        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        own, others = dict(self.module.named_parameters()), dict(model.named_parameters())
-        self.follow([own[name] for name in trained], [others[name] for name in trained])
+        self._pairs: tuple[list[Tensor], list[Tensor]] = [], []
 
     def follow(self, averages: list[Tensor], weights: list[Tensor]) -> None:
-        """Move these tensors from now on, of the average and of the model: where both were divided, their shards."""
+        """Move these tensors of the average and of the model from now on: where both were divided, their shards.
+
+        Frozen ones need not be among them: they are equal in both from the start.
+        """
         self._pairs = averages, weights
 
     @torch.no_grad()

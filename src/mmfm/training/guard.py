@@ -5,6 +5,8 @@ from torch import Tensor
 
 from mmfm.training.latents import Plan
 
+_NAMED = 8
+
 
 class Guard:
     """Notes on the device that a step's loss or gradient is not finite.
@@ -41,14 +43,15 @@ def explanation(plan: Plan, step: int, culprits: list[int]) -> str:
         culprits: images whose loss is not finite, ascending; none if all losses are finite.
     """
     if culprits:
-        blame = f"the loss of image {', '.join(map(str, culprits[:8]))} of the listing is"
+        what = "loss of" if len(culprits) == 1 else "losses of"
+        images = culprits
     else:
-        first = step * plan.global_batch
+        what, first = "gradient over", step * plan.global_batch
         images = plan.images(range(first, first + plan.global_batch)).tolist()
-        blame = f"the gradient is, over the images {', '.join(map(str, images[:8]))}, ... of the listing"
-    if len(culprits) > 8:
-        blame = blame.replace(" of the listing", f" (and {len(culprits) - 8} more) of the listing")
+    named = ", ".join(map(str, images[:_NAMED]))
+    more = f" and {len(images) - _NAMED} more" if len(images) > _NAMED else ""
     return (
-        f"NaN or Inf in step {step + 1}: {blame}; the weights are as before it and the last checkpoint is intact. "
-        "Lower the learning rate, use precision float32, or look at these images"
+        f"NaN or Inf in step {step + 1}, in the {what} image{'s' if len(images) > 1 else ''} {named}{more} of the "
+        "listing; the weights are as before it and the last checkpoint is intact. Lower the learning rate, use "
+        "precision float32, or look at these images"
     )

@@ -1,5 +1,6 @@
 """Flow matching in the latent space: the stage ``train``."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +22,9 @@ from mmfm.mixture.gaussian import Mixture
 from mmfm.models.dit import DiT, DiTConfig
 from mmfm.pictures import save_picture
 from mmfm.settings import SETTINGS, effective
-from mmfm.training import latents
-from mmfm.training.checkpoint import save_ema
+from mmfm.training import latents, outputs
 from mmfm.training.fid_curve import DistanceFiles
-from mmfm.training.history import draw_curve_of, preview_file, publish_history
+from mmfm.training.history import draw_curve_of, preview_file
 from mmfm.training.inputs import TrainFiles, image_classes
 from mmfm.training.looks import fid_curve, previewer
 from mmfm.training.objective import FlowMatching
@@ -32,6 +32,8 @@ from mmfm.training.recipe import Recipe, Routine
 from mmfm.training.schedule import ConstantThenLinear, Cosine
 from mmfm.training.trainer import Trainer
 from mmfm.training.weighting import LossWeighting
+
+log = logging.getLogger(__name__)
 
 _ROOM = (
     "Model, average, optimiser and the source's means do not fit: set train.means_device to host (changes no result), "
@@ -71,26 +73,34 @@ def train(
             out_dir / "ema.safetensors", "train", version, identity, digests, files.paths
         )
     )
+    beyond = [epoch for epoch in settings.milestones if epoch > settings.epochs]
+    if beyond and ranks.is_main:
+        log.warning("train.milestones %s are not reached: train.epochs is %d", beyond, settings.epochs)
     n_images = len(Listing.open(files.listing))
     plan = latents.Plan(
         settings.seed, n_images, settings.global_batch, ranks.rank, ranks.world, settings.micro_batch, settings.flip
     )
+    target = settings.epochs * plan.steps_per_epoch
+    measures = bool(settings.preview.fid_every and distance_files is not None and files.decoder is not None)
+    if ranks.from_main(lambda: outputs.in_place(out_dir, state, target, bool(files.decoder), measures)):
+        return
     with memory.explained(_ROOM):
         autoencoder = _load_autoencoder(files, sections["encoder"], ranks.device)
         latent_shape = (autoencoder.encoder.hidden_size, *autoencoder.encoder.grid)
+        if files.decoder:
+            autoencoder.require_image_size(sections["image"].size, files.decoder)
         task = _build_task(setting, files, settings, latent_shape, ranks.device)
         task = replace(task, weighting=_build_weighting(task, plan.steps_per_epoch, ranks.device))
         model = _build_model(task, sections["model"], latent_shape).to(ranks.device)
     preview = previewer(task, autoencoder, latent_shape, settings.preview)
     distances = None
-    if settings.preview.fid_every and distance_files is not None and files.decoder is not None:
+    if measures:
         distances = fid_curve(task, autoencoder, latent_shape, distance_files, digests["listing"], state, ranks)
 
     def draw_preview(average: nn.Module, step: int) -> None:
         save_picture(preview(average), preview_file(state, step))
         draw_curve_of(state, step, state / "curve.png", f"train {setting}")
 
-    target = settings.epochs * plan.steps_per_epoch
     with memory.explained(_ROOM):
         trainer = Trainer(
             "train", model, task.losses, plan, _recipe(settings, plan.steps_per_epoch),
@@ -108,7 +118,7 @@ def train(
         trainer.run(target, None)
     provenance = _provenance(setting, sections, latent_shape, digests, plan, trainer.step)
     average = trainer.average()
-    ranks.from_main(lambda: _publish(out_dir, state, average, provenance, preview if files.decoder else None))
+    ranks.from_main(lambda: outputs.publish(out_dir, state, average, provenance, preview if files.decoder else None))
 
 
 def _load_autoencoder(files: TrainFiles, encoder: config.Encoder, device: torch.device) -> rae.RAE:
@@ -206,13 +216,3 @@ def _provenance(
         "digests": digests,
         **{f"{name}_digest": digest for name, digest in digests.items()},
     }
-
-
-def _publish(
-    out_dir: Path, state: Path, average: nn.Module, provenance: dict[str, Any], preview: Callable[..., Any] | None
-) -> None:
-    """Write the outputs of a finished run."""
-    publish_history(state, provenance["step"], out_dir, f"train {provenance['setting']}")
-    if preview is not None:
-        save_picture(preview(average), out_dir / "preview.png")
-    save_ema(out_dir / "ema.safetensors", average, provenance)

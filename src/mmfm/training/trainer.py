@@ -3,6 +3,7 @@
 What is trained is a function from a micro batch to one loss per image; flow matching and the decoder share the rest.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,11 +81,11 @@ class Trainer:
             Whether the run is finished, so that nothing is left but to publish; see also :meth:`owes`.
 
         Raises:
-            ValueError: the disk has no room for the checkpoints of the run.
+            ValueError: the disk has no room for the checkpoints of the run, or the weights found are not finite.
         """
         found = self.ranks.from_main(lambda: checkpoint.find(self.state, target))
         if found is None or found.step < target:
-            self.ranks.from_main(lambda: space.require(self.state, self.stage, self._disk()))
+            self.ranks.from_main(lambda: self._require_disk(0 if found is None else found.step, target))
         if self.distances is not None:
             self.distances.resume(0 if found is None else found.step)
         if found is None:
@@ -95,6 +96,11 @@ class Trainer:
         self.step, self.logged_step = found.step, found.values["logged_step"]
         self.seconds = found.values["seconds"]
         self.loss_sum.fill_(found.values["loss_sum"])
+        if not self._finite():
+            raise ValueError(
+                f"the weights in '{found.path}' are not finite; remove it, and the run goes on from the checkpoint "
+                "before it, or starts anew"
+            )
         if self.companion is not None:
             self.companion.load(found.values["companion"], found.step)
         return self.step == target
@@ -110,7 +116,7 @@ class Trainer:
             feed: not needed where that step is reached.
 
         Raises:
-            ValueError: a loss or gradient is not finite, or memory ran out; the last checkpoint is intact.
+            ValueError: a loss, gradient or weight is not finite, or memory ran out; the last checkpoint is intact.
             KeyboardInterrupt: a signal asked to stop; a checkpoint of this very step was written before.
         """
         routine, first = self.routine, self.step
@@ -119,13 +125,13 @@ class Trainer:
         self._clock = Clock(first, self.seconds)
         self.guard.start(first)
         progress = Progress(self.stage, target, "steps", done=first, enabled=self.ranks.is_main)
-        with memory.explained(routine.remedy), StopRequest() as stop, progress:
+        closed = contextlib.closing(self._record)  # after a stop or an error too
+        with closed, memory.explained(routine.remedy), StopRequest() as stop, progress:
             # What a run that was killed while it measured had not finished.
             if self._measure(target, feed, stop, progress):
                 self._leave(progress)
             if goes_on:
                 self._train(target, feed, stop, progress)
-        self._record.close()
 
     def _train(self, target: int, feed: Feed, stop: StopRequest, progress: Progress) -> None:
         routine = self.routine
@@ -158,12 +164,15 @@ class Trainer:
         progress.say(f"asked to stop: step {self.step:,} is saved")
         raise KeyboardInterrupt
 
-    def _disk(self) -> int:
-        """Bytes that a run writes: the checkpoints kept, a milestone, the one being written, and the weights."""
+    def _require_disk(self, step: int, target: int) -> None:
+        """Ask for room for the checkpoints kept, the milestones to come, the one being written, and the weights."""
         weights = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
         trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         one = (1 if self.ema is None else 2) * weights + 2 * trained
-        return (self.routine.keep_checkpoints + 2) * one + weights
+        milestones = len({target, *(s for s in self.routine.milestones if step < s < target)})
+        total = (self.routine.keep_checkpoints + milestones + 1) * one + weights
+        # Milestones that are there give no room back; the first new checkpoint is written before an old one goes.
+        space.require(self.state, self.stage, total, min(checkpoint.replaceable(self.state), total - one))
 
     def _train_step(self, forward: nn.Module, batches: Iterator[tuple[MicroBatch, Any]]) -> None:
         """Take one optimiser step on the mean loss of the global batch; nothing here waits for the device."""
@@ -218,6 +227,7 @@ class Trainer:
     def _save(self, feed: Feed, milestone: bool) -> None:
         """Write a checkpoint, of finite weights only."""
         self._check(feed)
+        self._check_weights()
         self.seconds = self._clock.seconds
         tensors = {part: self.division.state(part) for part in (("model",) if self.ema is None else ("model", "ema"))}
         optimizer = self.division.optimizer_state(self.optimizer)
@@ -261,8 +271,23 @@ class Trainer:
         """
         step = self.guard.first_broken()
         if step is not None:
+            self._check_weights()  # these would make every loss NaN: no image is to blame
             found = self.ranks.gather(self._culprits(step, feed))
             raise ValueError(explanation(self.plan, step, sorted(index for images in found for index in images)))
+
+    def _check_weights(self) -> None:
+        """Raise ValueError if weights or average have no finite norm: the update of a finite gradient can overflow."""
+        if not self._finite():
+            raise ValueError(
+                f"the weights are NaN, Inf or too large by step {self.step:,}, though loss and gradient were finite "
+                "before: an update was too large. The last checkpoint is intact; lower the learning rate"
+            )
+
+    @torch.no_grad()
+    def _finite(self) -> bool:
+        """Whether all that is trained, and its average, has a finite norm in every process; a collective call."""
+        norm = nn.utils.get_total_norm([*self.division.tensors, *self.division.averages])
+        return self.ranks.sum(1 - norm.isfinite().float()).item() == 0
 
     @torch.no_grad()
     def _culprits(self, step: int, feed: Feed) -> list[int]:
