@@ -1,5 +1,8 @@
 """Mixture densities, posteriors and draws against SciPy and scikit-learn."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -173,3 +176,18 @@ def test_samples_have_the_mixtures_moments_and_are_keyed_by_number(covariance_ty
     later, later_modes = mixture.sample(10, seed=7, first=500)
     assert torch.equal(later, x[500:510])
     assert torch.equal(later_modes, modes[500:510])
+
+
+@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
+def test_a_mixture_that_nobody_holds_is_gone_at_once(covariance_type):
+    """A fit makes one an iteration, with its tables: those of the last must not wait for the garbage collector."""
+    mixture = random_mixture(0, 4, 3, covariance_type)
+    for dtype in (torch.float32, torch.float64):
+        mixture.log_joint(torch.zeros(2, 3), dtype)
+    held = weakref.ref(mixture)
+    gc.disable()
+    try:
+        del mixture
+        assert held() is None
+    finally:
+        gc.enable()

@@ -60,7 +60,9 @@ class Densities:
     """
 
     def __init__(self, mixture: "Mixture", dtype: torch.dtype) -> None:
-        self._mixture, self.dtype = mixture, arithmetic(mixture.covariance_type, dtype)
+        self.dtype = arithmetic(mixture.covariance_type, dtype)
+        # Not the mixture itself, which keeps this object: a cycle would hold the memory of many iterations.
+        self._means, self._variances = mixture.means, mixture.variances
         k, c = mixture.means.shape
         self._diag = mixture.covariance_type == "diag"
         self._whitening = mixture.whitening() if mixture.covariance_type in ("tied", "full") else None
@@ -117,8 +119,8 @@ class Densities:
 
     def _distances(self, x: Tensor, number: int) -> Tensor:
         """Return the squared distances of x (B, C) float64 from a component's mean in units of its spread, (B,)."""
-        deviation = x - self._mixture.means[number]
+        deviation = x - self._means[number]
         if self._whitening is None:
-            return deviation.square_().div_(self._mixture.variances[number]).sum(1)
+            return deviation.square_().div_(self._variances[number]).sum(1)
         own = self._whitening if self._whitening.ndim == 2 else self._whitening[number]
         return (deviation @ own).square_().sum(1)
