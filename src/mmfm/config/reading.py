@@ -162,18 +162,21 @@ def _check_together(section: Any, where: str) -> None:
             )
         if section.rtol + section.atol <= 0:
             raise ValueError(f"'{where}.rtol' and '{where}.atol' are both 0; {section.solver} needs one of them")
-    if isinstance(section, Gmm) and section.init_means and section.n_init > 1:
-        raise ValueError(f"'{where}.n_init' is {section.n_init}, but '{where}.init_means' is one start; set it to 1")
     if isinstance(section, Sweep) and not section.modes:
         raise ValueError(f"'{where}.modes' must be a list of at least one number, got an empty one")
     if isinstance(section, Model):
         for width, heads in zip(section.hidden_size, section.num_heads, strict=True):
             if width % heads or (width // heads) % 4:
                 raise ValueError(f"'{where}': width {width} over {heads} heads must give a multiple of 4 per head")
-    if isinstance(section, Gmm) and section.e_step == "truncated" and section.covariance_type in ("tied", "full"):
-        raise ValueError(
-            f"'{where}.e_step' truncated needs covariance_type diag or spherical, not {section.covariance_type}; "
-            f"set '{where}.e_step' to exact"
-        )
+    if isinstance(section, Gmm):
+        if section.e_step == "truncated" and section.covariance_type in ("tied", "full"):
+            raise ValueError(
+                f"'{where}.e_step' truncated needs covariance_type diag or spherical, not {section.covariance_type}; "
+                f"set '{where}.e_step' to exact"
+            )
+        if section.init_means and section.n_init > 1:
+            raise ValueError(
+                f"'{where}.n_init' is {section.n_init}, but '{where}.init_means' is one start; set it to 1"
+            )
     if isinstance(section, Decoder) and section.hidden_size % section.num_heads:
         raise ValueError(f"'{where}.hidden_size' {section.hidden_size} is no multiple of num_heads {section.num_heads}")

@@ -210,20 +210,19 @@ def _local_winners(arrays: dict[str, np.ndarray], local: range | None, device: t
 
 
 def newest_iteration(state_dir: Path, max_iter: int) -> tuple[Path | None, int]:
-    """Return the newest iteration that ``max_iter`` allows, and the newest of all; damaged ones are passed over.
+    """Return the newest whole iteration that ``max_iter`` allows, and the number of the newest that it does not.
 
     Returns:
-        Its path, None if there is none; and the other's number, 0 if it is the same.
+        Its path, None if there is none; and that number, 0 if there is none.
     """
-    beyond = 0
-    for path in sorted(state_dir.glob("iteration-*.safetensors"), key=_number, reverse=True):
+    files = {_number(path): path for path in state_dir.glob("iteration-*.safetensors")}
+    beyond = max((number for number in files if number > max_iter), default=0)
+    for number in sorted((number for number in files if number <= max_iter), reverse=True):
         try:
-            load_iteration(path)
-        except ValueError:
+            load_iteration(files[number])
+        except ValueError:  # damaged
             continue
-        if _number(path) <= max_iter:
-            return path, beyond
-        beyond = max(beyond, _number(path))
+        return files[number], beyond
     return None, beyond
 
 

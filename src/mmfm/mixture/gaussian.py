@@ -73,6 +73,7 @@ class Mixture:
         self.metadata = dict(metadata or {})
         self._densities: dict[torch.dtype, Densities] = {}
         self._whitening: Tensor | None = None
+        self._cancelling: Tensor | None = None
         self._check()
 
     def _check(self) -> None:
@@ -149,10 +150,13 @@ class Mixture:
         It is the size of the terms that cancel in a log-density of the rows that are there; with the arithmetic's
         epsilon it says how wrong that is.
         """
-        offset = self.means - self.centre(torch.float32)
-        if self.covariance_type in ("diag", "spherical"):
-            return (offset.square() / self.diagonal()).sum(1)
-        return (offset[:, None] @ self.whitening()).square().sum((1, 2))
+        if self._cancelling is None:
+            offset = self.means - self.centre(torch.float32)
+            if self.covariance_type in ("diag", "spherical"):
+                self._cancelling = (offset.square() / self.diagonal()).sum(1)
+            else:
+                self._cancelling = (offset[:, None] @ self.whitening()).square().sum((1, 2))
+        return self._cancelling
 
     def log_determinants(self) -> Tensor:
         """Return the logarithm of every covariance's determinant, (K,) float64, or () for ``tied``."""

@@ -66,7 +66,8 @@ class SufficientStatistics:
         if self.covariance_type == "full":
             for k in range(len(self.means)):
                 self._add_scatter(k, z - (self.means[k] - self.centre), r[:, k])
-        self._add_centred(z, r.sum(0), r.sum(1), lambda rows: r.T @ rows, slice(None))
+        mass = r.sum(1) if self.covariance_type == "tied" else None
+        self._add_centred(z, r.sum(0), mass, lambda rows: r.T @ rows, slice(None))
 
     def add_pairs(self, x: Tensor, component: Tensor, row: Tensor, weight: Tensor) -> None:
         """Add pairs (component, row of x, weight), each (P,), sorted by component; x is (b, C), weight float64.
@@ -89,17 +90,17 @@ class SufficientStatistics:
         starts = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
         r = _sparse_matrix(starts, row, weight, (len(found), len(x)))
         count = weight.new_zeros(len(found)).index_add_(0, _positions(lengths), weight)
-        mass = weight.new_zeros(len(x)).index_add_(0, row, weight)
+        mass = weight.new_zeros(len(x)).index_add_(0, row, weight) if self.covariance_type == "tied" else None
         self._add_centred(x.double().sub_(self.centre), count, mass, lambda rows: r @ rows, found)
 
     def _add_centred(
-        self, z: Tensor, count: Tensor, mass: Tensor, sums: Callable[[Tensor], Tensor], found: Tensor | slice
+        self, z: Tensor, count: Tensor, mass: Tensor | None, sums: Callable[[Tensor], Tensor], found: Tensor | slice
     ) -> None:
         """Add moments of rows z (b, C) about the centre, which are overwritten.
 
         Args:
             count: (F,) responsibilities by component.
-            mass: (b,) responsibilities by row.
+            mass: (b,) responsibilities by row, of which ``tied`` has need.
             sums: from values of the rows (b, C) to their sums by component, weighted by responsibility, (F, C).
             found: the components.
         """
