@@ -19,14 +19,16 @@ OVERLAY = Path("overlay.yaml")
 
 
 def plan(
-    keys: dict, targets: list[str], touch: bool = False, version: str | None = None, force: str | None = None
-) -> list[str]:
+    keys: dict, targets: list[str], touch: bool = False, version: str | None = None, force: str | None = None,
+    parameters: bool = False,
+) -> list[str] | dict[str, str]:  # fmt: skip
     """Return the rules that a call would run; with ``touch`` its outputs are made, empty, and recorded as up to date.
 
     Args:
         keys: laid over config.yaml.
         version: a stage whose VERSION is raised by one for this call.
         force: a rule to run in any case, as by ``-R``.
+        parameters: return the parameter of every job of a stage by its first output instead.
     """
     OVERLAY.write_text(yaml.safe_dump(keys))
     if version:
@@ -47,6 +49,8 @@ def plan(
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.touch() if path.suffix not in ("", ".zarr") else path.mkdir(exist_ok=True)
                 dag.execute_workflow(executor="touch")
+            if parameters:
+                return {str(job.output[0]): job.params.settings for job in jobs if "settings" in job.params.keys()}
             return sorted({job.rule.name for job in jobs})
     finally:
         if version:
