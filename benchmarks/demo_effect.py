@@ -118,7 +118,7 @@ def draw_samples(path: Path) -> None:
     import numpy as np
 
     from mmfm.infra import npz
-    from mmfm.pictures import image_grid
+    from mmfm.infra.pictures import image_grid
 
     panels = {
         "Gaussian source": ("uncond", TIME_POINTS[-1]),

@@ -32,7 +32,7 @@ from mmfm.flow.source import GaussianSource
 from mmfm.infra import rng
 from mmfm.infra.distributed import Ranks, choose_device
 from mmfm.models.dit import DIT_PRESETS, DiTConfig
-from mmfm.training import latents, loop
+from mmfm.training import latents, setup
 from mmfm.training.objective import FlowMatching
 from mmfm.training.record import Clock
 from mmfm.training.trainer import Trainer
@@ -67,9 +67,12 @@ def make_trainer(name: str, batch: int, state: Path) -> Trainer:
     plan = latents.Plan(0, IMAGES, batch)
     labels = torch.arange(IMAGES) % LABELS
     task = FlowMatching("class", GaussianSource(), None, settings, time_shift(SHAPE), (labels, LABELS))
-    model = loop._build_model(task, read.models[name], SHAPE).to(ranks.device)
+    model = setup.model(task, read.models[name], SHAPE).to(ranks.device)
     state.mkdir(parents=True, exist_ok=True)
-    recipe, routine = loop._recipe(settings, plan.steps_per_epoch), loop._routine(settings, plan.steps_per_epoch)
+    recipe, routine = (
+        setup.recipe(settings, plan.steps_per_epoch),
+        setup.routine(settings, plan.steps_per_epoch),
+    )
     return Trainer("train", model, task.losses, plan, recipe, routine, state, ranks)
 
 

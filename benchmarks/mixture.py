@@ -121,11 +121,12 @@ def run_engine(path: Path, k: int, max_iter: int, e_step: str, cache_gb: float) 
     import torch
 
     from mmfm.infra.distributed import Ranks
-    from mmfm.mixture import fit, initial
+    from mmfm.mixture import initial
     from mmfm.mixture.em import EMState, em_iterations
     from mmfm.mixture.groups import GROUP_ROWS
     from mmfm.mixture.streaming import Rows
     from mmfm.mixture.truncated import Truncation, measure_gap
+    from mmfm.stages import fit_gmm
 
     initial.import_faiss()
     baseline = _baseline()
@@ -150,7 +151,7 @@ def run_engine(path: Path, k: int, max_iter: int, e_step: str, cache_gb: float) 
     clock.mark()
     for state in iterations:  # noqa: B007 - the last one is used
         clock.mark()
-    fit.predict_all(rows, state.mixture, torch.float32)
+    fit_gmm.predict_all(rows, state.mixture, torch.float32)
     clock.mark()
     about = {"bounds": list(state.lower_bounds), "converged": state.converged, "peak_mb": _status("VmHWM") - baseline}
     about["reseeded"] = sum(state.reseeded)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from mmfm.cli import extract, fit_gmm, latent_stats, list_images, spatial_gmm
-from mmfm.demo import pad_to_rgb, read_idx
+from mmfm.data.fashion_mnist import pad_to_rgb, read_idx
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import runs
-from mmfm.training.checkpoint import load_ema
+from mmfm.models.weights import load_ema
 
 EVERY = 20
 IMAGES, BATCH = 320, 32

@@ -9,11 +9,9 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from mmfm import config as mmfm_config
-from mmfm import unused
-from mmfm import workflow as wf
 from mmfm.infra.store import MODEL_FILES
-from mmfm.needs import Estimator
-from mmfm.settings import SETTINGS as MMFM_SETTINGS
+from mmfm.workflow import garbage, jobs, locks, targets
+from mmfm.workflow.resources import Estimator
 
 
 def checked(function, *arguments):
@@ -35,19 +33,19 @@ pathvars:
 
 
 ENCODERS = list(C.encoders)
-SETTINGS = list(MMFM_SETTINGS)
+SETTINGS = list(mmfm_config.SETTINGS)
 # Autoguidance: the suffix of a setting's name.
 GUIDED = ["", "_ag"]
 
 # Stages run `python`: that of the environment Snakemake itself runs in, also when it was not activated.
-wf.prepare_environment()
+jobs.prepare_environment()
 
 # Ctrl-C and schedulers signal all processes of a job: `tee` must outlive its stage, whose last words say what was saved.
 # Here and not in the rules, because changed commands rerun everything.
 shell.prefix("set -euo pipefail; tee() {{ trap '' HUP INT TERM USR1; exec tee \"$@\"; }}; ")
 
 _gpu_limit = workflow.global_resources.get("gpu")
-GPUS = checked(wf.gpus_per_job, C.gpus, _gpu_limit.value if _gpu_limit is not None else None)
+GPUS = checked(jobs.gpus_per_job, C.gpus, _gpu_limit.value if _gpu_limit is not None else None)
 ALL_CORES = max(1, workflow.cores or 1)
 # Stages that can run beside others leave them half of the cores.
 SHARED_CORES = max(1, ALL_CORES // 2)
@@ -60,10 +58,13 @@ MEM_MB = {stage: need.mem_mb(PROCESSES, GPUS > 0) for stage, need in NEEDS.items
 
 # Operation keys by stage, as `section.key=value`. They reach the commands as resources, which are not compared between
 # runs as `params` are: they change no number, so changing them reruns nothing.
-OPERATION = {stage: " ".join(mmfm_config.stage_operation(C, stage)) for stage in mmfm_config.STAGES}
+OPERATION = {
+    stage: " ".join(mmfm_config.StageConfig.of(C, stage, encoder=ENCODERS[0]).operation())
+    for stage in mmfm_config.STAGES
+}
 
 if workflow.is_main_process:
-    _lock = wf.clear_stale_locks(Path(".snakemake"))
+    _lock = locks.clear_stale_locks(Path(".snakemake"))
 
 
 wildcard_constraints:
@@ -73,23 +74,23 @@ wildcard_constraints:
     k=r"\d+",
     t=r"\d+",
     g=r"(\.g\d+(\.\d+)?)?",
-    training=rf"seed\d+\.{wf.any_of(C.models)}(\.k\d+)?(\.guide)?",
+    training=rf"seed\d+\.{targets.any_of(C.models)}(\.k\d+)?(\.guide)?",
 
 
-# A result's name: encoder, setting, autoguidance, and the variant as far as it is named (see mmfm.workflow.Variant).
-NAME = rf"{wf.any_of(ENCODERS)}_{wf.any_of(SETTINGS)}(_ag)?({wf.variant_pattern(C.models)})"
-COMPLETE_NAME = rf"{wf.any_of(ENCODERS)}_{wf.complete_pattern(C)}"
+# A result's name: encoder, setting, autoguidance, and the variant as far as it is named (see mmfm.workflow.targets.Variant).
+NAME = rf"{targets.any_of(ENCODERS)}_{targets.any_of(SETTINGS)}(_ag)?({targets.variant_pattern(C.models)})"
+COMPLETE_NAME = rf"{targets.any_of(ENCODERS)}_{targets.complete_pattern(C)}"
 
 
-def parameter(stage, replaced=lambda wildcards: {}):
+def parameter(stage, named=lambda wildcards: {}):
     """Return a function for `params`: the stage's settings as canonical JSON, the only thing that Snakemake compares.
 
-    `replaced` gives the keys that the wildcards set, by section.
+    `named` gives the keys that the wildcards set, by section, and the model.
     """
 
     def value(wildcards):
         encoder, setting = getattr(wildcards, "encoder", ENCODERS[0]), getattr(wildcards, "setting", "")
-        return checked(lambda: wf.stage_parameter(C, stage, encoder, setting, **replaced(wildcards)))
+        return checked(lambda: jobs.stage_parameter(C, stage, encoder, setting, **named(wildcards)))
 
     return value
 
@@ -104,7 +105,7 @@ def remember_unstarted():
 def remember_configuration():
     """Record the configuration and the folders of the stages, by which `mmfm clean` judges."""
     outputs = [Path(output) for rule in workflow.rules for output in rule.output]
-    unused.remember(
+    garbage.remember(
         C, RESULTS, (path.relative_to(RESULTS).parts[0] for path in outputs if path.is_relative_to(RESULTS))
     )
 
@@ -137,16 +138,16 @@ def detector_weights(wildcards):
 
 def training_variant(wildcards):
     """Return the complete variant behind the `training` wildcard."""
-    return checked(wf.parse_variant, f".{wildcards.training.removesuffix('.guide')}", wildcards.setting, C)
+    return checked(targets.parse_variant, f".{wildcards.training.removesuffix('.guide')}", wildcards.setting, C)
 
 
 def trained_model(wildcards):
-    """Return the keys of `train` and the section `model` that a job's wildcards set; a guide has its own budget."""
+    """Return the keys of `train` and the model that a job's wildcards set; a guide has its own budget."""
     complete = training_variant(wildcards)
     keys = {"seed": complete.seed, "model": complete.model}
     if wildcards.training.endswith(".guide"):
         keys["epochs"] = C.guide.epochs
-    return {"train": keys, "model": mmfm_config.keys_of_kind(C.models[complete.model], "identity")}
+    return {"train": keys, "model": complete.model}
 
 
 def mixture_inputs(wildcards):
@@ -180,8 +181,8 @@ def guide_weights(wildcards):
 def sampled(wildcards):
     """Return the keys of `sample` that a job's wildcards set."""
     text = f".{wildcards.training}.t{wildcards.t}{wildcards.g}"
-    complete = checked(wf.parse_variant, text, wildcards.setting, C, bool(wildcards.ag))
-    guidance = wf.guidance_keys(complete.g, bool(wildcards.ag), C)
+    complete = checked(targets.parse_variant, text, wildcards.setting, C, bool(wildcards.ag))
+    guidance = targets.guidance_of(complete.g, bool(wildcards.ag), C)
     return {"sample": {"time_points": complete.t, "guidance": guidance}}
 
 
@@ -222,7 +223,7 @@ def train_operation(wildcards):
 def complete_name(wildcards, kind):
     """Return the file with the complete name behind a short one; `kind` is txt or json."""
     encoder, setting, ag, text = re.fullmatch(NAME, wildcards.request).group(1, 2, 3, 4)
-    complete = checked(wf.parse_variant, text, setting, C, ag is not None)
+    complete = checked(targets.parse_variant, text, setting, C, ag is not None)
     return f"{RESULTS}/fid/{encoder}_{setting}{ag or ''}.{complete}.{kind}"
 
 

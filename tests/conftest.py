@@ -151,8 +151,8 @@ def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, tiny_images: Path) -> Pipeline:
     """Statistics, mixtures of 4 modes and a random decoder for the tiny images, written as docs/stages.md lays down."""
-    from mmfm.decoder import Decoder, DecoderConfig, save_decoder
-    from mmfm.encoders import load_encoder
+    from mmfm.autoencoder.decoder import Decoder, DecoderConfig, save_decoder
+    from mmfm.autoencoder.encoders import load_encoder
 
     root = tmp_path_factory.mktemp("pipeline")
     listing_path = write_listing(root / "listing.train.safetensors", tiny_images)

@@ -5,6 +5,7 @@ run, each a sorted list of names.
 """
 
 import contextlib
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -20,8 +21,8 @@ OVERLAY = Path("overlay.yaml")
 
 def plan(
     keys: dict, targets: list[str], touch: bool = False, version: str | None = None, force: str | None = None,
-    parameters: bool = False,
-) -> list[str] | dict[str, str]:  # fmt: skip
+    parameters: bool = False, graph: bool = False,
+) -> list[str] | dict[str, str] | dict[str, dict]:  # fmt: skip
     """Return the rules that a call would run; with ``touch`` its outputs are made, empty, and recorded as up to date.
 
     Args:
@@ -29,10 +30,12 @@ def plan(
         version: a stage whose VERSION is raised by one for this call.
         force: a rule to run in any case, as by ``-R``.
         parameters: return the parameter of every job of a stage by its first output instead.
+        graph: return for every rule the rules whose outputs it reads, and the names of its outputs, instead.
     """
     OVERLAY.write_text(yaml.safe_dump(keys))
+    before = dict(config.STAGES)
     if version:
-        config.VERSIONS[version] += 1
+        config.STAGES[version] = dataclasses.replace(before[version], version=before[version].version + 1)
     try:
         with SnakemakeApi(OutputSettings(quiet={Quietness.ALL})) as api:
             api_call = api.workflow(
@@ -49,12 +52,19 @@ def plan(
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.touch() if path.suffix not in ("", ".zarr") else path.mkdir(exist_ok=True)
                 dag.execute_workflow(executor="touch")
+            if graph:
+                found: dict[str, dict] = {}
+                read = api_call._workflow.dag.dependencies
+                for job in api_call._workflow.dag.jobs:
+                    about = found.setdefault(job.rule.name, {"parents": [], "outputs": []})
+                    about["parents"] = sorted({*about["parents"], *(parent.rule.name for parent in read[job])})
+                    about["outputs"] = [Path(output).name for output in job.output]
+                return found
             if parameters:
-                return {str(job.output[0]): job.params.settings for job in jobs if "settings" in job.params.keys()}
+                return {str(job.output[0]): job.params.settings for job in jobs if hasattr(job.params, "settings")}
             return sorted({job.rule.name for job in jobs})
     finally:
-        if version:
-            config.VERSIONS[version] -= 1
+        config.STAGES.update(before)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ import filesystem_events
 _PRELOADED = [
     "mmfm.infra.torchvision_ops", "torch", "torch.distributed", "transformers.models.auto.modeling_auto",
     "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers", "zarr", "omegaconf", "scipy.linalg",
-    "matplotlib.pyplot", "mmfm.encoders", "mmfm.extraction", "mmfm.mixture.fit", "mmfm.mixture.spatial",
-    "mmfm.training.loop", "mmfm.training.decoder_loop", "mmfm.sampling", "mmfm.evaluation.reference",
-    "mmfm.evaluation.fid", "mmfm.cli.__main__",
+    "matplotlib.pyplot", "mmfm.autoencoder.encoders", "mmfm.stages.extract", "mmfm.stages.fit_gmm",
+    "mmfm.stages.spatial_gmm",
+    "mmfm.stages.train", "mmfm.stages.train_decoder", "mmfm.stages.sample", "mmfm.stages.fid_reference",
+    "mmfm.stages.fid", "mmfm.cli.__main__",
 ]  # fmt: skip
 
 _context = multiprocessing.get_context("forkserver")

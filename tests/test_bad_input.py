@@ -16,12 +16,13 @@ import zarr
 from conftest import GRID, SECTIONS, SIZE, Pipeline, write_encoder, write_images, write_listing
 from PIL import Image
 
-from mmfm import config, data, tokens
+from mmfm import config, data
+from mmfm.autoencoder.decoder import Decoder, DecoderConfig, save_decoder
 from mmfm.cli.__main__ import main
-from mmfm.decoder import Decoder, DecoderConfig, save_decoder
+from mmfm.data import tokens
 from mmfm.infra import store
 from mmfm.models.dit import DiT, DiTConfig
-from mmfm.training.checkpoint import save_ema
+from mmfm.models.weights import save_ema
 
 MORE = {
     "data": {"root": "unused", "holdout": 0, "seed": 0, "unreadable": "error", "workers": 0},
@@ -77,7 +78,7 @@ class Files:
             "latent_stats": {"moments": self["moments.safetensors"], "out": out / "s.pt", "out_json": out / "s.json"},
             "fid_reference": {"train_listing": listing, "detector_weights": DETECTOR, "out": out / "r.safetensors"},
         }[stage] | options  # fmt: skip
-        sections = {name: {**SECTIONS, **MORE}[name] for name in config.STAGES[stage]}
+        sections = {name: {**SECTIONS, **MORE}[name] for name in config.STAGES[stage].sections}
         line = [stage, "--settings", json.dumps(sections), *overrides]
         return line + [str(word) for name, value in files.items() for word in (f"--{name.replace('_', '-')}", value)]
 
@@ -353,6 +354,7 @@ def test_truncated_checkpoint_is_passed_over(files, caplog):
     (state,) = files.out.glob("state-*")
     truncate(max(state.glob("step-*")) / "model.safetensors")
     (files.out / "ema.safetensors").unlink()
+    shutil.rmtree(state / "finished")
     assert main(line) == 0
     assert "passed over" in caplog.text and "model.safetensors" in caplog.text
     assert store.map_arrays(files.out / "ema.safetensors")[1]["digest"] == first
@@ -393,13 +395,13 @@ def other_stats(files: Files) -> Path:
 @pytest.mark.parametrize(
     ("stage", "option", "make", "words"),
     [
-        ("spatial_gmm", "listing", other_listing, ["listing", "run extract and fit_gmm"]),
+        ("spatial_gmm", "listing", other_listing, ["another listing", "run extract and latent_stats"]),
         ("train", "listing", other_listing, ["another listing", "run extract and latent_stats"]),
         ("spatial_gmm", "encoder_weights", other_encoder, ["encoder", "run extract"]),
         ("train", "encoder_weights", other_encoder, ["another encoder", "run extract and latent_stats"]),
-        ("spatial_gmm", "gmm", other_mixture, ["the assignment", "the mixture", "one run of fit_gmm"]),
+        ("spatial_gmm", "gmm", other_mixture, ["assignment.safetensors", "another mixture", "run fit_gmm"]),
         ("train", "gmm", other_mixture, ["spatial_gmm.zarr", "another mixture", "run spatial_gmm"]),
-        ("sample", "stats", other_stats, ["not trained with the statistics", "train again"]),
+        ("sample", "stats", other_stats, ["trained with another set of latent statistics", "run train"]),
         ("sample", "decoder", other_decoder, ["other_decoder", "48 channels", "32"]),
     ],
 )

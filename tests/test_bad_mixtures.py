@@ -6,17 +6,17 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_em import ALONE, SETTINGS, a_start, clustered, run, run_processes, token_store
+from test_em import ALONE, SETTINGS, a_start, clustered, fit_tokens, run, run_processes, token_store
 
 from mmfm.infra import store
-from mmfm.mixture import fit as stage
 from mmfm.mixture import gaussian, moments
 from mmfm.mixture.gaussian import Mixture, covariance_shape
+from mmfm.stages import fit_gmm as stage
 
 
 def fit(tmp_path, data, **changes):
     tokens = token_store(tmp_path / "cls_tokens.zarr", data)
-    return stage.fit(tokens, dataclasses.replace(SETTINGS, **changes), tmp_path / "gmm", ALONE)
+    return fit_tokens(tokens, dataclasses.replace(SETTINGS, **changes), tmp_path / "gmm", ALONE)
 
 
 @pytest.mark.parametrize("covariance_type", ["diag", "spherical", "tied", "full"])
@@ -121,7 +121,7 @@ def test_full_covariances_beyond_the_limit_are_refused_before_any_work(tmp_path,
 def test_a_checkpoint_of_another_configuration_is_never_resumed(tmp_path):
     data = clustered(512)
     first = fit(tmp_path, data)
-    other = stage.fit(
+    other = fit_tokens(
         token_store(tmp_path / "cls_tokens.zarr", data),
         dataclasses.replace(SETTINGS, e_step="truncated"),
         tmp_path / "gmm",

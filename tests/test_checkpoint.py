@@ -9,6 +9,7 @@ import torch
 
 from mmfm.infra import store
 from mmfm.models.dit import DiT, DiTConfig
+from mmfm.models.weights import load_ema, save_ema
 from mmfm.training import checkpoint
 
 SIZES = DiTConfig(4, 1, 8, (16, 16), (1, 1), (2, 2), 3, 0.0)
@@ -150,8 +151,8 @@ def test_going_back_to_a_step_that_was_not_kept_names_those_that_were(state):
 
 def test_published_weights_come_back_with_sizes_and_provenance(tmp_path):
     model = DiT(SIZES)
-    digest = checkpoint.save_ema(tmp_path / "ema.safetensors", model, {"setting": "mode", "step": 7})
-    loaded, metadata = checkpoint.load_ema(tmp_path / "ema.safetensors")
+    digest = save_ema(tmp_path / "ema.safetensors", model, {"setting": "mode", "step": 7})
+    loaded, metadata = load_ema(tmp_path / "ema.safetensors")
     assert loaded.config == SIZES
     assert metadata["digest"] == digest and metadata["setting"] == "mode" and metadata["step"] == 7
     for name, tensor in model.state_dict().items():
@@ -161,11 +162,11 @@ def test_published_weights_come_back_with_sizes_and_provenance(tmp_path):
 
 def test_weights_that_are_missing_or_no_dit_say_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="run train"):
-        checkpoint.load_ema(tmp_path / "ema.safetensors")
+        load_ema(tmp_path / "ema.safetensors")
     arrays = {"weight": torch.zeros(3).numpy()}
     store.write_arrays(tmp_path / "other.safetensors", arrays, {"model": {**json.loads(json.dumps(SIZES.__dict__))}})
     with pytest.raises(ValueError, match="holds no DiT"):
-        checkpoint.load_ema(tmp_path / "other.safetensors")
+        load_ema(tmp_path / "other.safetensors")
     store.write_arrays(tmp_path / "bare.safetensors", arrays, {})
     with pytest.raises(ValueError, match="holds no DiT"):
-        checkpoint.load_ema(tmp_path / "bare.safetensors")
+        load_ema(tmp_path / "bare.safetensors")

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmfm import config, unused
+from mmfm import config
 from mmfm.cli.__main__ import main
 from mmfm.infra import stage_state, store
-from mmfm.settings import effective
+from mmfm.workflow import garbage
 
 DEFAULTS = config.load([Path(__file__).parent.parent / "config" / "config.yaml"])
 FOLDERS = ["extract", "fit_gmm", "spatial_gmm", "train_decoder", "train", "sample", "fid_reference", "gmm", "dec"]
@@ -18,13 +18,12 @@ FOLDERS += ["a", "b", "c", "other", "third", "running"]
 
 def make(output: Path, stage: str, settings: config.Config = DEFAULTS, inputs=None, files=None, **more) -> Path:
     """Make the state directory that a stage would make with these settings, and end its process's hold on it."""
-    sections = {name: settings.section(name, "dinov2") for name in config.STAGES[stage]}
-    identity = config.identity(sections)
     if stage in ("train", "sample"):
         more["setting"] = more.get("setting", "mode")
-        identity = effective(more["setting"], identity)
-    identity |= more
-    state = stage_state.state_directory(output, stage, config.VERSIONS[stage], identity, inputs or {}, files)
+    read = config.StageConfig.of(settings, stage, encoder="dinov2", setting=more.get("setting"))
+    identity = read.identity() | more
+    version = config.STAGES[stage].version
+    state = stage_state.state_directory(output, stage, version, identity, inputs or {}, files)
     (state / "step-00000001").mkdir(exist_ok=True)
     (state / "step-00000001" / "model.safetensors").write_bytes(bytes(1000))
     stage_state.unlock(state)
@@ -41,7 +40,7 @@ def results(tmp_path):
     folder = tmp_path / "results"
     (folder / "fid").mkdir(parents=True)
     (folder / "fid" / "dinov2_mode.txt").write_text("4.84")
-    unused.remember(DEFAULTS, folder, FOLDERS)
+    garbage.remember(DEFAULTS, folder, FOLDERS)
     return folder
 
 
@@ -95,7 +94,8 @@ def test_a_raised_version_and_an_input_made_anew_free_a_state(results, monkeypat
     assert main(["clean", "--unused", str(results)]) == 0
     assert not state.exists() and absent.is_dir() and silent.is_dir()
     assert "made from another gmm than '../gmm.safetensors'" in capsys.readouterr().out
-    monkeypatch.setitem(config.VERSIONS, "train", config.VERSIONS["train"] + 1)
+    train = config.STAGES["train"]
+    monkeypatch.setitem(config.STAGES, "train", dataclasses.replace(train, version=train.version + 1))
     assert main(["clean", "--unused", str(results)]) == 0
     assert not absent.exists() and not silent.exists() and "train is at version" in capsys.readouterr().out
 
@@ -105,7 +105,7 @@ def test_everything_else_stays(results, capsys):
     other = change("gmm", tol=0.1)
     running = make(results / "running" / "x", "fit_gmm", other)
     stage_state.lock(running, "fit_gmm")
-    unused.remember(other, results / "run2", FOLDERS)
+    garbage.remember(other, results / "run2", FOLDERS)
     of_other_run = make(results / "run2" / "gmm" / "x", "fit_gmm", other)
     of_older_run = make(results / "run3" / "gmm" / "x", "fit_gmm", other)
     alike = results / "state-0123456789abcdef"
@@ -128,7 +128,7 @@ def test_everything_else_stays(results, capsys):
 
 def test_bad_calls_are_one_line(results, capsys):
     assert main(["clean", "--unused", str(results / "absent")]) == 2
-    (results / unused.RECORD).write_text("{}")
+    (results / garbage.RECORD).write_text("{}")
     make(results / "gmm" / "x", "fit_gmm")
     assert main(["clean", "--unused", str(results)]) == 2
     lines = capsys.readouterr().err.splitlines()

@@ -27,7 +27,7 @@ def test_help_names_every_key_and_an_example(stage, capsys):
         main([stage, "--help"])
     text = capsys.readouterr().out
     assert done.value.code == 0 and f"mmfm {stage} " in text
-    for section in config.STAGES[stage]:
+    for section in config.STAGES[stage].sections:
         for name in keys(config.SECTIONS[section], section):
             assert f"  {name} " in text, f"--help of {stage} does not explain {name}"
 

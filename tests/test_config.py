@@ -59,16 +59,16 @@ def test_a_missing_file_is_an_error(tmp_path):
 
 def test_settings_hold_identity_and_budget_only():
     loaded = config.load([DEFAULTS])
-    train = config.stage_settings(loaded, "train", "dinov2")["train"]
+    read = config.StageConfig.of(loaded, "train", encoder="dinov2")
+    train = read.parameter()["train"]
     assert "epochs" in train and "lr" in train
     assert not {"workers", "checkpoint_every", "preview", "micro_batch"} & set(train)
-    built = {"train": loaded.train}
-    assert "epochs" not in config.identity(built)["train"]
-    assert "train.preview.every=60" in config.stage_operation(loaded, "train")
+    assert "epochs" not in read.identity()["train"]
+    assert "train.preview.every=60" in read.operation()
 
 
 def test_every_section_is_read_by_a_stage():
-    assert set(config.SECTIONS) == {name for names in config.STAGES.values() for name in names}
+    assert set(config.SECTIONS) == {name for stage in config.STAGES.values() for name in stage.sections}
 
 
 def test_documents_are_in_step():
@@ -93,6 +93,6 @@ def test_the_imagenet_preset_carries_the_published_numbers():
 def test_a_list_passes_through_the_shell_and_back():
     loaded = config.load([DEFAULTS], ["train.milestones=[20,80]"])
     assert loaded.train.milestones == (20, 80)
-    flags = config.stage_operation(loaded, "train")
+    flags = config.StageConfig.of(loaded, "train", encoder="dinov2").operation()
     assert "train.milestones=[20,80]" in flags
     assert config.load([DEFAULTS], flags).train.milestones == (20, 80)

@@ -6,11 +6,10 @@ import torch
 from conftest import write_images, write_listing
 from PIL import Image
 
-from mmfm import tokens
 from mmfm.cli import fit_gmm
-from mmfm.data import Listing
+from mmfm.data import Listing, tokens
+from mmfm.evaluation import contact_sheet
 from mmfm.infra import store
-from mmfm.mixture import contact_sheet
 from mmfm.mixture.gaussian import Mixture
 
 GENERATOR = np.random.default_rng(0)
@@ -84,9 +83,9 @@ def test_the_command_draws_the_sheet_beside_the_fit(images, tmp_path):
 
 def test_tokens_of_another_listing_are_refused(images, tmp_path, monkeypatch):
     class Tokens:
-        listing_digest = "other"
+        path, digest, attributes = "t", "t", {"listing_digest": "other"}
 
-    monkeypatch.setattr("mmfm.tokens.TokenStore.open", lambda path: Tokens())
+    monkeypatch.setattr("mmfm.data.tokens.TokenStore.open", lambda path: Tokens())
     given = ["--config", "config/config.yaml", "--tokens", "t", "--listing", str(images[0]), "--out-dir", str(tmp_path)]
-    with pytest.raises(ValueError, match="tokens were not made from the listing"):
+    with pytest.raises(ValueError, match="was made from another listing than"):
         fit_gmm.main(given)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmfm.decoder import Decoder, DecoderConfig, load_decoder, save_decoder
+from mmfm.autoencoder.decoder import Decoder, DecoderConfig, load_decoder, save_decoder
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = DecoderConfig(

@@ -11,16 +11,16 @@ from conftest import CHANNELS, GRID, SIZE, Pipeline, settings
 from PIL import Image
 from safetensors import safe_open
 
+from mmfm.autoencoder.decoder import PROVENANCE_KEY, load_decoder
 from mmfm.cli import train_decoder as command
 from mmfm.config import STAGES
 from mmfm.data import Listing
-from mmfm.decoder import PROVENANCE_KEY, load_decoder
 from mmfm.infra import store
 from mmfm.training import trainer
 
 
 def run(files: Pipeline, out: Path, *options: str, sections: dict | None = None, **decoder) -> Path:
-    text = settings(STAGES["train_decoder"], decoder=decoder, **(sections or {}))
+    text = settings(STAGES["train_decoder"].sections, decoder=decoder, **(sections or {}))
     inputs = ["--listing", str(files.listing), "--encoder-weights", str(files.encoder)]
     assert command.main(["--settings", text, *inputs, "--out-dir", str(out), *options]) == 0
     return out

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mmfm.decoder import load_decoder
-from mmfm.demo import pad_to_rgb, read_idx, sha256
-from mmfm.encoders import load_encoder
+from mmfm.autoencoder.decoder import load_decoder
+from mmfm.autoencoder.encoders import load_encoder
+from mmfm.data.fashion_mnist import pad_to_rgb, read_idx, sha256
 from mmfm.evaluation.detector import load_detector
 
 DEMO = Path(__file__).parent.parent / "resources" / "demo"

@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmfm.demo import pad_to_rgb, read_idx
-from mmfm.evaluation.detector import INCEPTION_FILE, load_detector
-from mmfm.evaluation.fashion_detector import FashionDetector
+from mmfm.config.choices import INCEPTION_FILE
+from mmfm.data.fashion_mnist import pad_to_rgb, read_idx
+from mmfm.data.moments import CovarianceMoments
+from mmfm.evaluation.detector import load_detector
+from mmfm.evaluation.detectors.fashion import FashionDetector
 from mmfm.evaluation.frechet import frechet_distance
 from mmfm.infra import store
-from mmfm.statistics import CovarianceMoments
 
 DEMO = Path(__file__).parent.parent / "resources" / "demo"
 FASHION = DEMO / "detector" / "detector.safetensors"

@@ -8,7 +8,12 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "config" / "README.md", ROOT / "resources" / "demo" / "README.md"]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "config" / "README.md",
+    ROOT / "resources" / "demo" / "README.md",
+]
 DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 
 

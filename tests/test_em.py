@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,23 +17,28 @@ import torch
 from sklearn.metrics import davies_bouldin_score, normalized_mutual_info_score
 from sklearn.mixture import GaussianMixture
 
-from mmfm import tokens
 from mmfm.cli import fit_gmm
-from mmfm.config import Gmm
+from mmfm.config import Gmm, StageConfig
+from mmfm.data import tokens
+from mmfm.evaluation import mixture_report
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.store import map_arrays
-from mmfm.mixture import fit as stage
-from mmfm.mixture import report
 from mmfm.mixture.em import EMState, e_step, em_iterations, posteriors
 from mmfm.mixture.gaussian import Mixture
 from mmfm.mixture.moments import SufficientStatistics, m_step
 from mmfm.mixture.streaming import Rows
+from mmfm.stages import fit_gmm as stage
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SETTINGS = Gmm(
     n_components=5, covariance_type="diag", init="kmeans", reg_covar=1e-6, tol=1e-4, max_iter=8, seed=0,
     precision="float64", chunk_size=64, n_init=1, init_means="", e_step="exact", cache_gb=1.0,
 )  # fmt: skip
+
+
+def fit_tokens(tokens, settings, out_dir, ranks=ALONE):
+    """Run the stage on opened tokens."""
+    return stage.fit(StageConfig("fit_gmm", gmm=settings), tokens, Path(out_dir), ranks)
 
 
 def clustered(n=500, c=6, k=5, seed=0, spread=2.0, offset=0.0):
@@ -204,7 +211,7 @@ def states(folder):
 
 
 def test_the_stage_writes_what_the_contract_says(store_of_tokens, tmp_path):
-    summary = stage.fit(store_of_tokens, SETTINGS, tmp_path / "gmm", ALONE)
+    summary = fit_tokens(store_of_tokens, SETTINGS, tmp_path / "gmm", ALONE)
     mixture = Mixture.load(tmp_path / "gmm" / "gmm.safetensors")
     assignment, about = map_arrays(tmp_path / "gmm" / "assignment.safetensors")
     labels = mixture.predict(torch.from_numpy(store_of_tokens.read(0, 512)))
@@ -225,62 +232,60 @@ def test_the_stage_writes_what_the_contract_says(store_of_tokens, tmp_path):
 
 def test_a_raised_budget_continues_and_a_lowered_one_ends_where_it_would_have(store_of_tokens, tmp_path, monkeypatch):
     few, many = dataclasses.replace(SETTINGS, max_iter=3), SETTINGS
-    stage.fit(store_of_tokens, few, tmp_path / "few", ALONE)
-    stage.fit(store_of_tokens, many, tmp_path / "many", ALONE)
+    fit_tokens(store_of_tokens, few, tmp_path / "few", ALONE)
+    fit_tokens(store_of_tokens, many, tmp_path / "many", ALONE)
     assert states(tmp_path / "many") == [f"iteration-{i:05d}.safetensors" for i in (0, 7, 8)]
     monkeypatch.setattr("mmfm.mixture.initial.start", None)  # must not be needed again
-    stage.fit(store_of_tokens, many, tmp_path / "few", ALONE)
+    fit_tokens(store_of_tokens, many, tmp_path / "few", ALONE)
     assert result(tmp_path / "few") == result(tmp_path / "many")
-    summary = stage.fit(store_of_tokens, few, tmp_path / "many", ALONE)
+    summary = fit_tokens(store_of_tokens, few, tmp_path / "many", ALONE)
     assert summary["n_iter"] == 3
-    stage.fit(store_of_tokens, many, tmp_path / "many", ALONE)
+    fit_tokens(store_of_tokens, many, tmp_path / "many", ALONE)
     assert result(tmp_path / "few") == result(tmp_path / "many")
 
 
 def test_a_damaged_iteration_is_passed_over(store_of_tokens, tmp_path):
-    stage.fit(store_of_tokens, SETTINGS, tmp_path / "gmm", ALONE)
+    fit_tokens(store_of_tokens, SETTINGS, tmp_path / "gmm", ALONE)
     expected = result(tmp_path / "gmm")
     newest, before = sorted((tmp_path / "gmm").glob("state-*/iteration-*"), reverse=True)[:2]
     newest.write_bytes(newest.read_bytes()[:-100])
     content = bytearray(before.read_bytes())
     content[-5] ^= 1
     before.write_bytes(content)
-    stage.fit(store_of_tokens, SETTINGS, tmp_path / "gmm", ALONE)
+    shutil.rmtree(newest.parent / "finished")  # from which it would be done at once
+    fit_tokens(store_of_tokens, SETTINGS, tmp_path / "gmm", ALONE)
     assert result(tmp_path / "gmm") == expected
 
 
 KILLED_RUN = """
 import os, sys, signal
-import torch
-from mmfm.config import Gmm
-from mmfm.infra.distributed import Ranks
-from mmfm.mixture import fit as stage
-from mmfm.tokens import TokenStore
+from mmfm.stages import fit_gmm as stage
+from mmfm.data.tokens import TokenStore
 sys.path.insert(0, sys.argv[3])
-from test_em import SETTINGS
+from test_em import SETTINGS, fit_tokens
 save = stage.save_iteration
 def save_and_die(folder, state):
     save(folder, state)
     if state.n_iter == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 stage.save_iteration = save_and_die
-stage.fit(TokenStore.open(sys.argv[1]), SETTINGS, sys.argv[2], Ranks(0, 1, torch.device("cpu")))
+fit_tokens(TokenStore.open(sys.argv[1]), SETTINGS, sys.argv[2])
 """
 
 
 def test_a_killed_fit_ends_with_the_same_bits(store_of_tokens, tmp_path, request):
-    stage.fit(store_of_tokens, SETTINGS, tmp_path / "undisturbed", ALONE)
+    fit_tokens(store_of_tokens, SETTINGS, tmp_path / "undisturbed", ALONE)
     arguments = [str(tmp_path / "cls_tokens.zarr"), str(tmp_path / "killed"), str(request.path.parent)]
     killed = subprocess.run([sys.executable, "-c", KILLED_RUN, *arguments], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert states(tmp_path / "killed")[-1] == "iteration-00004.safetensors"
     assert not (tmp_path / "killed" / "gmm.safetensors").exists()
-    stage.fit(store_of_tokens, SETTINGS, tmp_path / "killed", ALONE)
+    fit_tokens(store_of_tokens, SETTINGS, tmp_path / "killed", ALONE)
     assert result(tmp_path / "killed") == result(tmp_path / "undisturbed")
 
 
 def test_two_processes_find_the_mixture_of_one(store_of_tokens, tmp_path):
-    stage.fit(store_of_tokens, SETTINGS, tmp_path / "one", ALONE)
+    fit_tokens(store_of_tokens, SETTINGS, tmp_path / "one", ALONE)
     program = "import sys; from mmfm.cli.__main__ import main; sys.exit(main(sys.argv[1:]))"
     values = json.dumps({"gmm": dataclasses.asdict(SETTINGS)})
     arguments = ["fit_gmm", "--settings", values, "--tokens", str(tmp_path / "cls_tokens.zarr"), "--out-dir",
@@ -320,7 +325,7 @@ def run_processes(program, arguments, folder, world=2):
 
 def test_more_components_than_images_is_refused(store_of_tokens, tmp_path):
     with pytest.raises(ValueError, match=r"gmm.n_components is 513, but there are only 512 images; set it to 512"):
-        stage.fit(store_of_tokens, dataclasses.replace(SETTINGS, n_components=513), tmp_path / "gmm", ALONE)
+        fit_tokens(store_of_tokens, dataclasses.replace(SETTINGS, n_components=513), tmp_path / "gmm", ALONE)
 
 
 @pytest.mark.parametrize("init", ["kmeans", "k-means++", "random_from_data"])
@@ -329,7 +334,7 @@ def test_a_token_that_is_not_finite_is_named(tmp_path, init):
     data[401, 3] = np.inf
     store = token_store(tmp_path / "cls_tokens.zarr", data)
     with pytest.raises(ValueError, match="row 401 of the tokens"):
-        stage.fit(store, dataclasses.replace(SETTINGS, init=init), tmp_path / "gmm", ALONE)
+        fit_tokens(store, dataclasses.replace(SETTINGS, init=init), tmp_path / "gmm", ALONE)
 
 
 def test_the_command_explains_itself(capsys):
@@ -343,8 +348,8 @@ def test_the_command_explains_itself(capsys):
 def test_agreement_with_classes_matches_scikit_learn():
     generator = np.random.default_rng(0)
     labels, classes = generator.integers(7, size=200).astype(np.int32), generator.integers(3, size=200).astype(np.int32)
-    purity, nmi = report.agreement_with_classes(labels, classes)
+    purity, nmi = mixture_report.agreement_with_classes(labels, classes)
     assert nmi == pytest.approx(normalized_mutual_info_score(classes, labels), abs=1e-12)
     assert purity == sum(np.bincount(classes[labels == k]).max() for k in range(7)) / 200
-    assert report.agreement_with_classes(classes, classes) == pytest.approx((1, 1))
-    assert report.effective_number(np.array([5, 5, 0, 5])) == pytest.approx(3)
+    assert mixture_report.agreement_with_classes(classes, classes) == pytest.approx((1, 1))
+    assert mixture_report.effective_number(np.array([5, 5, 0, 5])) == pytest.approx(3)

@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ import zarr
 from PIL import Image
 
 from mmfm import config, data
-from mmfm.extraction import extract
+from mmfm.data.moments import Moments
+from mmfm.data.tokens import TokenStore
 from mmfm.infra import store
 from mmfm.infra.distributed import Ranks
-from mmfm.statistics import Moments
-from mmfm.tokens import TokenStore
+from mmfm.stages.extract import extract
 
 N, SHARD = 53, 8
 SHAPE = (6, 2, 2)
@@ -22,6 +23,8 @@ SHAPE = (6, 2, 2)
 
 class Encode:
     """Stands for an encoder: latents and tokens that identify the image. Stops after ``limit`` calls."""
+
+    hidden_size, grid = SHAPE[0], SHAPE[1:]
 
     def __init__(self, limit=10**9):
         self.limit, self.images = limit, 0
@@ -49,11 +52,12 @@ def listing(tmp_path_factory):
 
 
 def sections(batch=5):
-    return {
-        "image": config.Image(16),
-        "encoder": config.Encoder("dinov2", "none", 16),
-        "extract": config.Extract(shard_size=SHARD, batch_size=batch, workers=0),
-    }
+    return config.StageConfig(
+        "extract",
+        image=config.Image(16),
+        encoder=config.Encoder("dinov2", "none", 16),
+        extract=config.Extract(shard_size=SHARD, batch_size=batch, workers=0),
+    )
 
 
 class Left(Exception):
@@ -73,8 +77,12 @@ class Process(Ranks):
 
 def run(listing, folder, encode, rank=0, world=1, batch=5):
     ranks = Process(rank, world, torch.device("cpu"))
-    with contextlib.suppress(Left):
-        extract(listing, encode, SHAPE, folder / "t.zarr", folder / "m.safetensors", sections(batch), "enc", ranks)
+    weights = folder.parent / "encoder"
+    weights.mkdir(exist_ok=True)
+    for name in store.MODEL_FILES:
+        (weights / name).touch()
+    with contextlib.suppress(Left), mock.patch("mmfm.stages.extract.load_encoder", lambda *_: encode):
+        extract(sections(batch), listing, weights, folder / "t.zarr", folder / "m.safetensors", ranks)
 
 
 def read(folder):

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from mmfm.cli.__main__ import main
-from mmfm.demo import pad_to_rgb, read_idx
-from mmfm.evaluation import fid
+from mmfm.data.fashion_mnist import pad_to_rgb, read_idx
+from mmfm.data.moments import CovarianceMoments
 from mmfm.evaluation.detector import Detector, load_detector
 from mmfm.evaluation.frechet import frechet_distance
-from mmfm.evaluation.reference import Reference, import_npz
+from mmfm.evaluation.reference import Reference
 from mmfm.infra import npz, store
 from mmfm.infra.distributed import Ranks
-from mmfm.statistics import CovarianceMoments
+from mmfm.stages import fid
+from mmfm.stages.fid_reference import import_npz
 
 DEMO = Path(__file__).parent.parent / "resources" / "demo"
 DETECTOR = DEMO / "detector" / "detector.safetensors"

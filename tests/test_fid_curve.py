@@ -29,25 +29,28 @@ from test_training import (
 )
 from workshop import DETECTOR
 
-from mmfm import config, rae
+from mmfm import config
+from mmfm.autoencoder import rae
+from mmfm.autoencoder.decoder import load_decoder
+from mmfm.autoencoder.encoders import load_encoder
 from mmfm.cli import fid_reference
 from mmfm.cli.__main__ import main
-from mmfm.decoder import load_decoder
-from mmfm.encoders import load_encoder
+from mmfm.data.moments import CovarianceMoments
 from mmfm.evaluation.detector import Detector, load_detector
 from mmfm.evaluation.frechet import frechet_distance
 from mmfm.evaluation.reference import Reference
 from mmfm.flow.path import time_grid, time_shift
 from mmfm.flow.solver import euler
 from mmfm.flow.source import source_for
+from mmfm.generation.generator import Generator
 from mmfm.infra import rng, stage_state, store
 from mmfm.infra.distributed import Ranks
-from mmfm.statistics import CovarianceMoments
+from mmfm.models.weights import load_ema
+from mmfm.stages.provenance import reference_for
 from mmfm.training import checkpoint
-from mmfm.training.fid_curve import DistanceFiles, FidCurve
+from mmfm.training.fid_curve import FidCurve
 from mmfm.training.history import read_history
 from mmfm.training.latents import Plan
-from mmfm.training.objective import FlowMatching
 from mmfm.training.parallel import Whole
 from mmfm.training.trainer import Trainer
 
@@ -108,7 +111,7 @@ def test_nothing_else_changes(tiny_pipeline, undisturbed, tmp_path):
 
 def test_the_distance_is_that_of_the_average_at_the_step(undisturbed, tiny_pipeline, reference):
     assert [step for step, _ in distances(undisturbed)] == [4, 8, 12, 15]
-    model, _ = checkpoint.load_ema(undisturbed / "ema.safetensors")
+    model, _ = load_ema(undisturbed / "ema.safetensors")
     source, numbers = source_for("mode", tiny_pipeline.spatial_gmm, "cpu"), torch.arange(N)
     modes = source.draw_modes(rng.uniform(0, "fid_curve/mode", numbers))
     x = source.draw(modes, rng.normal(0, "fid_curve/noise", numbers, SHAPE))
@@ -256,7 +259,7 @@ def test_a_missing_detector_stops_the_stage_before_it_begins(tiny_pipeline, refe
 
 
 def test_latents_that_are_not_finite_give_no_number(measured, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(FlowMatching, "sample", lambda self, *_: torch.full((4, *SHAPE), float("nan")))
+    monkeypatch.setattr(Generator, "latents", lambda self, *_: (torch.full((4, *SHAPE), float("nan")), 1))
     run(measured, tmp_path, "uncond", epochs=1, preview=preview())
     assert "no Frechet distance at step 4: the flow ends in NaN or Inf" in capsys.readouterr().err
     assert not (tmp_path / "fid.jsonl").exists()
@@ -380,8 +383,12 @@ def test_what_is_said_of_a_distance(reference, tmp_path):
 
     listing_digest = Reference.open(reference).about["listing_digest"]
     keys = config.build(config.Preview, preview(fid_images=40), "preview")
-    ranks, files = Ranks(0, 1, torch.device("cpu")), DistanceFiles("fashion", DETECTOR, reference)
-    curve, said = FidCurve(files, noise, keys, 32, listing_digest, tmp_path, "train", ranks), []
+    ranks, detector = Ranks(0, 1, torch.device("cpu")), load_detector("fashion", DETECTOR)
+
+    def open_reference() -> Reference:
+        return reference_for(reference, detector, 32, "the decoder's images", listing_digest)
+
+    curve, said = FidCurve(detector, open_reference, noise, keys, tmp_path, "train", ranks), []
     curve.detector.standard = True
     for step in (4, 8):
         assert curve.due(step, last=False)

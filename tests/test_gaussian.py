@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from scipy import special, stats
 from sklearn.mixture import GaussianMixture
 
+from mmfm.config.choices import COVARIANCES
 from mmfm.infra import rng
-from mmfm.mixture.gaussian import COVARIANCE_TYPES, Mixture, draw_from_weights, draw_modes
+from mmfm.mixture.gaussian import Mixture, draw_from_weights, draw_modes
 
 
 def random_mixture(seed=0, k=5, c=4, covariance_type="diag", spread=1.0, offset=0.0):
@@ -48,7 +49,7 @@ def scipy_log_joint(mixture, x):
     seed=st.integers(0, 10**6),
     k=st.integers(1, 6),
     c=st.integers(1, 5),
-    covariance_type=st.sampled_from(COVARIANCE_TYPES),
+    covariance_type=st.sampled_from(list(COVARIANCES)),
     offset=st.sampled_from([0.0, -50.0, 1e4]),
 )
 def test_densities_match_scipy(seed, k, c, covariance_type, offset):
@@ -90,7 +91,7 @@ def test_posterior_ignores_autocast_and_low_precision_and_restores_it():
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
+@pytest.mark.parametrize("covariance_type", COVARIANCES)
 def test_scikit_learn_round_trip(covariance_type):
     data = np.random.default_rng(0).normal(size=(200, 3))
     model = GaussianMixture(4, covariance_type=covariance_type, random_state=0).fit(data)
@@ -105,7 +106,7 @@ def test_scikit_learn_round_trip(covariance_type):
     np.testing.assert_allclose(mixture.to_sklearn().predict_proba(data), model.predict_proba(data), atol=1e-12)
 
 
-@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
+@pytest.mark.parametrize("covariance_type", COVARIANCES)
 def test_file_round_trip(tmp_path, covariance_type):
     mixture = random_mixture(covariance_type=covariance_type)
     digest = mixture.save(tmp_path / "gmm.safetensors", {"listing_digest": "abc"})
@@ -162,7 +163,7 @@ def test_draws_have_the_right_frequencies():
         assert (frequency - p).abs().max() < 0.012
 
 
-@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
+@pytest.mark.parametrize("covariance_type", COVARIANCES)
 def test_samples_have_the_mixtures_moments_and_are_keyed_by_number(covariance_type):
     mixture = random_mixture(seed=3, k=3, c=2, covariance_type=covariance_type)
     x, modes = mixture.sample(20000, seed=7)
@@ -178,7 +179,7 @@ def test_samples_have_the_mixtures_moments_and_are_keyed_by_number(covariance_ty
     assert torch.equal(later_modes, modes[500:510])
 
 
-@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
+@pytest.mark.parametrize("covariance_type", COVARIANCES)
 def test_a_mixture_that_nobody_holds_is_gone_at_once(covariance_type):
     """A fit makes one an iteration, with its tables: those of the last must not wait for the garbage collector."""
     mixture = random_mixture(0, 4, 3, covariance_type)

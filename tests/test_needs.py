@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmfm import config, needs, scale
+from mmfm import config
+from mmfm.autoencoder.decoder import Decoder, DecoderConfig
 from mmfm.cli.__main__ import main
-from mmfm.decoder import Decoder, DecoderConfig
 from mmfm.mixture import groups, initial, kmeans, split_merge
 from mmfm.models.dit import DiT, DiTConfig
-from mmfm.needs import Estimator
+from mmfm.workflow import costs, resources
+from mmfm.workflow.resources import Estimator
 
 ROOT = Path(__file__).parent.parent
 FULL = config.load([ROOT / "config" / "config.yaml", ROOT / "config" / "imagenet256.yaml"])
@@ -30,7 +31,7 @@ def test_parameters_of_the_models(name, published):
     with torch.device("meta"):
         model = DiT(DiTConfig(16, 1, 768, sizes.hidden_size, sizes.depth, sizes.num_heads, 1000, 0.1))
     real = sum(p.numel() for p in model.parameters())
-    assert scale.dit_parameters(sizes, 768, 1001) == pytest.approx(real, rel=0.01)
+    assert costs.dit_parameters(sizes, 768, 1001) == pytest.approx(real, rel=0.01)
     assert real == pytest.approx(published, rel=0.01)
 
 
@@ -39,7 +40,7 @@ def test_parameters_of_the_decoder():
     with torch.device("meta"):
         sizes = DecoderConfig(768, d.hidden_size, d.intermediate_size, d.num_heads, d.num_layers, 16, 256)
         real = sum(p.numel() for p in Decoder(sizes).parameters())
-    assert scale.decoder_parameters(d) == pytest.approx(real, rel=0.02)
+    assert costs.decoder_parameters(d) == pytest.approx(real, rel=0.02)
 
 
 def test_operations_are_those_that_pytorch_counts():
@@ -49,7 +50,7 @@ def test_operations_are_those_that_pytorch_counts():
     model = DiT(DiTConfig(8, 1, 48, sizes.hidden_size, sizes.depth, sizes.num_heads, 0, 0.0))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 48, 8, 8), torch.zeros(1), None)
-    assert scale.dit_flops(sizes, 64) == pytest.approx(counter.get_total_flops(), rel=0.2)
+    assert costs.dit_flops(sizes, 64) == pytest.approx(counter.get_total_flops(), rel=0.2)
 
 
 def test_files_of_a_fixed_layout_are_exact():
@@ -66,11 +67,10 @@ def test_more_processes_take_less_time_and_no_more_memory_each():
 
 
 def test_the_start_of_the_mixture_is_counted_as_it_is():
-    assert needs.SEEDING == initial.ROWS_PER_COMPONENT
-    assert needs.SEEDING_ITERATIONS == initial.KMEANS_ITERATIONS
+    assert resources.SEEDING_ITERATIONS == initial.KMEANS_ITERATIONS
     redistribution = split_merge._HALVINGS + 2
-    assert 2 + (kmeans.ROUNDS + 1) * kmeans.ITERATIONS + kmeans.ROUNDS * redistribution == needs.START_PASSES
-    assert (needs.CANDIDATES, needs.GROUP_ROWS) == (kmeans.CANDIDATES, groups.GROUP_ROWS)
+    assert 2 + (kmeans.ROUNDS + 1) * kmeans.ITERATIONS + kmeans.ROUNDS * redistribution == resources.START_PASSES
+    assert (resources.CANDIDATES, resources.GROUP_ROWS) == (kmeans.CANDIDATES, groups.GROUP_ROWS)
 
 
 def test_distances_during_training_cost_what_sampling_them_costs():

@@ -10,9 +10,9 @@ import pytest
 import torch
 from divided import HALF, STEPS, run
 
-from mmfm import scale
 from mmfm.infra.distributed import Ranks
 from mmfm.training import checkpoint, parallel
+from mmfm.workflow import costs
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -73,7 +73,7 @@ def test_shards_hold_half_of_the_weights_and_the_average(two):
 def test_a_checkpoint_of_shards_is_gathered_on_the_main_process_alone(two):
     """Bytes a parameter, which needs counts there."""
     main, other = json.loads((two / "found.json").read_text())["gathered"]
-    assert main == pytest.approx(scale.TRAINED_BYTES - scale.FLOAT + scale.EMA_BYTES, rel=0.05) and other < 0.5
+    assert main == pytest.approx(costs.TRAINED_BYTES - costs.FLOAT + costs.EMA_BYTES, rel=0.05) and other < 0.5
 
 
 def test_a_nan_stops_a_sharded_run_too(two):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from golden.loading import FAMILY_FILES, encoder_folder, golden_decoder, read_golden
 
-from mmfm.encoders import load_encoder
-from mmfm.rae import RAE, load_statistics, to_uint8
+from mmfm.autoencoder.encoders import load_encoder
+from mmfm.autoencoder.rae import RAE, load_statistics, to_uint8
 
 
 def assert_parity(actual, expected):

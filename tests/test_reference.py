@@ -11,11 +11,11 @@ from conftest import write_images, write_listing
 from mmfm import config, data
 from mmfm.cli.__main__ import main
 from mmfm.data import Listing
-from mmfm.evaluation import reference as stage
 from mmfm.evaluation.detector import load_detector
 from mmfm.evaluation.frechet import frechet_distance
 from mmfm.evaluation.reference import Reference
 from mmfm.infra.distributed import Ranks
+from mmfm.stages import fid_reference as stage
 
 DETECTOR = Path(__file__).parent.parent / "resources" / "demo" / "detector" / "detector.safetensors"
 FID = {"detector": "fashion", "weights": str(DETECTOR), "reference": "train", "batch_size": 8, "workers": 0}
@@ -111,8 +111,8 @@ def test_a_million_images_have_few_shards(monkeypatch, tmp_path):
     monkeypatch.setattr(stage, "_SHARD_IMAGES", 1000)
     for n, expected in ((1, 1), (1000, 1), (1001, 2), (10_000, 10), (1_281_167, 128)):
         monkeypatch.setattr(stage.data.Listing, "open", lambda path, n=n: range(n))
-        shards = stage._shards("shard", tmp_path, tmp_path)
-        assert len(shards) == expected and sum(len(s.rows) for s in shards) == n
+        shards = stage.cut("shard", tmp_path, tmp_path)
+        assert len(shards) == expected and sum(map(len, shards)) == n
 
 
 def write_npz(path: Path, d: int = 64, **other: np.ndarray) -> Path:
@@ -158,16 +158,14 @@ def test_refuses_missing_inputs(tmp_path, capsys):
 def test_other_detectors_have_other_state(listings, tmp_path):
     """The fingerprint covers the detector's weights, not only their path."""
     detector = load_detector("fashion", DETECTOR)
-    sections = {
-        "image": config.build(config.Image, {"size": 32}, "image"), "fid": config.build(config.Fid, FID, "fid")
-    }  # fmt: skip
+    settings = config.StageConfig.build("fid_reference", {"image": {"size": 32}, "fid": FID})
     states = set()
     for digest in ("a" * 64, "b" * 64):
         detector.digest = digest
         detector._run = stop
         with pytest.raises(RuntimeError, match="stop"):
-            stage.make_reference(
-                detector, *listings, tmp_path / "r.safetensors", sections, Ranks(0, 1, torch.device("cpu"))
+            stage.fid_reference(
+                settings, detector, *listings, tmp_path / "r.safetensors", Ranks(0, 1, torch.device("cpu"))
             )
         states = set(tmp_path.glob("state-*"))
     assert len(states) == 2

@@ -166,7 +166,7 @@ def test_every_key_reruns_what_its_document_says(checkout):
 
 
 def test_a_key_that_nothing_uses_reruns_nothing(checkout):
-    """A setting's targets don't hang on what only another setting, or another rule or solver, looks at."""
+    """A setting's targets don't depend on what only another setting, or another rule or solver, looks at."""
     plain = {"gpus": 0, "decoder": {"weights": "train"}}
     idle = {
         "mode": {"train": {"label_dropout": 0.3}, "sample": {"label_draw": "random", "rtol": 0.1}},
@@ -195,7 +195,7 @@ def test_what_measures_distances_during_training_retrains_nothing(checkout):
 
 
 def test_the_image_folder_is_listed_again_when_asked(checkout):
-    """A dry run never walks the folder; asked for, the listing and all that hangs on it are made again."""
+    """A dry run never walks the folder; asked for, the listing and all that depends on it are made again."""
     calls = [{"keys": BASE, "targets": TARGETS}, {"keys": BASE, "targets": TARGETS, "force": "list_images"}]
     unasked, asked = plans(checkout, calls)
     assert unasked == [] and stages(asked) == set(config.STAGES)

@@ -21,15 +21,15 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from mmfm import config
+from mmfm.autoencoder.decoder import Decoder, DecoderConfig, load_decoder, save_decoder
 from mmfm.cli.__main__ import main
-from mmfm.decoder import Decoder, DecoderConfig, load_decoder, save_decoder
+from mmfm.config.choices import SETTINGS
 from mmfm.flow.path import time_grid, time_shift
+from mmfm.generation.sampler import SampleFiles, Sampler
 from mmfm.infra import npz, store
 from mmfm.infra.progress import Progress
 from mmfm.models.dit import DiT, DiTConfig
-from mmfm.sampler import SampleFiles, Sampler
-from mmfm.settings import SETTINGS
-from mmfm.training.checkpoint import load_ema, save_ema
+from mmfm.models.weights import load_ema, save_ema
 
 SAMPLE = SECTIONS["sample"]
 CLASSES = 3
@@ -155,12 +155,11 @@ def load(files: Pipeline, ema: Path, seed: int | None = None, scale: float = 1.0
     guided = {**SAMPLE, "guidance": {"scale": scale, "interval": [0.0, 1.0]}}
     guided |= {name: other.pop(name) for name in SAMPLE if name in other}
     sections = {"image": SECTIONS["image"], "encoder": SECTIONS["encoder"], "sample": guided}
-    built = {name: config.build(config.SECTIONS[name], values, name) for name, values in sections.items()}
+    built = config.StageConfig.build("sample", sections)
     expected = other.pop("expected", None)
     paths = {"spatial_gmm": files.spatial_gmm, "decoder": files.decoder, **other}
-    return Sampler(
-        SampleFiles(ema, stats=files.stats, encoder_weights=files.encoder, **paths), built, seed, "cpu", expected
-    )
+    given = SampleFiles(ema, stats=files.stats, encoder_weights=files.encoder, **paths)
+    return Sampler(given, built.sample, built.encoder, built.image.size, seed, "cpu", expected)
 
 
 def test_shards_and_batches_do_not_matter(made, files, weights, tmp_path):
@@ -197,7 +196,7 @@ def test_one_time_point_is_the_decoded_source(made, files, weights, tmp_path):
     images, about = run(files, weights["mode"], tmp_path, n_images=5, time_points=1)
     assert about["source_only"] and about["function_evaluations"] == 0 and about["last_time"] == about["first_time"]
     sampler = load(files, weights["mode"])
-    decoded = (sampler.autoencoder.decode(sampler.draw_source(range(5))[0]).detach().clamp(0, 1) * 255).byte()
+    decoded = (sampler.autoencoder.decode(sampler.generator.draw_source(range(5))[0]).detach().clamp(0, 1) * 255).byte()
     assert_equal_to_rounding(images, decoded.permute(0, 2, 3, 1).numpy())
     assert np.abs(images.astype(int) - made[0][:5]).mean() > 1, "the flow does something"
 
@@ -219,12 +218,12 @@ def test_class_labels_in_equal_numbers(files, weights, tmp_path):
     images, about = run(files, weights["class"], tmp_path / "all", n_images=7)
     assert (about["label_draw"], about["n_labels"], about["n_modes"], about["mode_draw"]) == ("equal", 3, 0, None)
     sampler = load(files, weights["class"])
-    labels = sampler.draw_labels(range(7), None)
+    labels = sampler.generator.draw_labels(range(7), None)
     assert torch.bincount(labels).sort().values.tolist() == [2, 2, 3]
     fewer, _ = run(files, weights["class"], tmp_path / "fewer", n_images=4, batch_size=3)
     assert_equal_to_rounding(fewer, images[:4])
     other, about = run(files, weights["class"], tmp_path / "random", n_images=7, label_draw="random")
-    changed = load(files, weights["class"], label_draw="random").draw_labels(range(7), None) != labels
+    changed = load(files, weights["class"], label_draw="random").generator.draw_labels(range(7), None) != labels
     same = (np.abs(other.astype(int) - images).reshape(7, -1).max(1) <= 1).tolist()
     assert changed.any() and same == (~changed).tolist() and about["label_draw"] == "random"
 
@@ -249,7 +248,7 @@ def test_an_adaptive_solver_survives_a_kill(files, weights, tmp_path, monkeypatc
     images, about = run(files, weights["gmm"], tmp_path / "whole", **keys)
     assert about["function_evaluations"] > 4 and about["tolerances"] == {"rtol": 0.05, "atol": 0.05}
     with monkeypatch.context() as patch:
-        patch.setattr("mmfm.sampling.npz.write_parts", write_once_then_fail(npz.write_parts))
+        patch.setattr("mmfm.stages.sample.npz.write_parts", write_once_then_fail(npz.write_parts))
         assert main(arguments(files, weights["gmm"], tmp_path / "killed", **keys)) == 2
     again, about_again = run(files, weights["gmm"], tmp_path / "killed", **keys)
     assert np.array_equal(again, images) and about_again == about
@@ -261,7 +260,7 @@ def test_an_adaptive_solver_survives_a_kill(files, weights, tmp_path, monkeypatc
 
 def test_an_adaptive_solver_shows_its_evaluations(files, weights, tmp_path, monkeypatch, capsys):
     """Also within a batch, which may take minutes."""
-    monkeypatch.setattr("mmfm.sampling.Progress", partial(Progress, every=0))
+    monkeypatch.setattr("mmfm.stages.runner.Progress", partial(Progress, every=0))
     run(files, weights["gmm"], tmp_path, n_images=2, solver="bosh3", rtol=0.05, atol=0.05)
     lines = [line for line in capsys.readouterr().err.splitlines() if "0/2 images" in line]
     assert len(lines) > 4 and lines[3].endswith("  4 evaluations of a batch")
@@ -279,7 +278,7 @@ def test_reference_precision_rounds_state_and_time(made, files, weights, tmp_pat
 def test_the_source_has_the_means_that_the_model_was_trained_with(made, files, tmp_path, trained):
     """In memory too: at full size float32 means take 6.4 GB."""
     section = config.build(config.Train, {**SECTIONS["train"], "means_precision": trained})
-    recorded = {"settings": config.identity({"train": section})}
+    recorded = {"settings": {"train": config.keys_of_kind(section, "identity")}}
     ema = write_ema(tmp_path / "ema.safetensors", files, "mode", recorded=recorded)
     images, about = run(files, ema, tmp_path / "out", n_images=5)
     bf16 = trained == "bf16"  # `auto` is float32 on a CPU
@@ -294,10 +293,10 @@ DETECTOR = Path(__file__).parent.parent / "resources" / "demo" / "detector" / "d
 def test_features_lie_beside_the_images(made, files, weights, tmp_path, monkeypatch):
     """One shard is made without the detector, the others with it; stale features vanish with the images."""
     from mmfm.evaluation.detector import load_detector
-    from mmfm.evaluation.fid import sampled_features
+    from mmfm.evaluation.features import sampled_features
 
     with monkeypatch.context() as patch:
-        patch.setattr("mmfm.sampling.npz.write_parts", write_once_then_fail(npz.write_parts))
+        patch.setattr("mmfm.stages.sample.npz.write_parts", write_once_then_fail(npz.write_parts))
         assert main(arguments(files, weights["mode"], tmp_path)) == 2
     call = ("--detector", "fashion", "--detector-weights", str(DETECTOR))
     images, about = run(files, weights["mode"], tmp_path, *call, features=True)
@@ -317,8 +316,8 @@ def test_features_lie_beside_the_images(made, files, weights, tmp_path, monkeypa
 def test_finished_images_get_the_features_of_the_detector(made, files, weights, tmp_path, monkeypatch, capsys):
     """Without the model, once for every detector; and they stay where none is asked for."""
     from mmfm.evaluation.detector import load_detector
-    from mmfm.evaluation.fashion_detector import FashionDetector
-    from mmfm.evaluation.fid import sampled_features
+    from mmfm.evaluation.detectors.fashion import FashionDetector
+    from mmfm.evaluation.features import sampled_features
 
     other = tmp_path / "other.safetensors"
     save_file(FashionDetector().state_dict(), other)
@@ -348,7 +347,7 @@ def test_no_image_twice_after_kills_between_shards(files, weights, tmp_path, mon
     undisturbed, _ = run(files, weights["class_gmm"], tmp_path / "whole", **keys)
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr("mmfm.sampling.npz.write_parts", write_once_then_fail(npz.write_parts))
+            patch.setattr("mmfm.stages.sample.npz.write_parts", write_once_then_fail(npz.write_parts))
             assert main(arguments(files, weights["class_gmm"], tmp_path / "killed", **keys)) == 2
     assert len(list(tmp_path.glob("killed/state-*/shard-*.npz"))) == 2
     images, _ = run(files, weights["class_gmm"], tmp_path / "killed", **keys)
@@ -366,7 +365,7 @@ def test_grid_shows_images_and_their_sources(made, files, weights):
         corners = np.argwhere((grid[: -side + 1, : -side + 1] == tile[0, 0]).all(-1))
         return np.array([c for c in corners if np.array_equal(grid[c[0] : c[0] + side, c[1] : c[1] + side], tile)])
 
-    sources = load(files, weights["mode"]).source_images(range(22)).permute(0, 2, 3, 1).numpy()
+    sources = load(files, weights["mode"]).generator.source_images(range(22)).permute(0, 2, 3, 1).numpy()
     for i in (0, 7, 21):
         (row, left), (source_row, right) = occurs(images[i])[0], occurs(sources[i])[0]
         assert row == source_row and right > left + 4 * side
@@ -406,7 +405,7 @@ def test_what_lies_beside_a_damaged_shard_is_made_again(files, weights, tmp_path
     images, about = run(files, weights["gmm"], tmp_path / "whole", *more, **keys)
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("mmfm.sampling._publish", raise_full_disk)
+        patch.setattr("mmfm.stages.sample._Shards.publish", raise_full_disk)
         assert main(arguments(files, weights["gmm"], out, *more, **keys)) == 2
     state = next(out.glob("state-*"))
     for number in range(4):
@@ -452,7 +451,7 @@ def start(call: list[str], slow: bool = False) -> subprocess.Popen:
 
 def test_another_configuration_does_not_take_the_shards(files, weights, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("mmfm.sampling.npz.write_parts", write_once_then_fail(npz.write_parts))
+        patch.setattr("mmfm.stages.sample.npz.write_parts", write_once_then_fail(npz.write_parts))
         assert main(arguments(files, weights["mode"], tmp_path)) == 2
     before = next(tmp_path.glob("state-*"))
     images, _ = run(files, weights["mode"], tmp_path, time_points=3)
@@ -499,9 +498,9 @@ def write_once_then_fail(write: Callable) -> Callable:
 @pytest.mark.parametrize(
     "recorded, message",
     [
-        ({"stats_digest": "0" * 64}, "not trained with the statistics"),
-        ({"encoder_digest": "0" * 64}, "not trained with the encoder"),
-        ({"spatial_gmm_digest": "0" * 64}, "not trained with the spatial mixture"),
+        ({"stats_digest": "0" * 64}, "was trained with another set of latent statistics than"),
+        ({"encoder_digest": "0" * 64}, "was trained with another encoder than"),
+        ({"spatial_gmm_digest": "0" * 64}, "was trained with another spatial mixture than"),
         ({"setting": "banana"}, "setting 'banana'"),
     ],
 )

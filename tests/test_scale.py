@@ -13,7 +13,8 @@ import workshop
 import zarr
 from conftest import write_images, write_listing
 
-from mmfm import data, tokens
+from mmfm import data
+from mmfm.data import tokens
 from mmfm.infra import store
 from mmfm.mixture.spatial import SpatialMixture
 

@@ -7,15 +7,16 @@ import torch
 from conftest import SECTIONS, Pipeline
 from test_training import run, weights
 
-from mmfm import config, draws
+from mmfm import config
 from mmfm.data import Listing
 from mmfm.flow.source import source_for
+from mmfm.generation import draws
 from mmfm.infra import rng
 from mmfm.mixture.gaussian import Mixture
-from mmfm.training import checkpoint
-from mmfm.training.inputs import image_classes
+from mmfm.models.weights import load_ema
 from mmfm.training.latents import Inputs, MicroBatch
-from mmfm.training.loop import FlowMatching
+from mmfm.training.objective import FlowMatching
+from mmfm.training.setup import image_classes
 
 SHAPE = (32, 4, 4)
 
@@ -64,7 +65,7 @@ def test_settings_without_labels_show_none(tiny_pipeline):
 @pytest.mark.parametrize("setting", ["class", "class_gmm"])
 def test_class_settings_train(tiny_pipeline, tmp_path, setting):
     run(tiny_pipeline, tmp_path, setting, epochs=1)
-    model, about = checkpoint.load_ema(tmp_path / "ema.safetensors")
+    model, about = load_ema(tmp_path / "ema.safetensors")
     assert (model.config.num_classes, model.config.label_dropout, about["setting"]) == (2, 0.1, setting)
     assert weights(tmp_path)["y_embedder.embedding_table.weight"].shape == (3, 32)
     assert ("gmm_digest" in about) == (setting == "class_gmm") and (tmp_path / "preview.png").exists()

@@ -7,11 +7,11 @@ import zarr
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mmfm.config.choices import SETTINGS
 from mmfm.flow.source import GaussianSource, MixtureSource, couple_modes, source_for
 from mmfm.infra import rng
 from mmfm.mixture.gaussian import Mixture
 from mmfm.mixture.rows import MappedRows
-from mmfm.settings import SETTINGS
 
 K, SHAPE = 3, (2, 2, 2)
 MEANS = torch.arange(K * 8, dtype=torch.float32).reshape(K, *SHAPE)
@@ -98,7 +98,7 @@ def test_half_precision_means_give_float32_near_the_exact_ones():
 
 def test_means_on_the_host_give_the_same(tiny_pipeline):
     numbers = torch.arange(30)
-    sources = [source_for("gmm", tiny_pipeline.spatial_gmm, "cpu", means_device=where) for where in (None, "cpu")]
+    sources = [source_for("gmm", tiny_pipeline.spatial_gmm, "cpu", means_device=where) for where in ("device", "host")]
     modes, noise = sources[0].draw_modes(rng.uniform(0, "mode", numbers)), rng.normal(0, "noise", numbers, (32, 4, 4))
     assert torch.equal(*(source.draw(modes, noise) for source in sources))
 
@@ -109,9 +109,9 @@ def test_means_on_the_host_give_the_same_on_a_gpu(tiny_pipeline):
     numbers = torch.arange(30, device="cuda")
     noise = rng.normal(0, "noise", numbers, (32, 4, 4))
     drawn = []
-    for where in ("cuda", "cpu"):
-        source = source_for("gmm", tiny_pipeline.spatial_gmm, "cuda", means_device=where, dtype=torch.bfloat16)
-        assert where == "cuda" or source.means.is_pinned()
+    for where in ("device", "host"):
+        source = source_for("gmm", tiny_pipeline.spatial_gmm, "cuda", means_device=where, precision="bf16")
+        assert where == "device" or source.means.is_pinned()
         drawn.append(source.draw(source.draw_modes(rng.uniform(0, "mode", numbers)), noise))
     assert torch.equal(*drawn)
 
@@ -121,15 +121,13 @@ def test_training_keeps_means_as_configured(tiny_pipeline, where):
     from conftest import SECTIONS
 
     from mmfm import config
-    from mmfm.training.inputs import TrainFiles
-    from mmfm.training.loop import _build_task
+    from mmfm.training.setup import flow_matching
 
-    files = TrainFiles(
-        tiny_pipeline.listing, tiny_pipeline.encoder, tiny_pipeline.stats, tiny_pipeline.gmm, tiny_pipeline.spatial_gmm
-    )
+    files, device = tiny_pipeline, torch.device("cpu")
     for precision, dtype in (("auto", torch.float32), ("bf16", torch.bfloat16)):
         keys = {**SECTIONS["train"], "means_precision": precision, "means_device": where}
-        task = _build_task("gmm", files, config.build(config.Train, keys), (32, 4, 4), torch.device("cpu"))
+        settings = config.StageConfig("train", "gmm", train=config.build(config.Train, keys))
+        task = flow_matching(settings, files.listing, files.gmm, files.spatial_gmm, (32, 4, 4), 1, device)
         assert task.source.means.dtype == dtype and task.source.means.device.type == "cpu"
 
 
@@ -171,7 +169,7 @@ def test_hard_coupling_takes_the_likeliest_whatever_the_uniform():
 
 
 def test_an_unknown_assignment_is_an_error():
-    with pytest.raises(ValueError, match="soft or hard"):
+    with pytest.raises(ValueError, match="must be one of soft, hard"):
         couple_modes(mixture(), torch.zeros(1, 1), torch.zeros(1), "sof")
 
 

@@ -10,11 +10,11 @@ import zarr
 from conftest import SECTIONS, Pipeline, settings
 
 from mmfm import config
+from mmfm.autoencoder.decoder import load_decoder
 from mmfm.cli.__main__ import main
-from mmfm.decoder import load_decoder
+from mmfm.data.tokens import TokenStore
 from mmfm.infra import npz, space, stage_state, store
-from mmfm.tokens import TokenStore
-from mmfm.training.checkpoint import load_ema
+from mmfm.models.weights import load_ema
 
 SECTIONS_MORE = {"sample": {**SECTIONS["sample"], "n_images": 40, "time_points": 3, "shard_size": 8, "batch_size": 8}}
 
@@ -23,7 +23,13 @@ SECTIONS_MORE = {"sample": {**SECTIONS["sample"], "n_images": 40, "time_points":
 def files(tiny_pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Weights and an assignment that go with the tiny pipeline."""
     root = tmp_path_factory.mktemp("more")
-    call = ["train", "--setting", "uncond", "--settings", settings(config.STAGES["train"], train={"epochs": 1})]
+    call = [
+        "train",
+        "--setting",
+        "uncond",
+        "--settings",
+        settings(config.STAGES["train"].sections, train={"epochs": 1}),
+    ]
     assert main([*call, "--out-dir", str(root), *tiny_pipeline.train_arguments]) == 0
     labels = (np.arange(tiny_pipeline.n_images) % 4).astype(np.int32)
     gmm = store.map_arrays(tiny_pipeline.gmm)[1]
@@ -34,7 +40,7 @@ def files(tiny_pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def command(stage: str, out: Path, p: Pipeline, more: dict[str, Path]) -> list[str]:
     """Return the command that runs a stage on the tiny pipeline with its outputs in ``out``."""
-    values = {name: {**SECTIONS, **SECTIONS_MORE}[name] for name in config.STAGES[stage]}
+    values = {name: {**SECTIONS, **SECTIONS_MORE}[name] for name in config.STAGES[stage].sections}
     if stage == "train":
         values["train"] = {**values["train"], "checkpoint_every": 1}
     encoder = ["--encoder-weights", p.encoder]
@@ -121,7 +127,7 @@ def test_a_stage_asks_for_space_before_it_starts(stage, tiny_pipeline, files, tm
 
 def test_checkpoints_that_stay_are_no_room_for_new_ones(tiny_pipeline, tmp_path, capsys, monkeypatch):
     def train(epochs: int) -> int:
-        values = settings(config.STAGES["train"], train={"epochs": epochs, "milestones": [1, 2, 5]})
+        values = settings(config.STAGES["train"].sections, train={"epochs": epochs, "milestones": [1, 2, 5]})
         line = ["train", "--setting", "uncond", "--settings", values, "--out-dir", str(tmp_path)]
         return main([*line, *tiny_pipeline.train_arguments])
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from mmfm.statistics import CovarianceMoments, Moments
+from mmfm.data.moments import CovarianceMoments, Moments
 
 
 @settings(max_examples=25, deadline=None)

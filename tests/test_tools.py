@@ -22,7 +22,7 @@ def run(script, *arguments):
 
 @pytest.mark.slow
 def test_pretrain_encoder_and_grow(tmp_path):
-    from mmfm.encoders import load_encoder
+    from mmfm.autoencoder.encoders import load_encoder
 
     base = ("--width", 32, "--batch", 16, "--steps", 3)
     run("pretrain_encoder.py", *base, "--depth", 1, "--out", tmp_path / "base")

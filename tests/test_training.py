@@ -17,24 +17,25 @@ import torch
 from conftest import MODES, SECTIONS, Pipeline, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmfm.autoencoder.rae import RAE
 from mmfm.cli import train as command
 from mmfm.cli.__main__ import main
 from mmfm.config import STAGES
 from mmfm.infra import distributed, store
 from mmfm.infra.distributed import Ranks
-from mmfm.rae import RAE
+from mmfm.models.weights import load_ema
 from mmfm.training import checkpoint, trainer
 from mmfm.training.ema import Ema
 from mmfm.training.guard import explanation
 from mmfm.training.latents import Plan
-from mmfm.training.loop import FlowMatching
+from mmfm.training.objective import FlowMatching
 from mmfm.training.schedule import ConstantThenLinear, Cosine
 
 STEPS_PER_EPOCH = 5
 
 
 def arguments(files: Pipeline, out: Path, setting: str, **train) -> list[str]:
-    sections = settings(STAGES["train"], train=train)
+    sections = settings(STAGES["train"].sections, train=train)
     return ["--setting", setting, "--settings", sections, "--out-dir", str(out), *files.train_arguments]
 
 
@@ -44,7 +45,7 @@ def run(files: Pipeline, out: Path, setting: str = "mode", **train) -> Path:
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load_ema(out / "ema.safetensors")[0].state_dict()
+    return load_ema(out / "ema.safetensors")[0].state_dict()
 
 
 def history(out: Path, *keys: str) -> list:
@@ -86,7 +87,7 @@ def test_outputs_of_a_run(undisturbed, tiny_pipeline):
         "ema.safetensors", "history.jsonl", "curve.png", "preview.png",
     }  # fmt: skip
     assert history(undisturbed, "step") == [(s,) for s in (2, 4, 6, 8, 10, 12, 14, 15)]
-    model, metadata = checkpoint.load_ema(undisturbed / "ema.safetensors")
+    model, metadata = load_ema(undisturbed / "ema.safetensors")
     assert model.config.num_classes == MODES and model.config.label_dropout == 0
     assert model.y_embedder.embedding_table.weight.shape[0] == MODES
     assert (metadata["setting"], metadata["step"], metadata["epochs"], metadata["images_seen"]) == ("mode", 15, 3, 120)
@@ -241,7 +242,7 @@ def test_a_finished_run_whose_outputs_are_in_place_does_nothing(tiny_pipeline, t
         os.utime(path, (0, 0))
     before = {path: (path.stat().st_ino, path.read_bytes()) for path in paths}
     with monkeypatch.context() as patch:
-        patch.setattr("mmfm.training.loop.load_encoder", lambda *_: pytest.fail("something is loaded"))
+        patch.setattr("mmfm.stages.train.load_encoder", lambda *_: pytest.fail("something is loaded"))
         run(tiny_pipeline, tmp_path)
     assert {path: (path.stat().st_ino, path.read_bytes()) for path in paths} == before
     assert all(path.stat().st_mtime > 0 for path in paths)  # newer than the inputs, as Snakemake wants it
@@ -387,6 +388,7 @@ def test_weights_that_the_last_step_breaks_are_not_published(tiny_pipeline, tmp_
         patch.setattr(trainer.Trainer, "_check_weights", lambda self: None)
         run(tiny_pipeline, tmp_path)
     (tmp_path / "ema.safetensors").unlink()
+    shutil.rmtree(state_of(tmp_path) / "finished")
     with pytest.raises(ValueError, match=r"the weights in .*step-00000015' are not finite; remove it"):
         run(tiny_pipeline, tmp_path)
 
@@ -410,7 +412,7 @@ def test_the_main_process_says_whether_there_is_a_decoder(tiny_pipeline, tmp_pat
     monkeypatch.setattr(
         "mmfm.infra.distributed.process_group", lambda: contextlib.nullcontext(Second(1, 2, torch.device("cpu")))
     )
-    monkeypatch.setattr("mmfm.training.loop.train", lambda setting, files, *_: found.append(files.decoder))
+    monkeypatch.setattr("mmfm.stages.train.train", lambda config, files, *_: found.append(files.decoder))
     assert command.main(arguments(tiny_pipeline, tmp_path, "mode")) == 0
     assert found == [None]
 
@@ -433,7 +435,7 @@ def test_inputs_that_do_not_belong_together_are_refused(tiny_pipeline, tmp_path)
         command.main(without)
     arrays, metadata = store.map_arrays(tiny_pipeline.gmm)
     for change, message in (
-        ({"listing_digest": "0" * 64}, r"gmm.safetensors was made from another listing .* run fit_gmm"),
+        ({"listing_digest": "0" * 64}, r"gmm.safetensors was made from another listing .* run .*fit_gmm"),
         ({"weights": arrays["weights"] * [0.5, 1.5, 1, 1]}, r"spatial_gmm.zarr was made from another mixture than"),
     ):
         other = {name: change.pop(name, array) for name, array in arrays.items()}
@@ -474,16 +476,16 @@ def test_learning_rates():
     assert [lr(s) for s in (0, 40)] == [2e-4, 2e-4]
     assert lr(420) == pytest.approx((2e-4 + 2e-5) / 2)
     assert [lr(s) for s in (800, 10_000)] == pytest.approx([2e-5, 2e-5])
-    cosine = Cosine(lr=1e-3, horizon=100)
+    cosine = Cosine(lr=1e-3, final_lr=0.0, constant_steps=0, end_step=100)
     assert [cosine(s) for s in (0, 50, 100, 200)] == pytest.approx([1e-3, 5e-4, 0, 0])
-    cosine = Cosine(lr=1e-3, horizon=100, final_lr=1e-4, constant_steps=20)
+    cosine = Cosine(lr=1e-3, final_lr=1e-4, constant_steps=20, end_step=100)
     assert [cosine(s) for s in (0, 20, 60, 100, 200)] == pytest.approx([1e-3, 1e-3, 5.5e-4, 1e-4, 1e-4])
 
 
 def test_the_schedule_is_a_setting(tiny_pipeline, tmp_path):
     run(tiny_pipeline, tmp_path, "uncond", schedule="cosine", log_every=1)
     rates = [lr for (lr,) in history(tmp_path, "lr")]
-    expected = Cosine(1e-3, 3 * STEPS_PER_EPOCH, 1e-4, STEPS_PER_EPOCH)
+    expected = Cosine(1e-3, 1e-4, STEPS_PER_EPOCH, 3 * STEPS_PER_EPOCH)
     assert rates == [expected(step) for step in range(3 * STEPS_PER_EPOCH)]
 
 
@@ -580,9 +582,9 @@ def test_an_image_is_encoded_once_a_view_with_a_cache_and_once_a_step_without(ti
 @pytest.mark.parametrize(
     ("where", "remedy"),
     [
-        ("mmfm.training.loop.source_for", "set train.means_device to host"),
+        ("mmfm.training.setup.source_for", "set train.means_device to host"),
         ("mmfm.training.trainer.Ema", "train.sharding fsdp"),
-        ("mmfm.training.looks.image_grid", "Lower train.preview.n_images"),
+        ("mmfm.training.previews.image_grid", "Lower train.preview.n_images"),
     ],
 )
 def test_out_of_memory_outside_the_steps_says_what_to_change(tiny_pipeline, tmp_path, monkeypatch, where, remedy):
@@ -600,7 +602,7 @@ def test_a_finished_run_is_published_without_a_picture_that_does_not_fit(
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("mmfm.training.looks.image_grid", full)
+    monkeypatch.setattr("mmfm.training.previews.image_grid", full)
     (tmp_path / "preview.png").write_text("of other weights")
     run(tiny_pipeline, tmp_path)
     assert_same(tmp_path, undisturbed)

@@ -7,9 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_em import ALONE, SETTINGS, a_start, clustered, result, run, store_of_tokens, token_store  # noqa: F401
+from test_em import ALONE, SETTINGS, a_start, clustered, fit_tokens, result, run, store_of_tokens, token_store  # noqa: F401
 
-from mmfm.mixture import fit as stage
 from mmfm.mixture import groups, reseeding
 from mmfm.mixture.em import EMState, e_step, em_iterations
 from mmfm.mixture.gaussian import Mixture
@@ -159,11 +158,11 @@ def test_truncated_em_ends_where_exact_em_ends():
 
 def test_the_truncated_stage_reports_its_gap_and_resumes(tmp_path):
     store = token_store(tmp_path / "cls_tokens.zarr", many_clusters(1024))
-    summary = stage.fit(store, MANY, tmp_path / "whole", ALONE)
+    summary = fit_tokens(store, MANY, tmp_path / "whole", ALONE)
     assert 0 <= summary["truncation_gap"]["nats_per_image"] < 0.2
     assert summary["log_likelihood"] >= summary["lower_bounds"][-1] - 1e-6
-    stage.fit(store, dataclasses.replace(MANY, max_iter=3), tmp_path / "parts", ALONE)
-    stage.fit(store, MANY, tmp_path / "parts", ALONE)
+    fit_tokens(store, dataclasses.replace(MANY, max_iter=3), tmp_path / "parts", ALONE)
+    fit_tokens(store, MANY, tmp_path / "parts", ALONE)
     assert result(tmp_path / "parts") == result(tmp_path / "whole")
 
 
@@ -198,7 +197,7 @@ def test_reseeding_is_counted_by_the_stage(tmp_path):
     data = clustered(512, spread=8.0)
     np.save(tmp_path / "means.npy", dead_start(data).means)
     chosen = dataclasses.replace(SETTINGS, init_means=str(tmp_path / "means.npy"))
-    summary = stage.fit(token_store(tmp_path / "cls_tokens.zarr", data), chosen, tmp_path / "gmm", ALONE)
+    summary = fit_tokens(token_store(tmp_path / "cls_tokens.zarr", data), chosen, tmp_path / "gmm", ALONE)
     assert summary["reseeded_components"] >= 1
     assert summary["empty_components"] == 0
 

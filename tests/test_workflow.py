@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from mmfm import config
-from mmfm import workflow as wf
+from mmfm.workflow import jobs, locks, targets
 
 ROOT = Path(__file__).parent.parent
 DEFAULTS = config.load([ROOT / "config" / "config.yaml"])
@@ -33,11 +33,11 @@ DEFAULTS = config.load([ROOT / "config" / "config.yaml"])
     ],
 )
 def test_variants_are_completed(text, setting, expected):
-    complete = wf.parse_variant(text, setting, DEFAULTS)
+    complete = targets.parse_variant(text, setting, DEFAULTS)
     assert str(complete) == expected
-    assert wf.parse_variant(f".{expected}", setting, DEFAULTS) == complete
-    assert re.fullmatch(wf.complete_pattern(DEFAULTS), f"{setting}.{expected}")
-    assert text == f".{expected}" or not re.fullmatch(wf.complete_pattern(DEFAULTS), f"{setting}{text}")
+    assert targets.parse_variant(f".{expected}", setting, DEFAULTS) == complete
+    assert re.fullmatch(targets.complete_pattern(DEFAULTS), f"{setting}.{expected}")
+    assert text == f".{expected}" or not re.fullmatch(targets.complete_pattern(DEFAULTS), f"{setting}{text}")
 
 
 def test_variants_of_autoguidance_carry_the_guides_scale():
@@ -45,18 +45,18 @@ def test_variants_of_autoguidance_carry_the_guides_scale():
         ("", "mode", "seed0.tiny.k256.t25.g1.5"),
         (".t4.g2.0", "uncond", "seed0.tiny.t4.g2"),
     ):
-        complete = wf.parse_variant(text, setting, DEFAULTS, guided=True)
+        complete = targets.parse_variant(text, setting, DEFAULTS, guided=True)
         assert str(complete) == expected
-        assert re.fullmatch(wf.complete_pattern(DEFAULTS), f"{setting}_ag.{expected}")
+        assert re.fullmatch(targets.complete_pattern(DEFAULTS), f"{setting}_ag.{expected}")
     guided = {"guide": replace(DEFAULTS.guide, interval=(0.1, 0.8))}
-    keys = wf.guidance_keys(1.5, True, replace(DEFAULTS, **guided))
+    keys = config.keys_of_kind(targets.guidance_of(1.5, True, replace(DEFAULTS, **guided)), "identity")
     assert keys == {"scale": 1.5, "interval": [0.1, 0.8]}
-    assert wf.guidance_keys(None, False, DEFAULTS) == {"scale": 1.0, "interval": [0.0, 1.0]}
+    assert targets.guidance_of(None, False, DEFAULTS) == config.Guidance(1.0, (0.0, 1.0))
 
 
 def test_a_mode_model_with_dropout_has_a_scale():
     dropout = replace(DEFAULTS, train=replace(DEFAULTS.train, mode_dropout=0.1))
-    assert str(wf.parse_variant(".g3", "mode", dropout)) == "seed0.tiny.k256.t25.g3"
+    assert str(targets.parse_variant(".g3", "mode", dropout)) == "seed0.tiny.k256.t25.g3"
 
 
 @pytest.mark.parametrize(
@@ -64,37 +64,37 @@ def test_a_mode_model_with_dropout_has_a_scale():
 )
 def test_bad_variants_are_refused(text, setting):
     with pytest.raises(ValueError, match=r"variant|mixture|label dropout"):
-        wf.parse_variant(text, setting, DEFAULTS)
+        targets.parse_variant(text, setting, DEFAULTS)
 
 
 def test_gpus_per_job():
-    assert wf.gpus_per_job("auto", None) == 0
-    assert wf.gpus_per_job("auto", 8) == 8
-    assert wf.gpus_per_job(2, 8) == 2
+    assert jobs.gpus_per_job("auto", None) == 0
+    assert jobs.gpus_per_job("auto", 8) == 8
+    assert jobs.gpus_per_job(2, 8) == 2
     with pytest.raises(ValueError, match="only 0 are available"):
-        wf.gpus_per_job(1, 0)
+        jobs.gpus_per_job(1, 0)
     with pytest.raises(ValueError, match="number or auto"):
-        wf.gpus_per_job("all", 8)
+        jobs.gpus_per_job("all", 8)
 
 
 def test_parameters_hold_what_the_name_sets():
-    value = wf.stage_parameter(DEFAULTS, "fit_gmm", gmm={"n_components": 7})
+    value = jobs.stage_parameter(DEFAULTS, "fit_gmm", gmm={"n_components": 7})
     assert '"n_components":7' in value and "chunk_size" not in value
 
 
 def test_stale_locks_are_cleared_and_live_ones_kept(tmp_path):
     lock = tmp_path / "locks" / "0.input.lock"
     hold = f"h = clear_stale_locks(Path({str(tmp_path)!r})); print('held', flush=True); input()"
-    hold = f"from mmfm.workflow import *; {hold}"
+    hold = f"from pathlib import Path; from mmfm.workflow.locks import *; {hold}"
     other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"held\n"
     lock.parent.mkdir()
     lock.write_text("results/x")
-    wf.clear_stale_locks(tmp_path).close()
+    locks.clear_stale_locks(tmp_path).close()
     assert lock.exists()
     other.kill()
     other.wait()
-    wf.clear_stale_locks(tmp_path).close()
+    locks.clear_stale_locks(tmp_path).close()
     assert not lock.exists()
 
 

@@ -45,7 +45,7 @@ _UNITS = {
     "extract": "shard-", "fit_gmm": "iteration-", "spatial_gmm": "component-", "train_decoder": "step-",
     "train": "step-", "sample": "shard-", "fid_reference": "shard-",
 }  # fmt: skip
-_CONSTANTS = {"fid_reference": {"mmfm.evaluation.reference._SHARD_IMAGES": 8}}
+_CONSTANTS = {"fid_reference": {"mmfm.stages.fid_reference._SHARD_IMAGES": 8}}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Stage:
 
     def command(self, out: Path, **changes: dict) -> list[str]:
         """Return the arguments of ``mmfm`` that write into ``out``, with keys of single sections changed."""
-        sections = {name: {**SMALL[name], **changes.get(name, {})} for name in STAGES[self.name]}
+        sections = {name: {**SMALL[name], **changes.get(name, {})} for name in STAGES[self.name].sections}
         named = {**self.inputs, **{flag: out / name for flag, name in self.outputs.items()}}
         return [self.name, "--settings", json.dumps(sections), *(str(x) for pair in named.items() for x in pair)]
 

@@ -1,11 +1,14 @@
-"""Write config/README.md and workflow/schemas/config.schema.yaml from the dataclasses in mmfm.config.
+"""Write what documents say of configuration and stages: all of it stands in mmfm.config.
 
-python tools/config_docs.py            write both
-python tools/config_docs.py --check    exit with 1 if either is out of step
+config/README.md, workflow/schemas/config.schema.json, the table of stages in docs/stages.md, their graph in README.md.
+
+python tools/config_docs.py            write them
+python tools/config_docs.py --check    exit with 1 if one is out of step
 """
 
 import argparse
 import dataclasses
+import json
 import sys
 import typing
 from pathlib import Path
@@ -14,25 +17,13 @@ from typing import Any
 import yaml
 
 from mmfm import config
+from mmfm.config import registry
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "config" / "README.md"
-SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
-
-DEPENDENTS = {
-    "list_images": ("extract", "spatial_gmm", "train_decoder", "train", "fid_reference"),
-    "extract": ("latent_stats", "fit_gmm"),
-    "latent_stats": ("spatial_gmm", "train", "sample"),
-    "fit_gmm": ("spatial_gmm", "train", "sweep"),
-    "spatial_gmm": ("train", "sample", "sweep"),
-    "train_decoder": ("sample",),
-    "train": ("sample",),
-    "sample": ("fid",),
-    "fid_reference": ("fid",),
-    "fid": (),
-    "sweep": (),
-}
-"""Which stages read a stage's outputs."""
+STAGES = ROOT / "docs" / "stages.md"
+FRONT = ROOT / "README.md"
+SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.json"
 
 NOT_RERUN = {("gmm", "n_components"): "sweep"} | {("guide", key): "train" for key in ("weights", "scale", "interval")}
 """Stages that a section's other keys rerun, but not this one: the sweep has numbers of modes of its own."""
@@ -63,24 +54,17 @@ way to sweep: everything that two variants share is made once.
 
     snakemake --cores all results/fid/dinov2_mode.seed{0,1,2}.txt results/fid/dinov2_gmm.k{16,256}.t4.txt
 
-This page and `workflow/schemas/config.schema.yaml` are written by `python tools/config_docs.py`.
+This page and `workflow/schemas/config.schema.json` are written by `python tools/config_docs.py`.
 """
-
-GUIDE = ("guide", "train")
 
 TABLE_HEAD = ["| key | meaning | unit | default | kind | reruns |", "|---|---|---|---|---|---|"]
 
 
 def reruns(section: str) -> list[str]:
     """Return the stages that run again when an identity key of ``section`` changes, in the order of the workflow."""
-    found: set[str] = set()
     # The rule train makes the guide from the keys of `train`, with those of `guide` in their places.
-    waiting = [stage for stage, sections in config.STAGES.items() if section in sections or (section, stage) == GUIDE]
-    while waiting:
-        stage = waiting.pop()
-        if stage not in found:
-            found.add(stage)
-            waiting += DEPENDENTS[stage]
+    first = ["train"] if section == "guide" else registry.readers(section)
+    found = {name for stage in first for name in registry.below(stage)}
     return [stage for stage in config.STAGES if stage in found]
 
 
@@ -128,10 +112,10 @@ def row(f: dataclasses.Field, value: Any, prefix: str, again: list[str]) -> str:
 
 
 def schema(kind: type) -> dict[str, Any]:
-    """Return the JSON schema of a section."""
+    """Return the JSON schema of a section: that of a file laid over others, so that no key is required."""
     hints = typing.get_type_hints(kind)
     properties = {f.name: _property(hints[f.name], f.metadata) for f in dataclasses.fields(kind)}
-    return {"type": "object", "additionalProperties": False, "required": list(properties), "properties": properties}
+    return {"type": "object", "additionalProperties": False, "properties": properties}
 
 
 def _property(hint: Any, metadata: Any) -> dict[str, Any]:
@@ -141,18 +125,51 @@ def _property(hint: Any, metadata: Any) -> dict[str, Any]:
     if origin is dict:
         return {"type": "object", "minProperties": 1, "additionalProperties": schema(arguments[1])}
     names = {int: "integer", float: "number", bool: "boolean", str: "string"}
+    entry: dict[str, Any] = {"description": metadata["help"]}
     if origin is tuple:
-        item = {"type": names[arguments[0]]}
-        if arguments[-1] is ...:
-            return {"type": "array", "items": item | {"minimum": metadata["minimum"]}}
-        return {"type": "array", "items": item, "minItems": len(arguments), "maxItems": len(arguments)}
-    kinds = [names[k] for k in (arguments or (hint,))]
-    entry: dict[str, Any] = {"type": kinds[0] if len(kinds) == 1 else kinds, "description": metadata["help"]}
-    if metadata["choices"]:
+        item = _scalar([names[arguments[0]]], metadata if arguments[-1] is ... else {})
+        length = {} if arguments[-1] is ... else {"minItems": len(arguments), "maxItems": len(arguments)}
+        return {"type": "array", **entry, "items": item, **length}
+    return entry | _scalar([names[k] for k in (arguments or (hint,))], metadata)
+
+
+def _scalar(kinds: list[str], metadata: Any) -> dict[str, Any]:
+    entry: dict[str, Any] = {"type": kinds[0] if len(kinds) == 1 else kinds}
+    if metadata.get("choices"):
         entry["enum"] = list(metadata["choices"])
-    if metadata["minimum"] is not None:
+    if metadata.get("minimum") is not None:
         entry["minimum"] = metadata["minimum"]
     return entry
+
+
+def stage_table() -> str:
+    """Return the table of docs/stages.md."""
+    lines = ["| stage | what it does | reads what these made | writes | unit of resumption |", "|---|---|---|---|---|"]
+    for name, stage in config.STAGES.items():
+        parents = ", ".join(f"`{parent}`" for parent in stage.parents) or "the image folder"
+        outputs = ", ".join(f"`{output}`" for output in stage.outputs)
+        lines.append(
+            f"| `{name}` | {stage.summary} | {parents} | {outputs} | {stage.unit or 'none (nothing to resume)'} |"
+        )
+    return "\n".join(lines)
+
+
+def stage_graph() -> str:
+    """Return the graph of README.md, in Mermaid's language: arrows that another path implies are left out."""
+    lines = ["```mermaid", "flowchart LR"]
+    for name, stage in config.STAGES.items():
+        for parent in stage.parents:
+            if not any(other in registry.below(parent) for other in stage.parents if other != parent):
+                lines.append(f"    {parent} --> {name}")
+    return "\n".join([*lines, "```"])
+
+
+def between_markers(path: Path, text: str) -> str:
+    """Return a document with the part between its markers replaced."""
+    before, rest = path.read_text().split("<!-- stages: written by tools/config_docs.py -->\n")
+    return (
+        f"{before}<!-- stages: written by tools/config_docs.py -->\n{text}\n<!-- end -->{rest.split('<!-- end -->')[1]}"
+    )
 
 
 def main() -> int:
@@ -161,10 +178,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     options = parser.parse_args()
     values = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
-    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "MM-FM configuration"}
+    head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "MM-FM configuration"}
     texts = {
         README: readme(values),
-        SCHEMA: yaml.safe_dump({**head, **schema(config.Config)}, sort_keys=False, width=120),
+        STAGES: between_markers(STAGES, stage_table()),
+        FRONT: between_markers(FRONT, stage_graph()),
+        SCHEMA: json.dumps({**head, **schema(config.Config)}, indent=1) + "\n",
     }
     stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
     for path in stale:

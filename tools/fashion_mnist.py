@@ -15,7 +15,7 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 
-from mmfm.demo import pad_to_rgb, read_idx, sha256
+from mmfm.data.fashion_mnist import pad_to_rgb, read_idx, sha256
 
 DEMO = Path(__file__).resolve().parent.parent / "resources" / "demo"
 

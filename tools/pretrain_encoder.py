@@ -28,7 +28,7 @@ from fashion_mnist import (
     save_weights,
     write_json,
 )
-from mmfm.demo import sha256
+from mmfm.data.fashion_mnist import sha256
 
 DESCRIPTION = """\
 Pretrain a tiny DINOv2-with-registers encoder on the 60,000 training images of Fashion-MNIST, without labels.

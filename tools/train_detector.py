@@ -20,7 +20,7 @@ from fashion_mnist import (
     save_checkpoint,
     save_weights,
 )
-from mmfm.evaluation.fashion_detector import FashionDetector
+from mmfm.evaluation.detectors.fashion import FashionDetector
 
 DESCRIPTION = """\
 Train the small classifier whose 64 features the demo's Frechet distance is taken in, on the 60,000 labelled training

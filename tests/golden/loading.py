@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mmfm.decoder import Decoder, DecoderConfig
+from mmfm.autoencoder.decoder import Decoder, DecoderConfig
 
 GOLDEN = Path(__file__).parent
 

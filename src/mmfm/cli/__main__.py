@@ -3,26 +3,24 @@
 import importlib
 import sys
 
+from mmfm.config.registry import STAGES
 from mmfm.infra.launch import join_gpus
 from mmfm.infra.space import explain
 
-COMMANDS = {
-    "demo_images": "unpack the embedded images into an ImageFolder",
-    "list_images": "list and split an image folder",
-    "extract": "encode all images: global tokens and latent moments",
-    "latent_stats": "mean and variance of the latents per position",
-    "fit_gmm": "fit the mixture of the global tokens by EM",
-    "spatial_gmm": "mean latent and variance of every mode",
-    "train_decoder": "train the decoder from latents to images",
-    "train": "train the flow-matching model",
-    "sample": "generate images",
-    "fid_reference": "feature moments of the real images",
-    "fid": "Frechet distance of generated images",
-    "scale": "estimate what a configuration costs",
-    "sweep": "fits with several numbers of modes side by side",
-    "clean": "remove unfinished work that no target refers to",
-    "doctor": "say what this installation can and can't do",
+GROUPS: dict[str, dict[str, str]] = {
+    "Look: before a run, and when something is odd": {
+        "doctor": "say what this installation can and can't do",
+        "scale": "estimate what a configuration costs",
+    },
+    "Run: the stages, in the order of the workflow": {
+        "demo_images": "unpack the embedded images into an ImageFolder",
+        **{name: stage.summary for name, stage in STAGES.items()},
+    },
+    "Mend: when disk runs short": {
+        "clean": "remove unfinished work that no target refers to",
+    },
 }
+COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in commands.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,15 +28,15 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
-        print("usage: mmfm COMMAND [ARGUMENTS]\n\nThe stages, in the order of the workflow, and tools:\n")
-        for command, summary in COMMANDS.items():
-            print(f"  {command:<15}{summary}")
-        print(
-            "\n`mmfm COMMAND --help` explains one. Usually Snakemake calls them: snakemake results/fid/... --cores all"
-        )
+        print("usage: mmfm COMMAND [ARGUMENTS]\n")
+        for title, commands in GROUPS.items():
+            print(f"{title}\n")
+            print("".join(f"  {command:<15}{summary}\n" for command, summary in commands.items()))
+        print("`mmfm COMMAND --help` explains one. Snakemake runs every stage that a target needs:")
+        print("  snakemake results/fid/dinov2_mode.txt --cores all")
         return 0
     if name not in COMMANDS:
-        from mmfm.config import nearest
+        from mmfm.config.choices import nearest
 
         print(f"mmfm: error: no command '{name}'{nearest(name, COMMANDS)}; see mmfm --help", file=sys.stderr)
         return 2

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from mmfm import unused
 from mmfm.infra import stage_state
+from mmfm.workflow import garbage
 
 DESCRIPTION = """\
 List and remove state directories (state-.../ beside the results: checkpoints, EM iterations, unfinished shards) that no
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("results", type=Path, nargs="?", default=Path("results"), help="folder (default: results)")
     options = parser.parse_args(arguments)
     kept = removed = 0
-    for state in unused.find(options.results):
+    for state in garbage.find(options.results):
         if not state.reason:
             kept += state.size
             continue

@@ -3,14 +3,7 @@
 import argparse
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from mmfm.demo import CLASSES, read_idx
-from mmfm.infra import store
-from mmfm.infra.progress import Progress
-
-_BORDER = 2
+from mmfm.data.fashion_mnist import unpack
 
 
 def main(arguments: list[str]) -> int:
@@ -23,16 +16,5 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--source", type=Path, required=True, help="folder with the two t10k idx files")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     options = parser.parse_args(arguments)
-    images = read_idx(options.source / "t10k-images-idx3-ubyte.gz")
-    labels = read_idx(options.source / "t10k-labels-idx1-ubyte.gz")
-    images = np.pad(images, ((0, 0), (_BORDER, _BORDER), (_BORDER, _BORDER)))
-    partial = options.out.with_name(f".{options.out.name}.partial")
-    for name in CLASSES:
-        (partial / name).mkdir(parents=True, exist_ok=True)
-    with Progress("demo_images", len(images), "images") as progress:
-        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-            # Small files: the fastest compression is within a few percent of the best.
-            Image.fromarray(image).save(partial / CLASSES[label] / f"{index:05d}.png", compress_level=1)
-            progress.advance()
-    store.publish_directory(partial, options.out)
+    unpack(options.source, options.out)
     return 0

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mmfm.cli.common import StageParser
+from mmfm.cli.parser import StageParser
 
 DESCRIPTION = """\
 Encode every training image once: crop, encoder, and from its output the global token of each image (one row of a zarr
@@ -17,30 +17,16 @@ processes; the result does not depend on their number."""
 
 
 def main(arguments: list[str]) -> int:
-    """Parse, load the encoder, extract."""
+    """Parse, extract."""
     parser = StageParser("extract", DESCRIPTION)
     parser.add_argument("--listing", type=Path, required=True, help="listing of the training images")
     parser.add_argument("--encoder-weights", type=Path, required=True, help="folder of the encoder")
     parser.add_argument("--out-tokens", type=Path, required=True, help="token store (output, zarr)")
     parser.add_argument("--out-moments", type=Path, required=True, help="latent moments (output)")
-    options, sections = parser.parse(arguments)
-    from mmfm.encoders import load_encoder
-    from mmfm.extraction import extract
-    from mmfm.infra import store
+    options, config = parser.parse(arguments)
     from mmfm.infra.distributed import process_group
+    from mmfm.stages.extract import extract
 
-    settings = sections["encoder"]
-    digest = store.folder_digest(options.encoder_weights)
     with process_group() as ranks:
-        encoder = load_encoder(settings.family, options.encoder_weights, settings.input_size, ranks.device)
-        extract(
-            options.listing,
-            encoder,
-            (encoder.hidden_size, *encoder.grid),
-            options.out_tokens,
-            options.out_moments,
-            sections,
-            digest,
-            ranks,
-        )
+        extract(config, options.listing, options.encoder_weights, options.out_tokens, options.out_moments, ranks)
     return 0

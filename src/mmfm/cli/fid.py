@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mmfm.cli.common import StageParser
+from mmfm.cli.parser import StageParser
 
 DESCRIPTION = """\
 Measure generated images: mean and covariance of the detector's features over images.npz, and their Frechet distance
@@ -25,16 +25,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--detector-weights", type=Path, help="weights of the detector (default: fid.weights)")
     parser.add_argument("--out-txt", type=Path, required=True, help="result for people (output)")
     parser.add_argument("--out-json", type=Path, required=True, help="result for machines (output)")
-    options, sections = parser.parse(arguments)
+    options, config = parser.parse(arguments)
     from mmfm.evaluation.detector import load_detector
-    from mmfm.evaluation.fid import measure, render, write_result
     from mmfm.infra.distributed import process_group
+    from mmfm.stages.fid import fid, render
 
-    settings = sections["fid"]
     with process_group() as ranks:
-        detector = load_detector(settings.detector, options.detector_weights or settings.weights, ranks.device)
-        result = measure(options.images, options.samples, options.reference, detector, settings.batch_size, ranks)
-        ranks.from_main(lambda: write_result(result, options.out_txt, options.out_json))
+        detector = load_detector(config.fid.detector, options.detector_weights or config.fid.weights, ranks.device)
+        result = fid(
+            config, detector, options.images, options.samples, options.reference, options.out_txt, options.out_json,
+            ranks,
+        )  # fmt: skip
         if ranks.is_main:
             print(render(result), end="")
     return 0

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mmfm.cli.common import StageParser
+from mmfm.cli.parser import StageParser
 
 DESCRIPTION = """\
 Compute what generated images are compared with: mean and covariance of the detector's features over the training
@@ -25,15 +25,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--heldout-listing", type=Path, help="listing of the held-out images, for the floor")
     parser.add_argument("--detector-weights", type=Path, help="weights of the detector (default: fid.weights)")
     parser.add_argument("--out", type=Path, required=True, help="reference (output)")
-    options, sections = parser.parse(arguments)
+    options, config = parser.parse(arguments)
     from mmfm.evaluation.detector import load_detector
-    from mmfm.evaluation.reference import Reference, make_reference
+    from mmfm.evaluation.reference import Reference
     from mmfm.infra.distributed import process_group
+    from mmfm.stages.fid_reference import fid_reference
 
-    settings = sections["fid"]
     with process_group() as ranks:
-        detector = load_detector(settings.detector, options.detector_weights or settings.weights, ranks.device)
-        make_reference(detector, options.train_listing, options.heldout_listing, options.out, sections, ranks)
+        detector = load_detector(config.fid.detector, options.detector_weights or config.fid.weights, ranks.device)
+        fid_reference(config, detector, options.train_listing, options.heldout_listing, options.out, ranks)
         if ranks.is_main:
             about = Reference.open(options.out).about
             floor = "" if about["floor"] is None else f"; held-out images are at {about['floor']:.2f}"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mmfm.cli.common import StageParser
+from mmfm.cli.parser import StageParser
 
 DESCRIPTION = """\
 Fit a Gaussian mixture of gmm.n_components modes to the global tokens by expectation-maximisation, and give every image
@@ -31,44 +31,20 @@ the tokens; the result is the same to rounding for any number of them."""
 
 
 def main(arguments: list[str]) -> int:
-    """Parse, open the tokens, fit."""
+    """Parse, fit."""
     parser = StageParser("fit_gmm", DESCRIPTION)
     parser.add_argument("--tokens", type=Path, required=True, help="token store from extract (zarr)")
     parser.add_argument("--listing", type=Path, help="listing of the training images, to draw modes.png")
     parser.add_argument("--out-dir", type=Path, required=True, help="folder of the outputs")
-    options, sections = parser.parse(arguments)
-    from mmfm.data import Listing
+    options, config = parser.parse(arguments)
     from mmfm.infra.distributed import process_group
-    from mmfm.mixture.fit import fit
-    from mmfm.tokens import TokenStore
+    from mmfm.stages.fit_gmm import fit_gmm
 
-    tokens = TokenStore.open(options.tokens)
-    if options.listing is not None and Listing.open(options.listing).digest != tokens.listing_digest:
-        raise ValueError(f"the tokens were not made from the listing '{options.listing}'; run extract on it")
     with process_group() as ranks:
-        report = fit(tokens, sections["gmm"], options.out_dir, ranks)
+        report = fit_gmm(config, options.tokens, options.listing, options.out_dir, ranks)
     if ranks.is_main:
-        if options.listing is not None:
-            draw_modes(options.listing, tokens, options.out_dir, sections["gmm"].chunk_size)
         print(
             f"fit_gmm: {report['active_components']:,} of {report['n_components']:,} modes have images; "
             f"log-likelihood {report['log_likelihood']:.3f} nats per image after {report['n_iter']} iterations"
         )
     return 0
-
-
-def draw_modes(listing: Path, tokens, out_dir: Path, block: int) -> None:
-    """Write ``modes.png`` beside a finished fit.
-
-    Args:
-        tokens: the opened :class:`mmfm.tokens.TokenStore`.
-        block: tokens in memory at a time.
-    """
-    from mmfm.data import Listing
-    from mmfm.infra import store
-    from mmfm.mixture import contact_sheet
-    from mmfm.mixture.gaussian import Mixture
-
-    labels = store.map_arrays(out_dir / "assignment.safetensors")[0]["labels"]
-    mixture = Mixture.load(out_dir / "gmm.safetensors")
-    contact_sheet.draw(out_dir / "modes.png", Listing.open(listing), tokens.read, labels, mixture, block)

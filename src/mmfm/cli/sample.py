@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mmfm.cli.common import DETECTORS, StageParser
+from mmfm.cli.parser import StageParser
 from mmfm.config import Sample
-from mmfm.settings import SETTINGS
+from mmfm.config.choices import DETECTORS, SETTINGS
 
 DESCRIPTION = """\
 Generate images: draw each one's source (standard noise, or a mode of the spatial mixture and noise around it), follow
@@ -28,7 +28,7 @@ Start it with torchrun, or `python -m mmfm.infra.launch --gpus N -- sample ...`,
 
 
 def main(arguments: list[str]) -> int:
-    """Parse, load, sample."""
+    """Parse, sample."""
     parser = StageParser("sample", DESCRIPTION)
     parser.add_argument("--ema", type=Path, required=True, help="weights from train")
     parser.add_argument("--decoder", type=Path, required=True, help="decoder from train_decoder, or the published one")
@@ -48,21 +48,21 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--detector", choices=DETECTORS, help="write this detector's features")
     parser.add_argument("--detector-weights", type=Path, help="its weights file; without the file no features")
     parser.add_argument("--out-dir", type=Path, required=True, help="folder of the outputs")
-    options, sections = parser.parse(arguments)
+    options, config = parser.parse(arguments)
+    from mmfm.generation.sampler import SampleFiles
     from mmfm.infra import memory
     from mmfm.infra.distributed import process_group
-    from mmfm.sampler import SampleFiles, Sampler
-    from mmfm.sampling import sample
+    from mmfm.stages.sample import sample
 
     files = SampleFiles(
         options.ema, options.decoder, options.stats, options.encoder_weights, options.spatial_gmm, options.guide
     )
-    if options.guide and sections["sample"].guidance.scale == 1:
+    if options.guide and config.sample.guidance.scale == 1:
         print("sample: a guide with sample.guidance.scale = 1 changes nothing; 1.5 is usual", file=sys.stderr)
     remedy = "Lower sample.batch_size, or set sample.means_device to host; the images stay the same"
     with process_group() as ranks, memory.explained(remedy):
-        sampler = Sampler(files, sections, options.seed, ranks.device, options.setting)
-        sample(sampler, options.out_dir, sections, ranks, _detector(options, sections["sample"], ranks.device))
+        detector = _detector(options, config.sample, ranks.device)
+        sample(config, files, options.seed, options.out_dir, ranks, detector)
     return 0
 
 

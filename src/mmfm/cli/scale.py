@@ -3,7 +3,7 @@
 import argparse
 
 from mmfm import config
-from mmfm.needs import table
+from mmfm.workflow.resources import table
 
 DESCRIPTION = """\
 Print, for every stage of a configuration, what it reads and writes, the memory of every process, its arithmetic and its

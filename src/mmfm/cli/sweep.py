@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mmfm.cli.common import StageParser
+from mmfm.cli.parser import StageParser
 
 DESCRIPTION = """\
 Plot what a number of modes K costs and brings: BIC, coupling cost and time of the fit against K. It reads reports only;
@@ -26,14 +26,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--fits", type=Path, nargs="+", required=True, help="reports of fit_gmm")
     parser.add_argument("--spatial", type=Path, nargs="+", required=True, help="reports of spatial_gmm, in any order")
     parser.add_argument("--out-dir", type=Path, required=True, help="folder of the outputs")
-    options, sections = parser.parse(arguments)
-    from mmfm.infra import store
-    from mmfm.mixture import sweep
+    options, config = parser.parse(arguments)
+    from mmfm.stages.sweep import sweep
 
-    fits, spatial = ([store.read_json(path) for path in paths] for paths in (options.fits, options.spatial))
-    table = sweep.collect(fits, spatial, sections["sweep"].modes)
-    sweep.plot(options.out_dir / "sweep.png", table)
-    store.write_json(options.out_dir / "sweep.json", table)
+    table = sweep(config, options.fits, options.spatial, options.out_dir)
     best = min(table, key=lambda row: row["bic"])
     print(f"sweep: {len(table)} fits; the smallest BIC is that of {best['n_components']:,} modes")
     return 0

@@ -3,11 +3,8 @@
 import sys
 from pathlib import Path
 
-from mmfm import config
-from mmfm.cli.common import DETECTORS, StageParser
-from mmfm.settings import SETTINGS
-
-VERSION = config.VERSIONS["train"]
+from mmfm.cli.parser import StageParser
+from mmfm.config.choices import DETECTORS, SETTINGS
 
 DESCRIPTION = """\
 Train the velocity model that carries the source to the data in the encoder's latent space. Settings:
@@ -57,8 +54,8 @@ def main(arguments: list[str]) -> int:
         "--fid-reference", type=Path, help="reference from fid_reference with that detector; may come during training"
     )
     parser.add_argument("--out-dir", type=Path, required=True, help="folder of the outputs")
-    options, sections = parser.parse(arguments)
-    every = sections["train"].preview.fid_every
+    options, config = parser.parse(arguments)
+    every = config.train.preview.fid_every
     measured = (options.detector, options.detector_weights, options.fid_reference)
     if every and None in (options.decoder, *measured):
         raise ValueError(
@@ -66,9 +63,7 @@ def main(arguments: list[str]) -> int:
             "by which distances are measured, or set it to 0"
         )
     from mmfm.infra.distributed import process_group
-    from mmfm.training.fid_curve import DistanceFiles
-    from mmfm.training.inputs import TrainFiles
-    from mmfm.training.loop import train
+    from mmfm.stages.train import DistanceFiles, TrainFiles, train
 
     with process_group() as ranks:
         # All processes must draw and measure, or none: the file may appear while they start.
@@ -77,7 +72,7 @@ def main(arguments: list[str]) -> int:
             options.listing, options.encoder_weights, options.stats, options.gmm, options.spatial_gmm, decoder
         )
         distances = DistanceFiles(*measured) if every else None
-        train(options.setting, files, sections, VERSION, options.out_dir, ranks, distances)
+        train(config, files, options.out_dir, ranks, distances)
     return 0
 
 

@@ -2,10 +2,7 @@
 
 from pathlib import Path
 
-from mmfm import config
-from mmfm.cli.common import StageParser
-
-VERSION = config.VERSIONS["train_decoder"]
+from mmfm.cli.parser import StageParser
 
 DESCRIPTION = """\
 Train a ViT decoder that turns the frozen encoder's latents back into images: noise of a random strength is added to the
@@ -29,10 +26,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--listing", type=Path, required=True, help="listing of the training images")
     parser.add_argument("--encoder-weights", type=Path, required=True, help="folder of the encoder")
     parser.add_argument("--out-dir", type=Path, required=True, help="folder of the outputs")
-    options, sections = parser.parse(arguments)
+    options, config = parser.parse(arguments)
     from mmfm.infra.distributed import process_group
-    from mmfm.training.decoder_loop import train_decoder
+    from mmfm.stages.train_decoder import train_decoder
 
     with process_group() as ranks:
-        train_decoder(options.listing, options.encoder_weights, sections, VERSION, options.out_dir, ranks)
+        train_decoder(config, options.listing, options.encoder_weights, options.out_dir, ranks)
     return 0

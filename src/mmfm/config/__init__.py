@@ -6,13 +6,15 @@ behind anybody's back. Every key has one of three kinds:
 * ``identity``: changes the numbers; part of a stage's parameter and of the fingerprint of its state.
 * ``budget``: how far to go; part of the parameter, not of the fingerprint, so that raising it continues.
 * ``operation``: speed, memory, logging; in neither.
+
+:mod:`~mmfm.config.registry` has the stages, :mod:`~mmfm.config.choices` what keys can be set to,
+:mod:`~mmfm.config.sections` the keys, and :class:`StageConfig` is what one stage reads of them.
 """
 
+from mmfm.config.choices import SETTINGS, nearest
 from mmfm.config.reading import build, load, parse_overrides
+from mmfm.config.registry import STAGES
 from mmfm.config.sections import (
-    ADAPTIVE_SOLVERS,
-    FIXED_SOLVERS,
-    SECTIONS,
     Config,
     Data,
     Decoder,
@@ -30,16 +32,15 @@ from mmfm.config.sections import (
     SpatialGmm,
     Sweep,
     Train,
+    declared,
+    keys_of_kind,
 )
-from mmfm.config.spelling import nearest
-from mmfm.config.stages import STAGES, VERSIONS, identity, keys_of_kind, stage_operation, stage_settings
+from mmfm.config.stage import SECTIONS, StageConfig, effective
 
 __all__ = [
-    "ADAPTIVE_SOLVERS",
-    "FIXED_SOLVERS",
     "SECTIONS",
+    "SETTINGS",
     "STAGES",
-    "VERSIONS",
     "Config",
     "Data",
     "Decoder",
@@ -55,14 +56,14 @@ __all__ = [
     "Preview",
     "Sample",
     "SpatialGmm",
+    "StageConfig",
     "Sweep",
     "Train",
     "build",
-    "identity",
+    "declared",
+    "effective",
     "keys_of_kind",
     "load",
     "nearest",
     "parse_overrides",
-    "stage_operation",
-    "stage_settings",
 ]

@@ -7,23 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmfm.config.sections import (
-    ADAPTIVE_SOLVERS,
-    Config,
-    Decoder,
-    Gmm,
-    Guidance,
-    Guide,
-    LossWeighting,
-    Model,
-    Sample,
-    Sweep,
-    Train,
-)
-from mmfm.config.spelling import nearest
-
-_LARGEST_GAMMA = 20
-"""The ratio of a label's loss to the mean reaches the number of labels; a power of it must stay below infinity."""
+from mmfm.config.choices import nearest
+from mmfm.config.sections import NEVER, Config
 
 
 def load(files: Iterable[str | Path], overrides: Iterable[str] = ()) -> Config:
@@ -84,12 +69,15 @@ def build(kind: type, values: Any, where: str = "") -> Any:
     for name in values:
         if name not in fields:
             raise ValueError(f"unknown configuration key '{prefix}{name}'{nearest(str(name), fields)}")
-    for name in fields:
-        if name not in values:
+    built = {}
+    for name, f in fields.items():
+        value = values.get(name, f.metadata["as_before"])
+        if value is NEVER:
             raise ValueError(f"configuration key '{prefix}{name}' is missing; config/config.yaml has its usual value")
-    built = {name: _value(hints[name], values[name], prefix + name, fields[name].metadata) for name in fields}
+        built[name] = _value(hints[name], value, prefix + name, f.metadata)
     result = kind(**built)
-    _check_together(result, where)
+    if hasattr(result, "check"):
+        result.check(where)
     return result
 
 
@@ -103,7 +91,7 @@ def _value(hint: Any, value: Any, where: str, metadata: Mapping[str, Any]) -> An
         return {str(k): build(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     if origin is tuple and arguments[-1] is ...:
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"'{where}' must be a list of numbers, got {value!r}")
+            raise ValueError(f"'{where}' must be a list, got {value!r}")
         return tuple(_value(arguments[0], v, where, metadata) for v in value)
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
@@ -135,48 +123,3 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
     if isinstance(value, str) and any(kind in (int, float) for kind in kinds):
         hint_text = " (YAML reads 1e-3 as text: write 1.0e-3; on the command line use --configfile, not --config)"
     raise ValueError(f"'{where}' must be {wanted}, got {value!r}{hint_text}")
-
-
-def _check_together(section: Any, where: str) -> None:
-    if isinstance(section, Train):
-        if section.decay_end_epoch <= section.constant_epochs:
-            raise ValueError(f"'{where}.decay_end_epoch' must be above '{where}.constant_epochs'")
-        if not 0 <= section.ema_decay < 1:
-            raise ValueError(f"'{where}.ema_decay' is {section.ema_decay}; it must be in [0, 1)")
-        for name in ("label_dropout", "mode_dropout"):
-            if getattr(section, name) >= 1:
-                raise ValueError(f"'{where}.{name}' is {getattr(section, name)}; it must be in [0, 1)")
-    if isinstance(section, LossWeighting):
-        if not 0 <= section.decay < 1:
-            raise ValueError(f"'{where}.decay' is {section.decay}; it must be in [0, 1)")
-        if section.gamma > _LARGEST_GAMMA:
-            raise ValueError(f"'{where}.gamma' is {section.gamma}; it must be at most {_LARGEST_GAMMA}")
-        if not 0 < section.bounds[0] <= 1 <= section.bounds[1]:
-            raise ValueError(f"'{where}.bounds' are {list(section.bounds)}; give 0 < smallest <= 1 <= largest")
-    if isinstance(section, Guidance | Guide) and not 0 <= section.interval[0] <= section.interval[1] <= 1:
-        raise ValueError(f"'{where}.interval' is {list(section.interval)}; give times 0 <= lowest <= highest <= 1")
-    if isinstance(section, Sample) and section.solver in ADAPTIVE_SOLVERS:
-        if section.precision == "reference":
-            raise ValueError(
-                f"'{where}.precision' reference has bf16 times, too coarse for {section.solver}: use euler"
-            )
-        if section.rtol + section.atol <= 0:
-            raise ValueError(f"'{where}.rtol' and '{where}.atol' are both 0; {section.solver} needs one of them")
-    if isinstance(section, Sweep) and not section.modes:
-        raise ValueError(f"'{where}.modes' must be a list of at least one number, got an empty one")
-    if isinstance(section, Model):
-        for width, heads in zip(section.hidden_size, section.num_heads, strict=True):
-            if width % heads or (width // heads) % 4:
-                raise ValueError(f"'{where}': width {width} over {heads} heads must give a multiple of 4 per head")
-    if isinstance(section, Gmm):
-        if section.e_step == "truncated" and section.covariance_type in ("tied", "full"):
-            raise ValueError(
-                f"'{where}.e_step' truncated needs covariance_type diag or spherical, not {section.covariance_type}; "
-                f"set '{where}.e_step' to exact"
-            )
-        if section.init_means and section.n_init > 1:
-            raise ValueError(
-                f"'{where}.n_init' is {section.n_init}, but '{where}.init_means' is one start; set it to 1"
-            )
-    if isinstance(section, Decoder) and section.hidden_size % section.num_heads:
-        raise ValueError(f"'{where}.hidden_size' {section.hidden_size} is no multiple of num_heads {section.num_heads}")

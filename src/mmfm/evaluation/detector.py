@@ -6,14 +6,10 @@ from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmfm.evaluation.fashion_detector import FashionDetector
+from mmfm.config.choices import DETECTORS
 from mmfm.infra import store
-
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 
 
 class Detector:
@@ -62,8 +58,7 @@ def load_detector(kind: str, weights: str | Path, device: torch.device | str = "
     """Load a detector from a local file. Nothing is downloaded.
 
     Args:
-        kind: ``fashion``, the demo's classifier, or ``inception``, the network of 2015-12-05 that FID is defined by
-            (torchvision's Inception is another one).
+        kind: name in :data:`mmfm.config.choices.DETECTORS`.
         weights: the file.
         device: where to run it.
 
@@ -71,10 +66,8 @@ def load_detector(kind: str, weights: str | Path, device: torch.device | str = "
         FileNotFoundError: no such file; the message says how to get it.
         ValueError: an unknown kind, or a file that is damaged or of another network.
     """
-    if kind not in _LOADERS:
-        raise ValueError(f"unknown detector '{kind}'; it must be one of {', '.join(_LOADERS)}")
     path, device = Path(weights), torch.device(device)
-    load, remedy = _LOADERS[kind]
+    load, remedy = DETECTORS[kind].load(), DETECTORS[kind].remedy
     if not path.is_file():
         raise FileNotFoundError(f"no weights of the {kind} detector at '{path}'; {remedy}")
     digest = store.file_digest(path)
@@ -83,43 +76,3 @@ def load_detector(kind: str, weights: str | Path, device: torch.device | str = "
     except (RuntimeError, SafetensorError, UnpicklingError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"'{path}' holds no weights of the {kind} detector ({reason}); {remedy}") from error
-
-
-def _load_fashion(path: Path, digest: str, device: torch.device) -> Detector:
-    model = FashionDetector()
-    model.load_state_dict(load_file(path))
-    model.to(device).eval().requires_grad_(False)
-    dimension = model.feature_dimension
-    name = f"fashion-mnist classifier (demo, {dimension} features; not comparable with Inception FID)"
-    return Detector(name, digest, dimension, False, model.features, device)
-
-
-def _load_inception(path: Path, digest: str, device: torch.device) -> Detector:
-    import mmfm.infra.torchvision_ops  # noqa: F401  # isort: skip  (torch-fidelity imports torchvision)
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    # torch-fidelity unpickles without restriction, so the file is read by the safe loader first.
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError("no state dict of tensors")
-    network: nn.Module = FeatureExtractorInceptionV3(
-        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
-    )
-    network.to(device).eval()
-    # The file is named by the first digits of its hash, as torch.hub names weights.
-    standard = digest.startswith(INCEPTION_FILE.removesuffix(".pth").rsplit("-", 1)[1])
-    name = (
-        "Inception v3 of 2015-12-05 (pool3, 2048 features; the network of published FIDs)"
-        if standard
-        else f"Inception v3 with other weights ({path.name}, 2048 features; not comparable with published FIDs)"
-    )
-    return Detector(name, digest, 2048, standard, lambda images: network(images)[0], device)
-
-
-_LOADERS: dict[str, tuple[Callable[[Path, str, torch.device], Detector], str]] = {
-    "fashion": (_load_fashion, "make it with tools/train_detector.py"),
-    "inception": (
-        _load_inception,
-        f"download {INCEPTION_URL} and set fid.weights to the file ({INCEPTION_FILE}, 95.7 MB)",
-    ),
-}

@@ -1,7 +1,7 @@
 """Moments of a detector's features over images that processes share by consecutive parts."""
 
+from mmfm.data.moments import CovarianceMoments
 from mmfm.infra.distributed import Ranks
-from mmfm.statistics import CovarianceMoments
 
 
 def own_part(n: int, ranks: Ranks) -> range:

@@ -6,11 +6,35 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mmfm.config.choices import SOLVERS
+
 # (x (B, ...), t (B,)) -> velocity (B, ...)
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 
 MAX_STEPS = 2000
 """Of a solver that chooses its steps; tolerances of 1e-5 take dozens. Below the arithmetic's rounding it never ends."""
+
+
+def solve(
+    solver: str, velocity_fn: VelocityFn, x: Tensor, times: Tensor, *, dtype: torch.dtype = torch.float32,
+    rtol: float = 0.0, atol: float = 0.0, watch: Callable[[int], None] = lambda evaluations: None,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """Integrate with one of :data:`mmfm.config.choices.SOLVERS`.
+
+    A solver with given steps is implemented by (velocity_fn, x, times, dtype) -> state, as :func:`euler`; one that
+    chooses its steps as :func:`adaptive`.
+
+    Args:
+        dtype: of state and time, where the steps are given.
+        rtol, atol, watch: of a solver that chooses its steps.
+
+    Returns:
+        state at times[-1], (B, ...), and the evaluations of the velocity.
+    """
+    kind = SOLVERS[solver]
+    if kind.evaluations is None:
+        return kind.load()(velocity_fn, x, times, solver, rtol, atol, watch)
+    return kind.load()(velocity_fn, x, times, dtype), kind.evaluations * (len(times) - 1)
 
 
 def euler(velocity_fn: VelocityFn, x: Tensor, times: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

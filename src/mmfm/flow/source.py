@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmfm.config.choices import ASSIGNMENTS, SETTINGS
+from mmfm.infra.precision import uses_bf16
 from mmfm.mixture.gaussian import Mixture, draw_from_weights, draw_modes
 from mmfm.mixture.rows import MappedRows
-from mmfm.settings import SETTINGS
 
 
 class Source(Protocol):
@@ -149,8 +150,7 @@ def couple_modes(mixture: Mixture, tokens: Tensor, uniforms: Tensor, assignment:
     Raises:
         ValueError: another assignment.
     """
-    if assignment not in ("soft", "hard"):
-        raise ValueError(f"assignment is '{assignment}'; it must be soft or hard")
+    ASSIGNMENTS.require(assignment)
     posterior = mixture.posterior(tokens)
     return posterior.argmax(dim=1) if assignment == "hard" else draw_modes(posterior, uniforms)
 
@@ -160,23 +160,22 @@ def source_for(
     spatial_gmm: str | Path | None,
     device: torch.device | str,
     *,
-    means_device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
+    means_device: str = "device",
+    precision: str = "float32",
 ) -> Source:
     """Build the source of a setting.
 
     Args:
-        setting: a name in :data:`mmfm.settings.SETTINGS`.
+        setting: a name in :data:`mmfm.config.choices.SETTINGS`.
         spatial_gmm: the spatial mixture's store; needed by the settings with a mixture, refused by the others' None.
         device: where x_source is made.
-        means_device: where the means are kept; None: ``device``. ``cpu`` spares GPU memory for a transfer per batch.
-        dtype: of the means in memory; bfloat16 halves them and rounds them to 3 digits.
+        means_device: where the means are kept: ``device``, or ``host``, which spares GPU memory for a transfer per
+            batch.
+        precision: of the means in memory, as a ``means_precision`` key; bf16 halves them and rounds them to 3 digits.
 
     Raises:
         ValueError: an unknown setting, or a mixture setting without a spatial mixture.
     """
-    if setting not in SETTINGS:
-        raise ValueError(f"unknown setting '{setting}'; it must be one of {', '.join(SETTINGS)}")
     if not SETTINGS[setting].mixture:
         return GaussianSource()
     if spatial_gmm is None:
@@ -184,6 +183,8 @@ def source_for(
     from mmfm.mixture.spatial import SpatialMixture
 
     spatial = SpatialMixture.open(spatial_gmm)
-    device, place = torch.device(device), torch.device(means_device or device)
+    device = torch.device(device)
+    place = torch.device("cpu") if means_device == "host" else device
+    dtype = torch.bfloat16 if uses_bf16(precision, device) else torch.float32
     means = spatial.load_means(place, dtype, pinned=place.type == "cpu" and device.type == "cuda")
     return MixtureSource(means, spatial.load_variances(), torch.as_tensor(spatial.weights), device)

@@ -103,7 +103,7 @@ def process_group() -> Iterator[Ranks]:
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
-    # Densities and features need all 24 bits; what may be faster in fewer says so by autocast.
+    # Densities and features need all 24 bits of float32; networks that may use fewer opt in by autocast.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
         yield Ranks(rank, world, device)

@@ -7,7 +7,7 @@ It lies beside the stage's outputs and is named by the fingerprint of everything
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +16,7 @@ from mmfm.infra import store
 
 _FINISHED = "finished"
 _MANIFEST = "manifest.json"
+_BUDGET = "budget.json"
 
 
 def state_directory(
@@ -35,7 +36,7 @@ def state_directory(
 
     Args:
         files: where inputs lie, by their names in ``inputs`` as far as known. Not part of the fingerprint; by it
-            :mod:`mmfm.unused` finds state whose inputs were made anew.
+            :mod:`mmfm.workflow.garbage` finds state whose inputs were made anew.
 
     Raises:
         ValueError: another process is at work there.
@@ -88,26 +89,42 @@ def unlock(directory: Path) -> None:
 
 
 @contextmanager
-def finishing(state: Path, outputs: Mapping[str, str | Path]) -> Iterator[Path]:
+def finishing(
+    state: Path, outputs: Mapping[str, str | Path], *, budget: Mapping[str, Any] | None = None, amend: bool = False
+) -> Iterator[Path]:
     """Yield a folder for the finished results of a stage, and put them in their places when the block ends.
 
     The folder becomes ``finished/`` of the state, in the place of an earlier one, and from then on :func:`restore` puts
     the results in their places again, whatever happens to those. The rest of the state, what the results were made
-    from, is removed.
+    from, is removed, unless a larger budget would go on from it.
 
     Args:
         outputs: see :func:`restore`.
+        budget: how far the stage went, JSON values; None for a stage without a budget.
+        amend: begin with the results that are finished already, and their budget.
     """
     partial = state / ".finished.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
+    if amend:
+        for path in (state / _FINISHED).iterdir():
+            if path.name != _MANIFEST:
+                store.place_linked(path, partial / path.name)
     yield partial
+    if budget is not None:
+        store.write_json(partial / _BUDGET, budget)
     store.write_json(partial / _MANIFEST, {name: store.file_digest(partial / name) for name in _files(partial)})
     store.publish_directory(partial, state / _FINISHED)
     _place_all(state, outputs)
 
 
-def restore(state: Path, outputs: Mapping[str, str | Path]) -> bool:
+def restore(
+    state: Path,
+    outputs: Mapping[str, str | Path],
+    *,
+    budget: Mapping[str, Any] | None = None,
+    wanted: Sequence[str] = (),
+) -> bool:
     """Put the finished results of a stage in their places, if it is finished.
 
     They are hard links to what the state keeps (copies where the file system has no links), so they cost no disk, and
@@ -117,6 +134,8 @@ def restore(state: Path, outputs: Mapping[str, str | Path]) -> bool:
         outputs: place of every result by its name in the folder that :func:`finishing` gave. The first is replaced in
             one step; the others, which describe it, are never there beside another one. Those that the block did not
             make are removed from their places.
+        budget: how far the stage was to go; it is not finished if it went elsewhere.
+        wanted: names of results without which it is not finished.
 
     Returns:
         Whether the stage is finished. A damaged result is removed, and the stage is not.
@@ -130,6 +149,10 @@ def restore(state: Path, outputs: Mapping[str, str | Path]) -> bool:
     if {name: store.file_digest(finished / name) for name in _files(finished) if name != _MANIFEST} != manifest:
         os.replace(finished, state / f".{_FINISHED}.damaged")
         shutil.rmtree(state / f".{_FINISHED}.damaged")
+        return False
+    if budget is not None and (_BUDGET not in manifest or store.read_json(finished / _BUDGET) != budget):
+        return False
+    if any(not (finished / name).exists() for name in wanted):
         return False
     _place_all(state, outputs)
     return True
@@ -148,7 +171,8 @@ def _place_all(state: Path, outputs: Mapping[str, str | Path]) -> None:
             store.place_linked(finished / name, there[name])
     for output in there.values():
         os.utime(output)  # Snakemake takes results older than their inputs for outdated
-    _remove_units(state)
+    if not (finished / _BUDGET).exists():
+        _remove_units(state)
     unlock(state)
 
 

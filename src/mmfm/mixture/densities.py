@@ -17,16 +17,13 @@ after the other.
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mmfm.infra.precision import exact_float32
 from mmfm.mixture.workspace import Workspace
-
-if TYPE_CHECKING:
-    from mmfm.mixture.gaussian import Mixture
 
 SHARP_FROM = 2e4
 """Sum of m^2 / v from which float32 terms cancel too much; such components are computed in float64.
@@ -44,6 +41,27 @@ def arithmetic(covariance_type: str, dtype: torch.dtype) -> torch.dtype:
     return dtype if covariance_type in ("diag", "spherical") else torch.float64
 
 
+class Parameters(Protocol):
+    """What densities need of a mixture: see :class:`mmfm.mixture.gaussian.Mixture`."""
+
+    weights: Tensor
+    means: Tensor
+    variances: Tensor
+    covariance_type: str
+
+    def centre(self, dtype: torch.dtype) -> Tensor:
+        """The overall mean (C,), as ``dtype`` holds it."""
+
+    def whitening(self) -> Tensor:
+        """Matrices that make covariances (``tied``, ``full``) the identity."""
+
+    def log_determinants(self) -> Tensor:
+        """Logarithms of the covariances' determinants, (K,)."""
+
+    def cancelling_terms(self) -> Tensor:
+        """Sums of m^2 / v, (K,)."""
+
+
 class Densities:
     """What the densities of a mixture are computed from, in one arithmetic; F is 2 C, or C + 1 with one precision.
 
@@ -59,7 +77,7 @@ class Densities:
         direct: components whose deviations have to be taken from their means; all of ``full``.
     """
 
-    def __init__(self, mixture: "Mixture", dtype: torch.dtype) -> None:
+    def __init__(self, mixture: Parameters, dtype: torch.dtype) -> None:
         self.dtype = arithmetic(mixture.covariance_type, dtype)
         # Not the mixture itself, which keeps this object: a cycle would hold the memory of many iterations.
         self._means, self._variances = mixture.means, mixture.variances

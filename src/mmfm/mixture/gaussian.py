@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmfm.config.choices import COVARIANCES
 from mmfm.infra import rng, store
 from mmfm.mixture.densities import Densities
 from mmfm.mixture.workspace import Workspace
-
-COVARIANCE_TYPES = ("diag", "spherical", "tied", "full")
 
 MAX_COVARIANCE_BYTES = 2 << 30
 """The largest array of covariances that is worked with; a fit holds a handful of them."""
@@ -28,16 +27,15 @@ def covariance_shape(covariance_type: str, k: int, c: int) -> tuple[int, ...]:
     Raises:
         ValueError: an unknown type, or an array above :data:`MAX_COVARIANCE_BYTES`.
     """
-    shapes = {"diag": (k, c), "spherical": (k,), "tied": (c, c), "full": (k, c, c)}
-    if covariance_type not in shapes:
-        raise ValueError(f"covariance_type is '{covariance_type}'; it must be one of {', '.join(COVARIANCE_TYPES)}")
-    size, limit = 8 * math.prod(shapes[covariance_type]), MAX_COVARIANCE_BYTES
+    COVARIANCES.require(covariance_type)
+    shape = {"diag": (k, c), "spherical": (k,), "tied": (c, c), "full": (k, c, c)}[covariance_type]
+    size, limit = 8 * math.prod(shape), MAX_COVARIANCE_BYTES
     if size > limit:
         raise ValueError(
             f"{covariance_type} covariances of {k} components in {c} dimensions take {size / 1e9:.1f} GB, more than "
             f"the limit of {limit / 1e9:.1f} GB; set gmm.covariance_type to diag or tied, or use fewer components"
         )
-    return shapes[covariance_type]
+    return shape
 
 
 class Mixture:
@@ -47,8 +45,8 @@ class Mixture:
         weights: (K,), sum 1.
         means: (K, C).
         variances: (K, C) for ``diag``, (K,) for ``spherical``; covariances (C, C) for ``tied``, (K, C, C) for ``full``.
-        covariance_type: one of :data:`COVARIANCE_TYPES`; by default ``diag`` or ``spherical`` or ``full``, whichever
-            has variances of this number of axes.
+        covariance_type: one of :data:`mmfm.config.choices.COVARIANCES`; by default ``diag`` or ``spherical`` or
+            ``full``, whichever has variances of this number of axes.
         metadata: whatever the file said besides (``digest``, ``listing_digest``, ...).
 
     All three become float64 tensors on the device of the means.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmfm import data
 from mmfm.config import Gmm
+from mmfm.config.choices import STARTS
 from mmfm.infra import rng, store
 from mmfm.mixture.gaussian import Mixture, covariance_shape
 from mmfm.mixture.kmeans import lloyd, nearest
@@ -19,9 +20,6 @@ from mmfm.mixture.streaming import Read, Rows, finite_rows
 
 KMEANS_ITERATIONS = 10
 """Of faiss on the sample. What is left to do is done by all processes on all rows."""
-
-ROWS_PER_COMPONENT = {"kmeans": 20, "k-means++": 256, "random_from_data": 1}
-"""Rows per component that one process looks at for seeds, at most."""
 
 
 def blas_core_type(cpuinfo: str) -> str | None:
@@ -227,7 +225,7 @@ def _centres(rows: Rows, settings: Gmm, number: int) -> np.ndarray:
     if settings.init_means:
         return given_means(settings.init_means, k, finite_rows(rows.read, range(1)).shape[1])
     seed = settings.seed if number == 0 else rng.derive_seed(settings.seed, f"gmm/start/{number}")
-    limit = min(rows.n, ROWS_PER_COMPONENT[settings.init] * k)
+    limit = min(rows.n, STARTS[settings.init].rows * k)
     indices = rng.permutation(seed, "gmm/rows", 0, rows.n)[:limit].sort().values.numpy()
     sample = read_rows(rows.read, indices, settings.chunk_size)
     if settings.init == "random_from_data":

@@ -1,13 +1,8 @@
-"""The stage spatial_gmm: mean latent and variance of every mode, streamed image by image.
+"""The mixture over latents: its store, and mean and variance of a mode from the moments of its images."""
 
-The images are read sorted by mode through one continuous loader, in batches that hang on the modes' counts alone, and
-nothing of a latent is kept but its contribution to the moments of its mode. At [768, 16, 16] these take 3 MB.
-"""
-
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +11,15 @@ import torch
 import zarr
 from torch import Tensor
 
-from mmfm import config, data
-from mmfm.infra import space, stage_state, store
-from mmfm.infra.distributed import Ranks
-from mmfm.infra.progress import Progress
-from mmfm.mixture.plan import Plan, deal
+from mmfm.data.moments import Moments
 from mmfm.mixture.rows import MappedRows
-from mmfm.mixture.spatial_publish import REPORT, STORE, marker, publish
-from mmfm.statistics import Moments
-
-VERSION = config.VERSIONS["spatial_gmm"]
 
 RELATIVE_FLOOR = 1e-3
 """Smallest variance of a position with ``diag``, as a share of the mode's variance averaged over all positions."""
 
+
 ABSOLUTE_FLOOR = 1e-6
 """Smallest variance of a position with ``diag`` in any case; the data's own variance is 1."""
-
-Encode = Callable[[Tensor], Tensor]
-"""Images (B, 3, h, w) float32 in [0, 1] -> normalised latents (B, C, H, W) float32."""
 
 
 @dataclass(frozen=True)
@@ -152,134 +137,3 @@ def position_variances(moments: Moments) -> tuple[Tensor, int]:
     union = (variance + variance.flip(-1)) / 2 + (mean - mean.flip(-1)).square() / 4
     floor = max(ABSOLUTE_FLOOR, RELATIVE_FLOOR * float(union.mean()))
     return union.clamp(min=floor), int((union < floor).sum())
-
-
-@dataclass
-class _Accumulator:
-    """Moments of the modes that are being streamed; hands over each one with its last image."""
-
-    plan: Plan
-    done: set[int]
-    finish: Callable[[int, Moments], None]
-    current: dict[int, Moments] = field(default_factory=dict)
-
-    def add(self, batch: range, latents: Tensor) -> None:
-        """Add latents (B, C, H, W) of the images at consecutive positions."""
-        for k in self.plan.modes(batch):
-            if k in self.done:
-                continue
-            start, stop = int(self.plan.offsets[k]), int(self.plan.offsets[k + 1])
-            own = latents[max(start - batch.start, 0) : stop - batch.start]
-            moments = self.current.setdefault(k, Moments.zeros(tuple(latents.shape[1:]), latents.device))
-            moments.update(own)
-            if stop <= batch.stop:
-                self.finish(k, self.current.pop(k))
-                self.done.add(k)
-
-
-@torch.no_grad()
-def fit(
-    listing: str | Path,
-    encode: Encode,
-    latent_shape: tuple[int, int, int],
-    labels: np.ndarray,
-    weights: np.ndarray,
-    out: str | Path,
-    sections: dict[str, Any],
-    digests: dict[str, str],
-    ranks: Ranks,
-    files: dict[str, Path] | None = None,
-) -> dict[str, Any]:
-    """Make the spatial mixture; contract in docs/stages.md.
-
-    A mode is finished when its marker exists, which is written after its row. A restarted run encodes the batches that
-    hold images of unfinished modes and leaves the finished ones alone, so its result is that of an undisturbed run.
-
-    Args:
-        listing: listing file of the training images.
-        latent_shape: (C, H, W) of ``encode``'s latents.
-        labels: (N,) mode of every image, in [0, K).
-        weights: (K,) weights of the modes.
-        out: the store; ``report.json`` is written beside it.
-        sections: built sections ``image``, ``encoder``, ``spatial_gmm``.
-        digests: ``listing_digest``, ``encoder_digest``, ``stats_digest``, ``gmm_digest``; become attributes.
-        files: where the inputs lie, under the names of their digests.
-
-    Raises:
-        ValueError: labels that don't fit the listing, an unreadable image, latents that are not finite.
-    """
-    listing, out = Path(listing), Path(out)
-    n, k = len(data.Listing.open(listing)), len(weights)
-    if len(labels) != n or labels.min() < 0 or labels.max() >= k:
-        raise ValueError(
-            f"the assignment has {len(labels)} images in modes {labels.min()} to {labels.max()}, the listing {n} "
-            f"images and the mixture {k} modes; run fit_gmm again on this listing"
-        )
-    settings: config.SpatialGmm = sections["spatial_gmm"]
-    identity = config.identity(sections)
-    plan = Plan.make(labels, k, settings.batch_size)
-    diag = settings.covariance_type == "diag"
-    files = {"listing_digest": listing, **(files or {})}
-    outputs = {STORE: out, REPORT: out.with_name("report.json")}
-    state, done = ranks.from_main(lambda: _open_state(outputs, identity, digests, (k, *latent_shape), diag, files))
-    if done is None:
-        Progress("spatial_gmm", n, "images", done=n, enabled=ranks.is_main)
-        return ranks.from_main(lambda: store.read_json(outputs[REPORT]))
-    group = zarr.open_group(state / "spatial.zarr", mode="r+")
-
-    def finish(mode: int, moments: Moments) -> None:
-        mean, variance = union_with_flips(moments)
-        if not math.isfinite(variance):
-            raise ValueError(f"latents of images in mode {mode} are not finite; check the encoder and the statistics")
-        rows = {"means": mean.float().cpu().numpy()}
-        arrays = {"variance": np.array([variance]), "count": np.array([moments.count], np.int64)}
-        if diag:
-            positions, raised = position_variances(moments)
-            rows["variances"], arrays["raised"] = positions.float().cpu().numpy(), np.array([raised], np.int64)
-        for name, row in rows.items():
-            group[name][mode] = row
-        store.write_arrays(marker(state, mode), arrays, {"row_digest": store.array_digest(*rows.values())})
-
-    left = [plan.batches(group, done) for group in plan.groups]
-    mine = deal([sum(map(len, batches)) for batches in left], ranks.world)[ranks.rank]
-    batches = [batch for group in mine for batch in left[group]]
-    indices = [plan.order[batch.start : batch.stop].tolist() for batch in batches]
-    images = data.image_batches(
-        listing, sections["image"].size, indices, settings.workers, pin=ranks.device.type == "cuda"
-    )
-    accumulator = _Accumulator(plan, set(done), finish)
-    with Progress("spatial_gmm", sum(map(len, batches)), "images", enabled=ranks.is_main) as progress:
-        if done:
-            progress.say(f"resuming with {len(done):,} modes finished")
-        for batch, (_, pixels) in zip(batches, images, strict=True):
-            accumulator.add(batch, encode(data.to_float(pixels, ranks.device)))
-            progress.advance(len(batch), note=f"{len(accumulator.done):,} modes")
-    ranks.barrier()
-    return ranks.from_main(lambda: publish(state, outputs, np.diff(plan.offsets), weights, digests))
-
-
-def _open_state(
-    outputs: dict[str, Path],
-    identity: dict[str, Any],
-    digests: dict[str, str],
-    shape: tuple[int, ...],
-    diag: bool,
-    files: dict[str, Path],
-) -> tuple[Path, set[int] | None]:
-    """Return the state directory with its partial store, and the modes that are finished; None when everything is."""
-    state = stage_state.state_directory(outputs[STORE], "spatial_gmm", VERSION, identity, digests, files)
-    if stage_state.restore(state, outputs):
-        return state, None
-    partial = state / "spatial.zarr"
-    if not (partial / "zarr.json").exists():
-        # Markers without a store speak of rows that are gone.
-        for stale in state.glob("component-*.safetensors"):
-            stale.unlink()
-        fresh = state / ".spatial.partial"
-        group = zarr.open_group(fresh, mode="w")
-        # One chunk a mode and no shards: processes then never write to the same file.
-        for name in ("means", "variances") if diag else ("means",):
-            group.create_array(name, shape=shape, dtype="float32", chunks=(1, *shape[1:]), compressors=None)
-        store.publish_directory(fresh, partial)
-    space.require(state, "spatial_gmm", (8 if diag else 4) * math.prod(shape))
-    return state, {int(path.stem.split("-")[1]) for path in state.glob("component-*.safetensors")}

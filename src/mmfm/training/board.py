@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from mmfm.config.choices import LOGGERS
 from mmfm.infra import store
 
 log = logging.getLogger(__name__)
 
-LOGGERS = ("tensorboard", "wandb", "none")
 _FINISH_SECONDS = 60
 
 
@@ -38,6 +38,9 @@ class Board(Protocol):
 class NoBoard:
     """Shows nothing."""
 
+    def __init__(self, state: Path | None = None, lines: list[dict[str, Any]] | None = None) -> None:
+        pass
+
     def write(self, line: dict[str, Any]) -> None:
         """Do nothing."""
 
@@ -46,15 +49,16 @@ class NoBoard:
 
 
 class TensorBoard:
-    """Event files in ``folder``, for ``tensorboard --logdir``.
+    """Event files in ``tensorboard/`` of a run's state, for ``tensorboard --logdir``.
 
     Args:
         lines: what the history holds already; written again in place of older files.
     """
 
-    def __init__(self, folder: Path, lines: list[dict[str, Any]]) -> None:
+    def __init__(self, state: Path, lines: list[dict[str, Any]]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        folder = state / "tensorboard"
         shutil.rmtree(folder, ignore_errors=True)
         self._writer = SummaryWriter(str(folder))
         for line in lines:
@@ -167,16 +171,10 @@ def open_board(logger: str, state: Path, lines: list[dict[str, Any]]) -> Board:
     """Open the board of a run whose checkpoints lie in ``state``.
 
     Args:
-        logger: name in :data:`LOGGERS`.
+        logger: name in :data:`mmfm.config.choices.LOGGERS`.
         lines: of the history so far.
 
     Raises:
         ValueError: an unknown name, or a package that is not installed.
     """
-    if logger == "tensorboard":
-        return TensorBoard(state / "tensorboard", lines)
-    if logger == "wandb":
-        return Wandb(state, lines)
-    if logger == "none":
-        return NoBoard()
-    raise ValueError(f"unknown logger '{logger}'; it must be one of {', '.join(LOGGERS)}")
+    return LOGGERS[logger].load()(state, lines)

@@ -3,69 +3,48 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmfm import config, data
-from mmfm.evaluation.detector import Detector, load_detector
+from mmfm import data
+from mmfm.config import Preview
+from mmfm.data.moments import CovarianceMoments
+from mmfm.evaluation.detector import Detector
 from mmfm.evaluation.frechet import frechet_distance
 from mmfm.evaluation.moments import merged, own_part
 from mmfm.evaluation.reference import Reference
 from mmfm.infra import memory
 from mmfm.infra.distributed import Ranks
-from mmfm.statistics import CovarianceMoments
 from mmfm.training.history import DISTANCES, read_history
 
 Generate = Callable[[nn.Module, range], Tensor]
-"""(model, numbers of the images) -> (B, 3, S, S) uint8; an image hangs on the model and its number alone."""
+"""(model, numbers of the images) -> (B, 3, S, S) uint8; an image depends on the model and its number alone."""
 
 _SILENCE = 15.0  # seconds
-
-
-@dataclass(frozen=True)
-class DistanceFiles:
-    """What distances are measured with. No input of the weights, so in no digest of them.
-
-    Attributes:
-        kind: of the detector, see :func:`mmfm.evaluation.detector.load_detector`.
-        weights: the detector's file.
-        reference: from fid_reference; it may come while training runs.
-    """
-
-    kind: str
-    weights: Path
-    reference: Path
 
 
 class FidCurve:
     """Measures a model every so many steps, and at the end.
 
     Args:
-        files: see :class:`DistanceFiles`.
+        detector: whose features distances are taken in.
+        open_reference: opens and checks the reference as it lies there at that moment: it may come while training runs.
         generate: see :data:`Generate`.
         settings: the section ``train.preview``.
-        image_size: pixels a side of what ``generate`` makes, and the reference's images must have.
-        listing_digest: of the training images, which a reference must be of.
         state: directory of the run.
         title: of the learning curve.
-
-    Raises:
-        FileNotFoundError: no detector.
-        ValueError: the detector's file is damaged or of another network.
     """
 
     def __init__(
-        self, files: DistanceFiles, generate: Generate, settings: config.Preview, image_size: int,
-        listing_digest: str, state: Path, title: str, ranks: Ranks,
+        self, detector: Detector, open_reference: Callable[[], Reference], generate: Generate, settings: Preview,
+        state: Path, title: str, ranks: Ranks,
     ) -> None:  # fmt: skip
-        self.files, self.generate, self.settings = files, generate, settings
-        self.image_size, self.listing_digest, self.ranks = image_size, listing_digest, ranks
+        self.detector, self.open_reference = detector, open_reference
+        self.generate, self.settings, self.ranks = generate, settings, ranks
         self.title = title
-        self.detector: Detector = load_detector(files.kind, files.weights, ranks.device)
         self._record = state / DISTANCES
         self._measured: set[int] = set()
         self._said: set[str] = set()
@@ -95,7 +74,7 @@ class FidCurve:
             little memory.
         """
         begin = time.perf_counter()
-        problem = self.ranks.from_main(lambda: _tried(self._reference)[1])
+        problem = self.ranks.from_main(lambda: _tried(self.open_reference)[1])
         if problem is None:
             moments, problem = self._moments(model, stopped, say)
             if problem is None and moments is None:
@@ -118,19 +97,6 @@ class FidCurve:
         if (what or message) not in self._said:
             say(message)
         self._said.add(what or message)
-
-    def _reference(self) -> Reference:
-        """The reference as it lies there now.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is damaged, or of another detector, listing or size.
-        """
-        reference = Reference.open(self.files.reference)
-        reference.require_detector(self.detector, self.files.reference)
-        reference.require_listing(self.listing_digest, self.files.reference)
-        reference.require_size(self.image_size, "the decoder's images")
-        return reference
 
     def _moments(
         self, model: nn.Module, stopped: Callable[[], bool], say: Callable[[str], None]
@@ -159,7 +125,7 @@ class FidCurve:
             moments.update(self.detector.features(self.generate(model, numbers)))
 
     def _line(self, moments: CovarianceMoments, step: int) -> dict[str, Any]:
-        reference = self._reference()
+        reference = self.open_reference()
         return {
             "step": step,
             "distance": frechet_distance(moments.mean, moments.covariance(), reference.mu, reference.sigma),

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmfm import config, draws
+from mmfm import config
+from mmfm.config.choices import SETTINGS
 from mmfm.flow import path as flow
-from mmfm.flow.solver import euler
 from mmfm.flow.source import Source, couple_modes
 from mmfm.infra import rng
 from mmfm.infra.precision import autocast
 from mmfm.mixture.gaussian import Mixture
-from mmfm.settings import SETTINGS
 from mmfm.training import latents
 from mmfm.training.weighting import LossWeighting
 
@@ -22,7 +21,7 @@ class FlowMatching:
     """The loss of flow matching from a source to the data (Lipman et al. 2023; Luo et al. 2026 for the mixture).
 
     Attributes:
-        setting: name in :data:`mmfm.settings.SETTINGS`.
+        setting: name in :data:`mmfm.config.choices.SETTINGS`.
         source: where paths start.
         mixture: of the global tokens; None for a Gaussian source.
         settings: the section ``train``.
@@ -85,26 +84,3 @@ class FlowMatching:
             return labels
         dropped = rng.uniform(self.settings.seed, "train/dropout", keys) < self.label_dropout
         return torch.where(dropped, self.num_labels, labels)
-
-    @torch.no_grad()
-    def sample(
-        self, model: nn.Module, latent_shape: tuple[int, int, int], numbers: range, time_points: int, purpose: str
-    ) -> Tensor:
-        """Generate the latents (B, C, H, W) with these numbers: the same noise and modes whenever it is called.
-
-        Args:
-            purpose: what they are for, ``preview`` or ``fid_curve``; each has random numbers of its own.
-        """
-        device, seed = next(model.parameters()).device, self.settings.seed
-        keys = torch.arange(numbers.start, numbers.stop, device=device)
-        modes = self.source.draw_modes(rng.uniform(seed, f"{purpose}/mode", keys))
-        x = self.source.draw(modes, rng.normal(seed, f"{purpose}/noise", keys, latent_shape))
-        labels = modes if SETTINGS[self.setting].condition == "mode" else None
-        if SETTINGS[self.setting].condition == "class":
-            labels = draws.class_labels(seed, keys, self.num_labels, "equal", f"{purpose}/label")
-
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            with autocast(self.settings.precision, device):
-                return model(x, t, labels)
-
-        return euler(velocity, x, flow.time_grid(time_points, self.shift))

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mmfm.config.choices import SHARDINGS
 from mmfm.infra.distributed import Ranks
-
-SHARDINGS = ("ddp", "fsdp")
 
 
 class Whole:
@@ -34,7 +33,7 @@ class Whole:
         averages: the same ones of the average.
     """
 
-    def __init__(self, model: nn.Module, average: nn.Module | None, ranks: Ranks) -> None:
+    def __init__(self, model: nn.Module, average: nn.Module | None, ranks: Ranks, compiled: bool = False) -> None:
         self.model, self.average, self.ranks = model, average, ranks
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.tensors: list[Tensor] = list(self._trained.values())
@@ -228,9 +227,6 @@ def _shard_of(tensor: Tensor, like: Any) -> Tensor:
 
 
 def divide(sharding: str, model: nn.Module, average: nn.Module | None, ranks: Ranks, compiled: bool) -> Whole:
-    """Divide a model and its average in the way ``sharding`` (:data:`SHARDINGS`); one process always has the whole."""
-    if sharding not in SHARDINGS:
-        raise ValueError(f"unknown sharding '{sharding}'; it must be one of {', '.join(SHARDINGS)}")
-    if sharding == "fsdp" and ranks.world > 1:
-        return Sharded(model, average, ranks, compiled)
-    return Whole(model, average, ranks)
+    """Divide a model and its average in one of :data:`mmfm.config.choices.SHARDINGS`; one process has the whole."""
+    kind = SHARDINGS[sharding].load()
+    return kind(model, average, ranks, compiled) if ranks.world > 1 else Whole(model, average, ranks)

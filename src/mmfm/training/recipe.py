@@ -24,7 +24,7 @@ class Companion(Protocol):
     """What moves with the steps besides the weights, and is kept in the checkpoints."""
 
     def after_step(self, ranks: Ranks, step: int) -> None:
-        """Take note that ``step`` steps are taken; called by all processes, must not wait for the device."""
+        """Called by all processes after optimiser step ``step``; must not wait for the device."""
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, as JSON values."""

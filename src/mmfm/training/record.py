@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Clock:
-    """Seconds and speed of training; what is looked at on the side does not count.
+    """Time and speed of training, without previews and measurements.
 
     Args:
         step: steps taken so far.

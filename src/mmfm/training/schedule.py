@@ -31,18 +31,15 @@ class Cosine:
     """Constant, then half a cosine (Loshchilov and Hutter 2017, "SGDR", without restarts), then constant again.
 
     Attributes:
-        lr: learning rate until ``constant_steps``.
-        horizon: step at which the fall ends; above ``constant_steps``.
-        final_lr: learning rate from there on.
-        constant_steps: steps before the fall begins.
+        lr, final_lr, constant_steps, end_step: as of :class:`ConstantThenLinear`.
     """
 
     lr: float
-    horizon: int
-    final_lr: float = 0.0
-    constant_steps: int = 0
+    final_lr: float
+    constant_steps: int
+    end_step: int
 
     def __call__(self, step: int) -> float:
         """Learning rate of step ``step``, counted from 0."""
-        share = min(1.0, max(0.0, (step - self.constant_steps) / (self.horizon - self.constant_steps)))
+        share = min(1.0, max(0.0, (step - self.constant_steps) / (self.end_step - self.constant_steps)))
         return self.final_lr + (self.lr - self.final_lr) * 0.5 * (1 + math.cos(math.pi * share))

@@ -5,28 +5,40 @@ the weight of the label's images in the next step. The raw losses of a step are 
 in whole numbers, so the weights are the same however a step is divided.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmfm import config
+from mmfm.config.choices import WEIGHTINGS
 from mmfm.infra.distributed import Ranks
-
-RULES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "focal": lambda ratio, gamma: ratio**gamma,
-    "sqrt": lambda ratio, gamma: ratio.sqrt(),
-    "log": lambda ratio, gamma: ratio.log1p(),
-    "inverse": lambda ratio, gamma: ratio.clamp(min=1e-6).reciprocal(),
-}
-"""Unscaled weight of a label from the ratio of its running loss to the labels' mean, and gamma.
-
-``focal`` is named after Lin et al. 2017, "Focal Loss for Dense Object Detection", whose weight also grows with a power
-of the difficulty."""
 
 _UNIT = 2.0**32
 _LARGEST_LOSS = 1e6
+
+
+# Unscaled weight of a label from the ratio of its running loss to the labels' mean, and gamma.
+
+
+def focal(ratio: Tensor, gamma: float) -> Tensor:
+    """ratio^gamma, after Lin et al. 2017, "Focal Loss for Dense Object Detection"."""
+    return ratio**gamma
+
+
+def sqrt(ratio: Tensor, gamma: float) -> Tensor:
+    """Root of the ratio."""
+    return ratio.sqrt()
+
+
+def log(ratio: Tensor, gamma: float) -> Tensor:
+    """ln(1 + ratio)."""
+    return ratio.log1p()
+
+
+def inverse(ratio: Tensor, gamma: float) -> Tensor:
+    """1 / ratio."""
+    return ratio.clamp(min=1e-6).reciprocal()
 
 
 class LossWeighting:
@@ -48,6 +60,7 @@ class LossWeighting:
         self, settings: config.LossWeighting, num_labels: int, warmup_steps: int, device: torch.device | str
     ) -> None:
         self.settings, self.warmup_steps = settings, warmup_steps
+        self._rule = WEIGHTINGS[settings.rule].load()
         self.running = torch.zeros(num_labels, dtype=torch.float64, device=device)
         self.seen = torch.zeros(num_labels, dtype=torch.bool, device=device)
         self.weights = torch.ones(num_labels, device=device)
@@ -57,7 +70,7 @@ class LossWeighting:
     def weigh(self, losses: Tensor, labels: Tensor) -> Tensor:
         """Return losses (b,) times their labels' (b,) weights; in training the losses are remembered too."""
         if torch.is_grad_enabled():
-            # What is not finite stops the training by itself.
+            # A loss that is not finite stops the training elsewhere.
             known = losses.detach().double().nan_to_num(0.0).clamp(max=_LARGEST_LOSS)
             fixed = (known * _UNIT).round().long()
             self._step.index_add_(1, labels, torch.stack((fixed, torch.ones_like(fixed))))
@@ -84,7 +97,7 @@ class LossWeighting:
             return
         number = self.seen.sum().clamp(min=1)
         ratio = self.running / (self.running.sum() / number).clamp(min=1e-30)
-        raw = torch.where(self.seen, RULES[self.settings.rule](ratio, self.settings.gamma), 0.0)
+        raw = torch.where(self.seen, self._rule(ratio, self.settings.gamma), 0.0)
         scaled = (raw / (raw.sum() / number)).clamp(*self.settings.bounds)
         self.weights = torch.where(self.seen, scaled, 1.0).float()
 

@@ -1,0 +1,190 @@
+"""Frozen vision encoders: images -> latents and global tokens.
+
+Families of Hugging Face models (:mod:`mmfm.autoencoder.families`) give a grid of patch tokens, the latent, and one
+token for the whole image, the global token, whose mixture defines the modes.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from mmfm.autoencoder.family import Family  # isort: skip  (before transformers)
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from mmfm.config.choices import ENCODER_FAMILIES
+
+log = logging.getLogger(__name__)
+
+
+class EncoderOutput(NamedTuple):
+    """latent (B, C, H, W) and global_token (B, C), float32."""
+
+    latent: Tensor
+    global_token: Tensor
+
+
+class Encoder(nn.Module):
+    """A frozen encoder in evaluation mode and float32; built by `load_encoder`.
+
+    Attributes:
+        hidden_size: C.
+        grid: (H, W) of the latent.
+        image_mean, image_std: (3,) float32, the processor's normalisation.
+    """
+
+    def __init__(
+        self, family: str, model: PreTrainedModel, input_size: int, image_mean: list[float], image_std: list[float]
+    ) -> None:
+        super().__init__()
+        patch_size = model.config.patch_size
+        if input_size % patch_size:
+            below = input_size // patch_size * patch_size
+            nearest = f"{below} or {below + patch_size}" if below else f"{patch_size}"
+            raise ValueError(
+                f"input_size {input_size} is not a multiple of the {family} encoder's patch size {patch_size}; "
+                f"take {nearest}"
+            )
+        self.family = family
+        self._run = ENCODER_FAMILIES[family].load().run
+        self.input_size = input_size
+        self.hidden_size: int = model.config.hidden_size
+        self.grid = (input_size // patch_size, input_size // patch_size)
+        self.model = model
+        self.register_buffer("image_mean", torch.tensor(image_mean, dtype=torch.float32))
+        self.register_buffer("image_std", torch.tensor(image_std, dtype=torch.float32))
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """Stay in evaluation mode, whatever the module around is set to."""
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> EncoderOutput:
+        """Encode images.
+
+        Args:
+            images: (B, 3, h, w) float in [0, 1], any size.
+
+        Returns:
+            latent (B, C, H, W) and global token (B, C), float32, before any latent statistics.
+
+        Raises:
+            ValueError: images of another shape, or integer pixels.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(
+                f"images are {tuple(images.shape)} {images.dtype}; the encoder takes (B, 3, h, w) float in [0, 1]"
+            )
+        # Latents and posteriors downstream need float32, also where training runs under bf16 autocast.
+        with torch.autocast(images.device.type, enabled=False):
+            size = (self.input_size, self.input_size)
+            pixels = images.float()
+            if pixels.shape[-2:] != size:
+                pixels = F.interpolate(pixels, size=size, mode="bicubic", align_corners=False, antialias=False)
+            pixels = (pixels - self.image_mean[:, None, None]) / self.image_std[:, None, None]
+            tokens, global_token = self._run(self.model, pixels)
+        latent = tokens.transpose(1, 2).unflatten(-1, self.grid)
+        return EncoderOutput(latent.contiguous(), global_token.contiguous())
+
+
+def load_encoder(family: str, weights: str | Path, input_size: int, device: torch.device | str = "cpu") -> Encoder:
+    """Load a frozen encoder, without its final layer norm's affine part.
+
+    Args:
+        family: name in :data:`mmfm.config.choices.ENCODER_FAMILIES`.
+        weights: folder in the Hugging Face layout (config.json, preprocessor_config.json, model.safetensors) or the id
+            of a model in the local Hugging Face cache. Nothing is downloaded.
+        input_size: side in pixels that images are resized to; a multiple of the patch size.
+        device: where to put it.
+
+    Raises:
+        ValueError: unknown family, weights of another family, a parameter missing from the weights, damaged weights, a
+            processor without normalisation, or an impossible input size.
+        FileNotFoundError: no such folder, and no such model in the cache.
+
+    Source: Zheng et al. 2025 (RAE); the normalisation without affine is the reference implementation's.
+    """
+    kind: Family = ENCODER_FAMILIES[family].load()
+    weights = str(weights)
+    _check_family(family, weights)
+    model = _load_model(kind, weights)
+    kind.prepare(model)
+    norm = model.get_submodule(kind.final_norm)
+    norm.elementwise_affine, norm.weight, norm.bias = False, None, None
+    return Encoder(family, model, input_size, *_load_normalisation(weights)).to(device)
+
+
+def _check_family(family: str, weights: str) -> None:
+    with _readable_errors(weights, "config.json"):
+        config, _ = PreTrainedConfig.get_config_dict(weights, local_files_only=True)
+    found, wanted = config.get("model_type"), ENCODER_FAMILIES[family].load().model_types
+    if found not in wanted:
+        expected = " or ".join(wanted)
+        families = ENCODER_FAMILIES.items()
+        owner = next((name for name, other in families if found in other.load().model_types), None)
+        remedy = f"set the family to {owner}" if owner else f"give weights of {expected}"
+        raise ValueError(f"{weights} holds a {found!r} model, but the family is {family} ({expected}); {remedy}")
+
+
+def _load_model(family: Family, weights: str) -> PreTrainedModel:
+    with _readable_errors(weights, "the weights"), _quiet_transformers():
+        model, info = family.model_class.from_pretrained(
+            weights, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+    # Missing parameters would otherwise keep their random initial values, and no number downstream would be right.
+    missing = sorted(set(info["missing_keys"]) - set(family.unused))
+    if missing:
+        raise ValueError(
+            f"{weights} lacks {len(missing)} parameters of {family.model_class.__name__} "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); fetch the model again"
+        )
+    log.debug("%s: ignored %d tensors outside the vision tower", weights, len(info["unexpected_keys"]))
+    return model
+
+
+def _load_normalisation(weights: str) -> tuple[list[float], list[float]]:
+    with _readable_errors(weights, "preprocessor_config.json"):
+        processor, _ = BaseImageProcessor.get_image_processor_dict(weights, local_files_only=True)
+    try:
+        return processor["image_mean"], processor["image_std"]
+    except KeyError as error:
+        raise ValueError(f"preprocessor_config.json of {weights} has no {error}; fetch the model again") from None
+
+
+@contextmanager
+def _readable_errors(weights: str, part: str) -> Iterator[None]:
+    """Turn what transformers raises on absent or damaged files into errors that name the model and the remedy."""
+    remedy = f"fetch it with `hf download {weights}`, or give an existing folder"
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{part} of the encoder {weights} cannot be read ({error}); {remedy}") from error
+    except OSError as error:
+        if Path(weights).is_dir():
+            raise ValueError(f"{part} of the encoder folder {weights} cannot be read: {error}") from error
+        raise FileNotFoundError(
+            f"encoder {weights} is neither a folder nor a model in the local Hugging Face cache; {remedy}"
+        ) from error
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide the progress bar and the report of ignored tensors (a SigLIP text tower has hundreds)."""
+    verbosity, progress = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if progress:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""The families of encoders, one module each; mmfm.config.choices names them."""

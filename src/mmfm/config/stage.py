@@ -1,0 +1,125 @@
+"""What one stage reads of the configuration."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+from mmfm.config import reading, sections
+from mmfm.config.choices import SETTINGS, nearest
+from mmfm.config.registry import STAGES
+
+_UNREAD: Any = None
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """The sections that a stage reads, built and checked; those that it does not read are None.
+
+    Attributes:
+        stage: name in :data:`mmfm.config.registry.STAGES`.
+        setting: name in :data:`mmfm.config.choices.SETTINGS`, where the stage has one.
+    """
+
+    stage: str
+    setting: str | None = None
+    data: sections.Data = _UNREAD
+    image: sections.Image = _UNREAD
+    encoder: sections.Encoder = _UNREAD
+    extract: sections.Extract = _UNREAD
+    gmm: sections.Gmm = _UNREAD
+    spatial_gmm: sections.SpatialGmm = _UNREAD
+    decoder: sections.Decoder = _UNREAD
+    model: sections.Model = _UNREAD
+    train: sections.Train = _UNREAD
+    sample: sections.Sample = _UNREAD
+    fid: sections.Fid = _UNREAD
+    sweep: sections.Sweep = _UNREAD
+
+    @classmethod
+    def of(
+        cls, config: sections.Config, stage: str, *, encoder: str = "", model: str = "", setting: str | None = None
+    ) -> "StageConfig":
+        """Take a stage's sections from the whole configuration.
+
+        Args:
+            encoder, model: entries of the sections that are configured by name; an empty model is that of `train`.
+        """
+        read = {name: config.section(name, encoder, model) for name in STAGES[stage].sections}
+        return cls(stage, setting, **read)
+
+    @classmethod
+    def build(cls, stage: str, values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> "StageConfig":
+        """Build a stage's sections from plain values, such as those of a rule's parameter, and single keys over them.
+
+        Raises:
+            ValueError: a key is unknown, missing, mistyped or out of range, or the stage does not read its section.
+        """
+        names = STAGES[stage].sections
+        for name in overrides or {}:
+            if name not in names:
+                raise ValueError(f"{stage} reads no section '{name}'{nearest(name, names)}")
+        merged = {name: _merge(values.get(name, {}), (overrides or {}).get(name, {})) for name in names}
+        return cls(stage, **{name: reading.build(SECTIONS[name], merged[name], name) for name in names})
+
+    def with_keys(self, **keys: Mapping[str, Any]) -> "StageConfig":
+        """Return this with some keys of sections at other values."""
+        return dataclasses.replace(
+            self, **{name: dataclasses.replace(getattr(self, name), **values) for name, values in keys.items()}
+        )
+
+    def values(self, *kinds: str) -> dict[str, Any]:
+        """Return the keys of the given kinds by section, as plain JSON values.
+
+        Keys without effect, because only another setting looks at them, have one value whatever is configured.
+        """
+        return {
+            name: sections.keys_of_kind(effective(getattr(self, name), self.setting), *kinds)
+            for name in STAGES[self.stage].sections
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Return the keys that change the numbers: what the fingerprint of the stage's state covers."""
+        return self.values("identity")
+
+    def parameter(self) -> dict[str, Any]:
+        """Return what Snakemake compares: identity, budget, and the stage's VERSION, which commands pass over."""
+        return {**self.values("identity", "budget"), "version": STAGES[self.stage].version}
+
+    def operation(self) -> list[str]:
+        """Return the operation keys as ``section.key=value``, without spaces, because they go through a shell."""
+        flags = []
+        for name in STAGES[self.stage].sections:
+            for path, value in _flatten(sections.keys_of_kind(getattr(self, name), "operation"), name):
+                text = str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
+                flags.append(f"{path}={text}")
+        return flags
+
+
+SECTIONS: dict[str, type] = {
+    name: hint for name, hint in get_type_hints(StageConfig).items() if name not in ("stage", "setting")
+}
+"""The sections that stages read."""
+
+
+def effective(section: Any, setting: str | None) -> Any:
+    """Return a section with the keys that a setting does not use at one value; without a setting as it is."""
+    return section.effective(SETTINGS[setting]) if setting and hasattr(section, "effective") else section
+
+
+def _merge(base: Mapping[str, Any], over: Any) -> Any:
+    if not isinstance(over, Mapping):
+        return over
+    merged = dict(base)
+    for name, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = _merge(merged[name], value) if both else value
+    return merged
+
+
+def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name}", value

@@ -1,0 +1,84 @@
+"""Batches of images by global index, on any number of reading processes."""
+
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mmfm.data.images import center_crop, read_image
+from mmfm.data.listing import Listing
+
+
+class _Images(torch.utils.data.Dataset):
+    """Cropped images by index of the listing, which every worker opens itself: it is mapped, not copied."""
+
+    def __init__(self, listing: Path, size: int) -> None:
+        self.listing_path, self.size = listing, size
+        self.listing: Listing | None = None
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
+        if self.listing is None:
+            self.listing = Listing.open(self.listing_path)
+        _check_size(self.listing, index)
+        image = center_crop(read_image(self.listing.path(index)), self.size)
+        return index, torch.from_numpy(np.asarray(image, np.uint8).copy()).permute(2, 0, 1)
+
+
+def _check_size(listing: Listing, index: int) -> None:
+    """Refuse a file that was replaced since the images were listed: no digest would tell."""
+    path = listing.path(index)
+    if path.is_file() and path.stat().st_size != listing.sizes[index]:
+        raise ValueError(
+            f"image '{path}' has {path.stat().st_size:,} bytes, but had {listing.sizes[index]:,} when it was listed; "
+            "list the images again (snakemake TARGET --cores all -R list_images)"
+        )
+
+
+def _collate(items: list[tuple[int, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor([index for index, _ in items]), torch.stack([image for _, image in items])
+
+
+def _prepare_worker(worker: int) -> None:
+    """Give a reading process one thread, and leave the answer to signals for the whole group to the main process."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def image_batches(
+    listing: str | Path, size: int, batches: Sequence[Sequence[int]], workers: int = 0, pin: bool = False
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Read images in given batches of global indices, in order.
+
+    Args:
+        listing: a listing file.
+        size: side of the crop, pixels.
+        batches: indices of each batch; a lazy sequence will do.
+        workers: reading processes; they are spawned, because forking after a store was opened can deadlock.
+
+    Yields:
+        Indices (B,) int64 and images (B, 3, size, size) uint8.
+    """
+    loader = torch.utils.data.DataLoader(
+        _Images(Path(listing), size),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin,
+        multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=_prepare_worker,
+        prefetch_factor=4 if workers else None,
+    )
+    return iter(loader)
+
+
+def to_float(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Move uint8 images to ``device`` as float32 in [0, 1]."""
+    return images.to(device, non_blocking=True).float().div_(255)
+
+
+def ranges(start: int, stop: int, step: int) -> list[range]:
+    """Cut [start, stop) into consecutive ranges of at most ``step``."""
+    return [range(first, min(first + step, stop)) for first in range(start, stop, step)]

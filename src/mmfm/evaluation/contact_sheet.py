@@ -1,0 +1,140 @@
+"""A picture of some modes: the images whose tokens are likeliest under the mode."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mmfm import data
+from mmfm.data import Listing
+from mmfm.infra import store
+from mmfm.infra.pictures import image_grid
+from mmfm.mixture.gaussian import Mixture
+
+ROWS, COLUMNS = 3, 12
+"""Modes of each size in a sheet, and images of each mode."""
+
+_LARGEST_SIDE = 96
+_ROWS_OF_DENSITIES = 1024  # at K = 8192 the densities of so many images are 67 MB
+
+
+def choose_modes(counts: np.ndarray, each: int = ROWS) -> dict[str, list[int]]:
+    """Choose modes with images by size: the largest, those in the middle and the smallest, ``each`` of them.
+
+    Args:
+        counts: (K,) images of each mode.
+
+    Returns:
+        Modes by title, the largest first; one group of all where there are no more than 3 ``each``.
+    """
+    order = np.argsort(-counts, kind="stable")
+    order = order[counts[order] > 0].tolist()
+    if len(order) <= 3 * each:
+        return {"all modes with images": order}
+    middle = (len(order) - each) // 2
+    return {
+        "largest modes": order[:each],
+        "modes of median size": order[middle : middle + each],
+        "smallest modes": order[-each:],
+    }
+
+
+def nearest_images(
+    read: Callable[[int, int], np.ndarray], labels: np.ndarray, mixture: Mixture, modes: Sequence[int], block: int
+) -> dict[int, np.ndarray]:
+    """Find the images of each mode that are likeliest under it, :data:`COLUMNS` or all, nearest first.
+
+    Args:
+        read: (start, stop) -> float32 (stop - start, C), the tokens.
+        labels: (N,) mode of every image.
+        modes: which modes.
+        block: tokens in memory at a time; blocks without an image of these modes are not read.
+
+    Returns:
+        For every mode image numbers (n,) int64, n <= :data:`COLUMNS`.
+    """
+    images = np.flatnonzero(np.isin(labels, modes))
+    found = {k: (np.empty(0), np.empty(0, np.int64)) for k in modes}
+    for chunk in data.ranges(0, len(labels), block):
+        own = images[np.searchsorted(images, chunk.start) : np.searchsorted(images, chunk.stop)]
+        if not len(own):
+            continue
+        tokens = read(chunk.start, chunk.stop)[own - chunk.start]
+        densities = _own_density(mixture, tokens, labels[own])
+        for k in np.unique(labels[own]).tolist():
+            new = labels[own] == k
+            density, numbers = np.append(found[k][0], densities[new]), np.append(found[k][1], own[new])
+            order = np.argsort(-density, kind="stable")[:COLUMNS]
+            found[k] = density[order], numbers[order]
+    return {k: numbers for k, (_, numbers) in found.items()}
+
+
+def _own_density(mixture: Mixture, tokens: np.ndarray, modes: np.ndarray) -> np.ndarray:
+    """Return log w_k N(token; mode k) of tokens (b, C) under the mode of each, (b,) float64."""
+    density = np.empty(len(tokens))
+    for part in data.ranges(0, len(tokens), _ROWS_OF_DENSITIES):
+        joint = mixture.log_joint(torch.from_numpy(tokens[part.start : part.stop])).cpu().numpy()
+        density[part.start : part.stop] = joint[np.arange(len(part)), modes[part.start : part.stop]]
+    return density
+
+
+def draw(
+    path: str | Path, listing: Listing, read: Callable[[int, int], np.ndarray], labels: np.ndarray, mixture: Mixture,
+    block: int,
+) -> None:  # fmt: skip
+    """Write the contact sheet as PNG: a row a mode, labelled with size, weight and commonest class.
+
+    Args:
+        listing: the images; image i has token i.
+        block: tokens in memory at a time.
+        read, labels, mixture: as in :func:`nearest_images`.
+
+    Raises:
+        ValueError: an image that can't be read.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    counts = np.bincount(labels, minlength=mixture.n_components)
+    groups = choose_modes(counts)
+    nearest = nearest_images(read, labels, mixture, [k for modes in groups.values() for k in modes], block)
+    columns = max(map(len, nearest.values()))
+    first = next(iter(nearest.values()))[0]
+    side = min(_LARGEST_SIDE, *data.read_image(listing.path(int(first))).size)
+    heights = [len(modes) for modes in groups.values()]
+    figure = Figure(figsize=(2.3 + 0.6 * columns, 0.45 * len(groups) + 0.63 * sum(heights)), dpi=130)
+    figure.set_layout_engine("constrained", h_pad=0.06)
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axes, (title, modes) in zip(rows[:, 0], groups.items(), strict=True):
+        sheet = np.asarray(
+            image_grid(np.concatenate([_row(listing, nearest[k], columns, side) for k in modes]), columns)
+        )
+        axes.imshow(sheet, interpolation="nearest")
+        axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
+        centres = (np.arange(len(modes)) + 0.5) * sheet.shape[0] / len(modes)
+        axes.set_yticks(centres, [_label(k, counts, labels, listing, mixture) for k in modes], fontsize=7.5)
+        axes.set_xticks([])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    with store.whole_file(path) as partial:
+        figure.savefig(partial, bbox_inches="tight", pad_inches=0.1)
+
+
+def _row(listing: Listing, images: np.ndarray, columns: int, side: int) -> np.ndarray:
+    """Return images (columns, 3, side, side) uint8, white where a mode has fewer."""
+    row = np.full((columns, 3, side, side), 255, np.uint8)
+    for i, image in enumerate(images.tolist()):
+        cropped = data.center_crop(data.read_image(listing.path(image)), side)
+        row[i] = np.asarray(cropped, np.uint8).transpose(2, 0, 1)
+    return row
+
+
+def _label(k: int, counts: np.ndarray, labels: np.ndarray, listing: Listing, mixture: Mixture) -> str:
+    images = f"{counts[k]:,} image{'s' if counts[k] > 1 else ''}"
+    lines = [f"mode {k}", f"{images}, weight {float(mixture.weights[k]):.2%}"]
+    if len(listing.classes) > 1:
+        classes = np.bincount(listing.labels[labels == k], minlength=len(listing.classes))
+        lines.append(f"{classes.max() / classes.sum():.0%} {listing.classes[int(classes.argmax())]}")
+    return "\n".join(lines)

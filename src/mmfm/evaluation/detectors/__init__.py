@@ -1,0 +1,1 @@
+"""The detectors, one module each; mmfm.config.choices names them."""

@@ -1,0 +1,43 @@
+"""The picture of a set of samples."""
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from mmfm.generation.generator import Generator
+from mmfm.infra.pictures import image_grid
+
+IMAGES = 32
+"""Images in the picture."""
+
+_COLUMNS = 4
+
+
+def draw_grid(generator: Generator, images: np.ndarray) -> Image.Image:
+    """Draw the first images, and beside them what their sources decode to, image for image in the same places.
+
+    Args:
+        images: (n, S, S, 3) uint8, those from number 0 on.
+    """
+    generated = images[:IMAGES].transpose(0, 3, 1, 2)
+    if len(generator.times) == 1:
+        return _panels({"Decoded source (no step of the flow)": generated})
+    source = generator.source_images(range(len(generated))).cpu().numpy()
+    evaluations = generator.function_evaluations()
+    how = generator.solver if evaluations is None else f"{evaluations} evaluations"
+    return _panels({f"Generated, {how}": generated, "The source each started from, decoded": source})
+
+
+def _panels(panels: dict[str, np.ndarray]) -> Image.Image:
+    """Lay grids of images (n, 3, S, S) uint8 side by side, each under its title."""
+    grids = {title: image_grid(images, _COLUMNS) for title, images in panels.items()}
+    margin, head = 12, 28
+    font = ImageFont.load_default(size=15)
+    widths = [max(grid.width, int(font.getlength(title))) for title, grid in grids.items()]
+    height = head + max(grid.height for grid in grids.values())
+    sheet = Image.new("RGB", (sum(widths) + margin * (len(widths) + 1), height + margin), "white")
+    pen, left = ImageDraw.Draw(sheet), margin
+    for (title, grid), width in zip(grids.items(), widths, strict=True):
+        pen.text((left, 5), title, fill="black", font=font)
+        sheet.paste(grid, (left, head))
+        left += width + margin
+    return sheet

@@ -1,0 +1,194 @@
+"""``fid``: Frechet distance of generated images from the reference, with all that is needed to read it.
+
+Reads ``images.npz`` and ``samples.json``, the detector and the reference. Writes the result for people (``.txt``) and
+for machines (``.json``). The images are memory-mapped; there is nothing to resume: a kill leaves no output.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmfm.config import STAGES, StageConfig
+from mmfm.config.choices import METRICS
+from mmfm.evaluation.detector import Detector
+from mmfm.evaluation.features import image_moments, sampled_features
+from mmfm.evaluation.reference import Reference
+from mmfm.infra import npz, store
+from mmfm.infra.distributed import Ranks
+from mmfm.stages import provenance
+
+PUBLISHED_IMAGES = 50_000
+"""Images that published FIDs are computed from."""
+
+
+def fid(
+    config: StageConfig, detector: Detector, images: Path, samples: Path, reference: Path, out_txt: Path,
+    out_json: Path, ranks: Ranks,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure generated images, write the result, and return it on every process; see :func:`measure`."""
+    result = measure(images, samples, reference, detector, config.fid.batch_size, ranks)
+    ranks.from_main(lambda: write_result(result, out_txt, out_json))
+    return result
+
+
+def measure(
+    images_path: str | Path,
+    samples_path: str | Path,
+    reference_path: str | Path,
+    detector: Detector,
+    batch_size: int,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Return the distance and its circumstances as JSON values, the same on every process.
+
+    Args:
+        images_path: ``images.npz`` of sample, (n, S, S, 3) uint8; it is memory-mapped, so its size does not matter.
+        samples_path: ``samples.json`` beside it.
+        reference_path: from fid_reference.
+        batch_size: images per detector call.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: files that do not belong together: a reference of another detector or image size, or a description
+            of other images; also fewer than two images.
+    """
+    images, samples = npz.map_array(images_path), store.read_json(samples_path)
+    _check(images, images_path, samples, samples_path)
+    pictures = f"the images in '{images_path}'"
+    reference = provenance.reference_for(Path(reference_path), detector, images.shape[1], pictures)
+    digest = ranks.from_main(lambda: store.array_digest(images))
+    if samples.get("images_digest") != digest:
+        raise ValueError(f"'{samples_path}' does not describe the images in '{images_path}'; run sample again")
+    features = sampled_features(images_path, digest, detector)
+    moments = image_moments(images, detector, batch_size, ranks, features)
+    values = ranks.from_main(lambda: {name: kind.load()(moments, reference) for name, kind in METRICS.items()})
+    n, distance = len(images), values.pop("frechet")
+    return {
+        "stage": "fid",
+        "version": STAGES["fid"].version,
+        "measure": _measure_name(detector, n),
+        "frechet_distance": distance,
+        **({"metrics": values} if values else {}),
+        "published_protocol": _is_published_protocol(detector, reference, n),
+        "warnings": _warnings(detector, reference, n),
+        "n_images": n,
+        "floor": reference.about["floor"],
+        "floor_n_images": reference.about["floor_n_images"],
+        "features": "computed" if features is None else "from sample",
+        "detector": {"name": detector.name, "digest": detector.digest, "dimension": detector.dimension},
+        "reference": {name: reference.about[name] for name in ("source", "n_images", "image_size", "digest")},
+        "samples": samples,
+    }
+
+
+def _check(images: np.ndarray, images_path: str | Path, samples: Any, samples_path: str | Path) -> None:
+    if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3 or images.dtype != np.uint8:
+        raise ValueError(f"'{images_path}' holds {images.shape} {images.dtype}; images are (n, S, S, 3) uint8")
+    if len(images) < 2:
+        raise ValueError(f"'{images_path}' holds {len(images)} image; a covariance takes at least 2: raise n_images")
+    if not isinstance(samples, dict) or "images_digest" not in samples:
+        raise ValueError(f"'{samples_path}' is no description of samples; give the samples.json that sample wrote")
+
+
+def _measure_name(detector: Detector, n: int) -> str:
+    if not detector.standard:
+        return "Frechet distance (not an FID)"
+    return "FID-50K" if n == PUBLISHED_IMAGES else f"FID with {n:,} images"
+
+
+def _is_published_protocol(detector: Detector, reference: Reference, n: int) -> bool:
+    """Whether detector, kind of reference and number of images are those of published FIDs."""
+    return detector.standard and reference.about["n_images"] is None and n == PUBLISHED_IMAGES
+
+
+def _warnings(detector: Detector, reference: Reference, n: int) -> list[str]:
+    lines = []
+    if not detector.standard:
+        lines.append(
+            "This number is NOT an ImageNet FID and can't be compared with any published FID. Compare it only with "
+            "numbers of the same detector, reference and number of images."
+        )
+    elif reference.about["n_images"] is not None:
+        lines.append(
+            f"The reference is {reference.about['source']}; published FIDs on ImageNet use ADM's "
+            "VIRTUAL_imagenet256_labeled.npz. Set fid.reference to it to compare."
+        )
+    if detector.standard and n != PUBLISHED_IMAGES:
+        lines.append(f"Published FIDs use {PUBLISHED_IMAGES:,} images; with {n:,} the distance is larger or noisier.")
+    if n <= detector.dimension:
+        lines.append(
+            f"{n:,} images are too few for {detector.dimension:,} features: their covariance is singular and the "
+            "distance far too large. Raise sample.n_images."
+        )
+    return lines
+
+
+def write_result(result: dict[str, Any], out_txt: str | Path, out_json: str | Path) -> None:
+    """Write the result for people and for machines."""
+    with store.whole_file(out_txt) as partial:
+        partial.write_text(render(result), encoding="utf-8")
+    store.write_json(out_json, result)
+
+
+def render(result: dict[str, Any]) -> str:
+    """Return a result of :func:`measure` as text."""
+    samples, detector = result["samples"], result["detector"]
+    lines = [f"{result['measure']}: {result['frechet_distance']:.4f}", f"detector: {detector['name']}"]
+    lines += [f"WARNING: {warning}" for warning in result["warnings"]]
+    rows = {
+        **{METRICS[name].title: f"{value:.4f}" for name, value in result.get("metrics", {}).items()},
+        "floor": _floor(result),
+        "reference": result["reference"]["source"],
+        "images": f"{result['n_images']:,} of {samples['image_size']} x {samples['image_size']} pixels",
+        "seed": samples["seed"],
+        "setting": samples["setting"]
+        + (f", {samples['n_modes']} modes, {samples['mode_draw']}" if samples["mode_draw"] else "")
+        + (f", {samples['n_labels']} classes, {samples['label_draw']}" if samples.get("label_draw") else ""),
+        "sampler": _sampler(samples),
+        "guidance": _guidance(samples["guidance"]),
+        "weights": _weights(samples["weights"]),
+        "encoder": _encoder(samples["encoder"]),
+        "detector weights": f"sha256 {detector['digest']}",
+        "images digest": f"sha256 {samples['images_digest']}",
+        "reference digest": f"sha256 {result['reference']['digest']}",
+    }
+    width = max(map(len, rows)) + 2
+    return "\n".join([*lines, "", *(f"{name:<{width}}{value}" for name, value in rows.items())]) + "\n"
+
+
+def _floor(result: dict[str, Any]) -> str:
+    if result["floor"] is None:
+        return "unknown (no held-out images)"
+    n = result["floor_n_images"]
+    return f"{result['floor']:.4f} (distance of {n:,} held-out real images from the reference; larger for fewer)"
+
+
+def _sampler(samples: dict[str, Any]) -> str:
+    if samples["source_only"]:
+        return "none: the decoded source itself, without the model (0 function evaluations)"
+    return (
+        f"{samples['solver']}, {samples['time_points']} time points from t = {samples['first_time']:g} to "
+        f"{samples['last_time']:.4f}, {samples['function_evaluations']:g} function evaluations, network in "
+        f"{samples['precision']} on {samples['device']}"
+    )
+
+
+def _guidance(guidance: dict[str, Any] | None) -> str:
+    if guidance is None:
+        return "none"
+    low, high = guidance.get("interval", (0.0, 1.0))
+    text = f"{guidance['kind']}, scale {guidance['scale']:g}, for {low:g} <= t <= {high:g}"
+    return text if guidance["guide"] is None else f"{text}, guide: {_weights(guidance['guide'])}"
+
+
+def _weights(weights: dict[str, Any]) -> str:
+    epochs = "unknown" if weights["epochs"] is None else f"{weights['epochs']:g}"
+    step = "unknown" if weights["step"] is None else f"{weights['step']:,}"
+    return f"EMA at step {step}, {epochs} epochs, training seed {weights['seed']}, sha256 {weights['digest']}"
+
+
+def _encoder(encoder: Any) -> str:
+    return (
+        ", ".join(f"{name} {value}" for name, value in encoder.items()) if isinstance(encoder, dict) else str(encoder)
+    )
