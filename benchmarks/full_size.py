@@ -34,7 +34,7 @@ from mmfm.infra.distributed import Ranks, choose_device
 from mmfm.models.dit import DIT_PRESETS, DiTConfig
 from mmfm.training import latents, setup
 from mmfm.training.objective import FlowMatching
-from mmfm.training.record import Clock
+from mmfm.training.runlog import Clock
 from mmfm.training.trainer import Trainer
 
 SHAPE, LABELS, IMAGES = (768, 16, 16), 8192, 8192
@@ -45,7 +45,7 @@ CPU_ACTIVATIONS = 2.2
 class RandomLatents:
     """A feed that reads no image."""
 
-    def __init__(self, plan: latents.Plan, device: torch.device) -> None:
+    def __init__(self, plan: latents.BatchPlan, device: torch.device) -> None:
         self.plan, self.device = plan, device
 
     def batches(self, first_step: int, stop_step: int) -> Iterator[tuple[latents.MicroBatch, latents.Inputs]]:
@@ -64,16 +64,16 @@ def make_trainer(name: str, batch: int, state: Path) -> Trainer:
         read.train, global_batch=batch, micro_batch=0, precision="float32", label_dropout=0.0, logger="none"
     )
     ranks = Ranks(0, 1, choose_device())
-    plan = latents.Plan(0, IMAGES, batch)
+    plan = latents.BatchPlan(0, IMAGES, batch)
     labels = torch.arange(IMAGES) % LABELS
     task = FlowMatching("class", GaussianSource(), None, settings, time_shift(SHAPE), (labels, LABELS))
     model = setup.model(task, read.models[name], SHAPE).to(ranks.device)
     state.mkdir(parents=True, exist_ok=True)
-    recipe, routine = (
-        setup.recipe(settings, plan.steps_per_epoch),
-        setup.routine(settings, plan.steps_per_epoch),
+    optimizer_options, loop_options = (
+        setup.optimizer_options(settings, plan.steps_per_epoch),
+        setup.loop_options(settings, plan.steps_per_epoch),
     )
-    return Trainer("train", model, task.losses, plan, recipe, routine, state, ranks)
+    return Trainer("train", model, task.losses, plan, optimizer_options, loop_options, state, ranks)
 
 
 def needed_gb(name: str, batch: int) -> float:

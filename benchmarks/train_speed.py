@@ -71,7 +71,7 @@ class Finished(Exception):
 
 def measure(trainer: training.Trainer, feed: Any, steps: int) -> dict[str, Any]:
     """Take whole steps and bare passes in turns, then steps with their parts timed."""
-    forward = trainer.division.wrapped(trainer.routine.compile)
+    forward = trainer.division.wrapped(trainer.options.compile)
     batches = feed.batches(0, 10**9)
     bare, plan = bare_pass(trainer, forward, feed), trainer.plan
     times: dict[str, list[float]] = {"step": [], "bare": []}
@@ -91,7 +91,7 @@ def measure(trainer: training.Trainer, feed: Any, steps: int) -> dict[str, Any]:
             f"CPU, {torch.get_num_threads()} thread",
         )
     return {
-        "device": card, "batch": plan.global_batch, "compile": trainer.routine.compile, "seconds_per_step": step,
+        "device": card, "batch": plan.global_batch, "compile": trainer.options.compile, "seconds_per_step": step,
         "images_per_second": plan.global_batch / step, "bare_share": plain / step, "peak_memory_gb": memory,
         "parts": {part: parts[part] / sum(parts.values()) for part in PARTS},
     }  # fmt: skip

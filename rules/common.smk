@@ -232,7 +232,7 @@ def unknown_target(wildcards):
     names = [f"{RESULTS}/fid/{e}_{setting}{ag}.txt" for e in ENCODERS for setting in SETTINGS for ag in GUIDED]
     target = f"{RESULTS}/fid/{wildcards.name}"
     raise WorkflowError(
-        f"no target '{target}'{mmfm_config.nearest(target, names)}. Valid targets:\n  "
+        f"no target '{target}'{mmfm_config.did_you_mean(target, names)}. Valid targets:\n  "
         + "\n  ".join(names)
         + f"\nwith any of .seedN .MODEL ({', '.join(C.models)}) .kN .tN .gN before .txt, in this order."
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from mmfm.infra.distributed import Ranks, process_group
 from mmfm.models.dit import DiT, DiTConfig
 from mmfm.training import latents
-from mmfm.training.recipe import Recipe, Routine
+from mmfm.training.options import LoopOptions, OptimizerOptions
 from mmfm.training.schedule import ConstantThenLinear
 from mmfm.training.trainer import Trainer
 
@@ -26,7 +26,7 @@ SIZES = DiTConfig(4, 1, 8, (16, 24), (2, 1), (2, 2), 5, 0.0)
 def losses(model: torch.nn.Module, micro: latents.MicroBatch, inputs: latents.Inputs) -> Tensor:
     """Squared distance from the latents' neighbours, which has a gradient everywhere from the first step on."""
     times = (micro.key_tensor(torch.device("cpu")) % 7) / 7
-    velocity = model(inputs.latent, times, micro.images % 5)
+    velocity = model(inputs.latent, times, micro.indices % 5)
     return (velocity - inputs.latent.roll(1, dims=-1)).square().flatten(1).mean(1)
 
 
@@ -36,16 +36,16 @@ def poisoned(model: torch.nn.Module, micro: latents.MicroBatch, inputs: latents.
     return losses(model, micro, inputs) + torch.where(hit, float("nan"), 0.0)
 
 
-def trainer(state: Path, ranks: Ranks, sharding: str, micro_batch: int = 2, loss=losses, **routine) -> Trainer:
+def trainer(state: Path, ranks: Ranks, sharding: str, micro_batch: int = 2, loss=losses, **options) -> Trainer:
     """Return a trainer that has taken up what the state holds."""
     if ranks.is_main:
         state.mkdir(parents=True, exist_ok=True)
     ranks.barrier()
-    plan = latents.Plan(0, IMAGES, BATCH, ranks.rank, ranks.world, micro_batch)
+    plan = latents.BatchPlan(0, IMAGES, BATCH, ranks.rank, ranks.world, micro_batch)
     model = DiT(SIZES, generator=torch.Generator().manual_seed(0))
-    recipe = Recipe(ConstantThenLinear(1e-3, 1e-3, 0, 1), (0.9, 0.95), 0.0, 0.5, 0.9)
-    steps = {"checkpoint_every": HALF, "log_every": 1, "keep_checkpoints": 3, "logger": "none", **routine}
-    return Trainer("train", model, loss, plan, recipe, Routine(**steps, sharding=sharding), state, ranks)
+    optimizer_options = OptimizerOptions(ConstantThenLinear(1e-3, 1e-3, 0, 1), (0.9, 0.95), 0.0, 0.5, 0.9)
+    steps = {"checkpoint_every": HALF, "log_every": 1, "keep_checkpoints": 3, "logger": "none", **options}
+    return Trainer("train", model, loss, plan, optimizer_options, LoopOptions(**steps, sharding=sharding), state, ranks)
 
 
 def run(state: Path, ranks: Ranks, sharding: str, **options) -> Trainer:

@@ -22,6 +22,8 @@ def test_modes_are_chosen_by_size():
         "modes of median size": [3, 4],  # of 11 with images, largest first: 2 12 5 11 [3 4] 0 9 8 7 6
         "smallest modes": [7, 6],
     }
+    assert len(contact_sheet.choose_modes(counts, 3)) == 3
+    assert len(contact_sheet.choose_modes(np.ones(9, int), 3)) == 1
     assert contact_sheet.choose_modes(counts, 4) == {"all modes with images": [2, 12, 5, 11, 3, 4, 0, 9, 8, 7, 6]}
 
 
@@ -89,3 +91,23 @@ def test_tokens_of_another_listing_are_refused(images, tmp_path, monkeypatch):
     given = ["--config", "config/config.yaml", "--tokens", "t", "--listing", str(images[0]), "--out-dir", str(tmp_path)]
     with pytest.raises(ValueError, match="was made from another listing than"):
         fit_gmm.main(given)
+
+
+def test_the_mixture_does_not_wait_for_a_picture_of_damaged_images(images, tmp_path):
+    listing, values = images
+    listed = Listing.open(listing)
+    tokens.create(tmp_path / "t.zarr", 40, 3, 40, listed.labels)[:] = values
+    tokens.finish(tmp_path / "t.zarr", {"digest": "t", "listing_digest": listed.digest})
+    moved = tmp_path / "moved"
+    listed.root.rename(moved)
+    given = ["--config", "config/config.yaml", "--tokens", str(tmp_path / "t.zarr"), "--listing", str(listing)]
+    given += ["--out-dir", str(tmp_path / "gmm"), "gmm.n_components=3"]
+    try:
+        with pytest.raises((ValueError, OSError), match="cannot read image"):
+            fit_gmm.main(given)
+    finally:
+        moved.rename(listed.root)
+    made = (tmp_path / "gmm" / "gmm.safetensors").read_bytes()
+    assert not (tmp_path / "gmm" / "modes.png").exists()
+    assert fit_gmm.main(given) == 0
+    assert (tmp_path / "gmm" / "modes.png").is_file() and (tmp_path / "gmm" / "gmm.safetensors").read_bytes() == made

@@ -118,6 +118,30 @@ def test_crop_takes_the_centre():
     assert np.asarray(data.center_crop(Image.fromarray(array), 32)).min() == 255
 
 
+def crop_of_adm(image, size):
+    """ADM's rule by its numbers: how often the shorter side holds the size says how often the image is halved."""
+    for _ in range((min(image.size) // size).bit_length() - 1):
+        image = image.resize([side // 2 for side in image.size], Image.Resampling.BOX)
+    ratio = size / min(image.size)
+    pixels = np.asarray(image.resize([round(side * ratio) for side in image.size], Image.Resampling.BICUBIC))
+    first_row, first_column = (int((side - size) / 2) for side in pixels.shape[:2])  # an odd margin's half is cut off
+    return pixels[first_row : first_row + size, first_column : first_column + size]
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        (16, 16), (19, 16), (16, 19), (23, 16), (16, 23), (20, 18), (31, 31), (31, 38), (32, 32), (32, 39), (39, 32),
+        (33, 34), (63, 70), (64, 64), (65, 131), (14, 11),
+    ],
+)  # fmt: skip
+def test_crop_is_adms(size):
+    """Margins of both parities on either side, and both sides of where an image is halved once and once more."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    image = Image.fromarray(noise)
+    np.testing.assert_array_equal(np.asarray(data.center_crop(image, 16)), crop_of_adm(image, 16))
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_batches_come_in_order(folder, tmp_path, workers):
     write(folder, tmp_path / "l.safetensors")

@@ -16,7 +16,9 @@ from mmfm.cli import train_decoder as command
 from mmfm.config import STAGES
 from mmfm.data import Listing
 from mmfm.infra import store
+from mmfm.stages.train_decoder import Reconstruction
 from mmfm.training import trainer
+from mmfm.training.latents import Inputs, MicroBatch
 
 
 def run(files: Pipeline, out: Path, *options: str, sections: dict | None = None, **decoder) -> Path:
@@ -92,6 +94,19 @@ def test_more_steps_continue(tiny_pipeline, undisturbed, tmp_path):
 def test_encoding_at_every_step_changes_only_the_rounding(tiny_pipeline, undisturbed, tmp_path):
     run(tiny_pipeline, tmp_path, latent_cache_gb=0.0)
     assert losses(tmp_path) == pytest.approx(losses(undisturbed), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_the_loss_is_a_mean_over_pixels(size):
+    """So that neither the size of the images nor the batch moves what a learning rate means."""
+    task = Reconstruction(0, 0.0, torch.full((3,), 0.25), torch.full((3,), 0.5))
+    shown = torch.zeros(2, 3, size, size)
+    decoded = torch.full_like(shown, -0.5)  # 0 without the encoder's normalisation
+    decoded[0, :, : size // 2] = 1.0
+    decoded[1] = -1.5
+    micro = MicroBatch(range(2), torch.arange(2))
+    loss = task.losses(lambda _: decoded, micro, Inputs(torch.zeros(2, 4, 1, 1), torch.zeros(2, 4), shown))
+    assert loss.tolist() == [0.375, 0.5]
 
 
 def test_noise_is_part_of_the_loss(tiny_pipeline, undisturbed, tmp_path):

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from mmfm.autoencoder.decoder import load_decoder
 from mmfm.autoencoder.encoders import load_encoder
-from mmfm.data.fashion_mnist import pad_to_rgb, read_idx, sha256
+from mmfm.data.fashion_mnist import CLASSES, pad_to_rgb, read_idx, sha256, unpack
 from mmfm.evaluation.detector import load_detector
 
 DEMO = Path(__file__).parent.parent / "resources" / "demo"
@@ -74,3 +75,18 @@ def test_a_broken_idx_file_is_named(tmp_path, content):
     (tmp_path / "broken.gz").write_bytes(content)
     with pytest.raises(ValueError, match=r"broken\.gz"):
         read_idx(tmp_path / "broken.gz")
+
+
+def test_unpacked_images_are_grey_with_a_black_border(tmp_path):
+    pixels = np.random.default_rng(0).integers(1, 256, (2, 28, 28), np.uint8)
+    for name, array in (("t10k-images-idx3", pixels), ("t10k-labels-idx1", np.array([7, 0], np.uint8))):
+        header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+        (tmp_path / f"{name}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
+    unpack(tmp_path, tmp_path / "images")
+    written = sorted((tmp_path / "images").rglob("*.png"), key=lambda path: path.name)
+    assert [path.parent.name for path in written] == [CLASSES[7], CLASSES[0]]
+    for path, expected in zip(written, pixels, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), np.pad(expected, 2))
+    np.testing.assert_array_equal(
+        pad_to_rgb(pixels), np.pad(pixels[:, None].repeat(3, 1), ((0, 0), (0, 0), (2, 2), (2, 2)))
+    )

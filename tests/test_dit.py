@@ -88,6 +88,22 @@ def test_initial_weights_follow_the_generator_or_the_global_seed():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_initial_weights_are_the_published_ones():
+    """Xavier-uniform maps and embeddings of 0.02, frequencies of 1; modulations, output and biases of 0."""
+    config = DiTConfig(8, 2, 16, (96, 128), (1, 1), (2, 2), num_classes=100, label_dropout=0.1)
+    model = DiT(config, generator=torch.Generator().manual_seed(0))
+    for layer in (model.t_embedder.mlp[0], model.t_embedder.mlp[2], model.y_embedder.embedding_table):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.t_embedder.W.std().item() == pytest.approx(1, rel=0.15)
+    for layer in (model.x_embedder.proj, model.s_embedder.proj, model.s_projector, model.blocks[0].attn.qkv,
+                  model.blocks[1].mlp.w12):  # fmt: skip
+        rows = layer.weight.flatten(1)
+        assert rows.abs().max().item() == pytest.approx((6 / sum(rows.shape)) ** 0.5, rel=0.01)
+    zero = [*(block.adaLN_modulation[-1] for block in (*model.blocks, model.final_layer)), model.final_layer.linear]
+    assert not any(layer.weight.any() for layer in zero)
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
 def test_new_model_predicts_zero_and_learns():
     model = DiT(TINY, generator=torch.Generator().manual_seed(0))
     x, t = inputs()

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
     ROOT / "config" / "README.md",
     ROOT / "resources" / "demo" / "README.md",
 ]

@@ -148,6 +148,20 @@ def test_empty_components_keep_their_mean_and_duplicates_their_regularised_varia
     assert 0 < state.mixture.weights[1] < 1e-14
 
 
+@pytest.mark.parametrize("covariance_type", ["diag", "spherical", "full"])
+def test_less_than_half_a_row_gets_the_average_variance_where_nothing_is_added(covariance_type):
+    """Half a row has a spread of its own."""
+    statistics = SufficientStatistics(torch.zeros(3, 2, dtype=torch.float64), covariance_type)
+    statistics.count += torch.tensor([99.01, 0.5, 0.49], dtype=torch.float64)
+    own = torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64)
+    scatter = (own * statistics.count).view(-1, *[1] * (statistics.second.ndim - 1))
+    statistics.second += scatter * (torch.eye(2) if covariance_type == "full" else 1)
+    average = float(own @ statistics.count) / 100
+    for reg_covar, expected in ((0.0, [1.0, 4.0, average]), (0.5, [1.5, 4.5, 9.5])):
+        mixture, _ = m_step(statistics, covariance_type, reg_covar)
+        np.testing.assert_allclose(mixture.diagonal(), np.tile(np.array(expected)[:, None], 2), rtol=1e-12)
+
+
 def test_variances_stay_positive_where_float32_moments_cancel():
     data = (1e4 + np.random.default_rng(0).normal(0, 1e-2, (300, 4))).astype(np.float32)
     start = Mixture(np.array([1.0]), data[:1].astype(np.float64), np.ones((1, 4)))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmfm import config, data
 from mmfm.data.moments import Moments
-from mmfm.data.tokens import TokenStore
+from mmfm.data.tokens import TokenStore, create, finish
 from mmfm.infra import store
 from mmfm.infra.distributed import Ranks
 from mmfm.stages.extract import extract
@@ -181,3 +181,15 @@ def test_a_truncated_store_is_refused(undisturbed, tmp_path):
     next((tmp_path / "t.zarr" / "tokens" / "c").rglob("3/0")).unlink()
     with pytest.raises(ValueError, match="not whole"):
         TokenStore.open(tmp_path / "t.zarr")
+
+
+def test_a_store_whose_last_shard_is_missing_is_refused(tmp_path, monkeypatch):
+    """Chunks are counted, and a shard holds several."""
+    monkeypatch.setattr("mmfm.data.tokens._CHUNK_ROWS", 4)
+    rows = np.ones((14, 6), np.float32)
+    for name, written in (("whole", 14), ("part", 8)):
+        create(tmp_path / name, 14, 6, 8, np.zeros(14))[:written] = rows[:written]
+        finish(tmp_path / name, {"digest": "d"})
+    assert len(TokenStore.open(tmp_path / "whole")) == 14
+    with pytest.raises(ValueError, match=r"part' is not whole"):
+        TokenStore.open(tmp_path / "part")

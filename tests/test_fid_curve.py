@@ -12,7 +12,7 @@ from pathlib import Path
 
 import processes
 import pytest
-import test_board
+import test_loggers
 import torch
 from conftest import SECTIONS, Pipeline, settings
 from PIL import Image
@@ -50,7 +50,7 @@ from mmfm.stages.provenance import reference_for
 from mmfm.training import checkpoint
 from mmfm.training.fid_curve import FidCurve
 from mmfm.training.history import read_history
-from mmfm.training.latents import Plan
+from mmfm.training.latents import BatchPlan
 from mmfm.training.parallel import Whole
 from mmfm.training.trainer import Trainer
 
@@ -129,7 +129,7 @@ def test_the_distance_is_that_of_the_average_at_the_step(undisturbed, tiny_pipel
 
 
 def test_the_board_shows_them(undisturbed):
-    found = test_board.scalars(state_of(undisturbed) / "tensorboard")["preview/fid"]
+    found = test_loggers.scalars(state_of(undisturbed) / "tensorboard")["preview/fid"]
     assert found == [(step, pytest.approx(value)) for step, value in distances(undisturbed)]
 
 
@@ -181,7 +181,7 @@ def test_a_measurement_that_was_killed_is_made_when_the_run_goes_on(measured, un
     run(measured, tmp_path, preview=preview(), logger="tensorboard")
     assert distances(tmp_path) == distances(undisturbed)
     assert_same(tmp_path, undisturbed)
-    assert [s for s, _ in test_board.scalars(state_of(tmp_path) / "tensorboard")["preview/fid"]] == [4, 8, 12, 15]
+    assert [s for s, _ in test_loggers.scalars(state_of(tmp_path) / "tensorboard")["preview/fid"]] == [4, 8, 12, 15]
 
 
 @pytest.mark.parametrize(("keys", "step"), [({"checkpoint_every": 5}, 8), ({}, 15)])
@@ -267,14 +267,14 @@ def test_latents_that_are_not_finite_give_no_number(measured, tmp_path, monkeypa
 
 def test_weights_that_stand_still_behind_a_nan_are_not_measured(measured, tmp_path, monkeypatch):
     """A NaN in step 7, which nothing asks for before step 8 is measured."""
-    poison(monkeypatch, int(Plan(seed=0, n_images=40, global_batch=8).images(range(48, 56))[3]), "loss")
+    poison(monkeypatch, int(BatchPlan(seed=0, n_images=40, global_batch=8).images(range(48, 56))[3]), "loss")
     with pytest.raises(ValueError, match="in step 7"):
         run(measured, tmp_path, log_every=100, checkpoint_every=100, preview=preview())
     assert [line["step"] for line in read_history(state_of(tmp_path) / "fid.jsonl")] == [4]
 
 
 def test_weights_that_stand_still_behind_a_nan_are_not_shown(tiny_pipeline, tmp_path, monkeypatch):
-    poison(monkeypatch, int(Plan(seed=0, n_images=40, global_batch=8).images(range(48, 56))[3]), "loss")
+    poison(monkeypatch, int(BatchPlan(seed=0, n_images=40, global_batch=8).images(range(48, 56))[3]), "loss")
     with pytest.raises(ValueError, match="in step 7"):
         run(tiny_pipeline, tmp_path, log_every=100, checkpoint_every=100, preview=preview(every=4, fid_every=0))
     assert [path.name for path in state_of(tmp_path).glob("preview-*")] == ["preview-00000004.png"]

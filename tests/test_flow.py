@@ -12,7 +12,7 @@ from safetensors import safe_open
 from mmfm.config.choices import SOLVERS
 from mmfm.flow.guidance import autoguidance, classifier_free_guidance
 from mmfm.flow.path import interpolate, shift_times, target_velocity, time_grid, time_shift, train_times
-from mmfm.flow.solver import adaptive, euler, heun
+from mmfm.flow.solver import adaptive, euler, heun, solve
 from mmfm.models.dit import DiT, DiTConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -162,6 +162,7 @@ def test_adaptive_solvers_hold_their_tolerance_for_every_image(method):
     torch.testing.assert_close(final, torch.exp(-0.99 * rates).expand(4, 5), rtol=0.02, atol=1e-4)
     assert len(calls) == evaluations > 5 and set(calls) == {(torch.float32, torch.float32, (4,))}
     assert adaptive(velocity, start, times, method, 1e-2, 1e-2)[1] < evaluations
+    assert adaptive(velocity, torch.ones(4, 500), times, method, 1e-4, 1e-5)[1] == evaluations  # whatever the size
 
 
 def test_an_adaptive_solver_says_what_to_do_where_it_fails():
@@ -176,6 +177,23 @@ def test_an_adaptive_solver_gives_up_where_rounding_hides_its_error(monkeypatch)
     with pytest.raises(ValueError, match=r"rtol 1e-12 .*max_num_steps.*raise sample\.rtol and sample\.atol"):
         adaptive(lambda x, t: torch.sin(9 * x), start, torch.tensor([1.0, 0.0]), "dopri5", 1e-12, 1e-12, seen.append)
     assert seen == list(range(1, len(seen) + 1)) and 50 < len(seen) < 400
+
+
+@pytest.mark.parametrize("name", list(SOLVERS))
+def test_solvers_by_name_say_how_often_they_asked_for_the_velocity(name):
+    asked = []
+
+    def velocity(x, t):
+        asked.append(len(asked) + 1)
+        return x
+
+    final, evaluations = solve(name, velocity, torch.ones(2, 1), torch.linspace(1, 0, 9), rtol=1e-3, atol=1e-3)
+    assert evaluations == len(asked)
+    assert final[0].item() == pytest.approx(math.exp(-1), abs=0.03)
+    if SOLVERS[name].adaptive:
+        seen, times = [], torch.tensor([1.0, 0.0])
+        solve(name, velocity, torch.ones(2, 1), times, rtol=1e-3, atol=1e-3, watch=seen.append)
+        assert seen == list(range(1, len(seen) + 1)) and len(seen) > 5
 
 
 @pytest.mark.parametrize("times", [[1.0], [0.0, 1.0], [1.0, 1.0]])
@@ -235,6 +253,13 @@ def test_classifier_free_guidance_doubles_the_batch_only_inside_the_interval():
     torch.testing.assert_close(field(x, torch.full((2,), 0.5)), torch.tensor([[-7.0], [-5.0]]))
     torch.testing.assert_close(field(x, torch.full((2,), 0.6)), torch.tensor([[1.0], [2.0]]))
     assert batches == [[1, 2, 9, 9], [1, 2]]
+
+
+def test_guidance_without_an_interval_holds_at_all_times():
+    x, t = torch.ones(3, 1), torch.tensor([0.0, 0.5, 1.0])
+    assert torch.equal(autoguidance(lambda x, t: 3 * x, lambda x, t: x, scale=1.5)(x, t), 4 * x)
+    labelled = classifier_free_guidance(lambda x, t, y: y[:, None] * x, torch.tensor([3, 3, 3]), 1, scale=1.5)
+    assert torch.equal(labelled(x, t), 4 * x)
 
 
 def test_guidance_scale_one_is_the_model_and_bad_intervals_are_refused():

@@ -48,7 +48,7 @@ def test_lloyd_with_all_candidates_is_scikit_learns(monkeypatch):
 def test_nearest_does_not_depend_on_the_scale(scale):
     data = (scale * clustered(300, c=40, k=5)).astype(np.float32)
     rows, centres = Rows(lambda a, b: data[a:b], 300, 64, ALONE), data[:20]
-    found = kmeans.nearest(rows, torch.from_numpy(centres))
+    found = kmeans.nearest_centre(rows, torch.from_numpy(centres))
     distances = ((data[:, None].astype(np.float64) - centres) ** 2).sum(2)
     np.testing.assert_array_equal(found, distances.argmin(1))
 

@@ -196,7 +196,7 @@ def test_one_time_point_is_the_decoded_source(made, files, weights, tmp_path):
     images, about = run(files, weights["mode"], tmp_path, n_images=5, time_points=1)
     assert about["source_only"] and about["function_evaluations"] == 0 and about["last_time"] == about["first_time"]
     sampler = load(files, weights["mode"])
-    decoded = (sampler.autoencoder.decode(sampler.generator.draw_source(range(5))[0]).detach().clamp(0, 1) * 255).byte()
+    decoded = (sampler.autoencoder.decode(sampler.generator.draw_source(range(5))).detach().clamp(0, 1) * 255).byte()
     assert_equal_to_rounding(images, decoded.permute(0, 2, 3, 1).numpy())
     assert np.abs(images.astype(int) - made[0][:5]).mean() > 1, "the flow does something"
 
@@ -218,12 +218,12 @@ def test_class_labels_in_equal_numbers(files, weights, tmp_path):
     images, about = run(files, weights["class"], tmp_path / "all", n_images=7)
     assert (about["label_draw"], about["n_labels"], about["n_modes"], about["mode_draw"]) == ("equal", 3, 0, None)
     sampler = load(files, weights["class"])
-    labels = sampler.generator.draw_labels(range(7), None)
+    labels = sampler.generator.draw(range(7)).labels
     assert torch.bincount(labels).sort().values.tolist() == [2, 2, 3]
     fewer, _ = run(files, weights["class"], tmp_path / "fewer", n_images=4, batch_size=3)
     assert_equal_to_rounding(fewer, images[:4])
     other, about = run(files, weights["class"], tmp_path / "random", n_images=7, label_draw="random")
-    changed = load(files, weights["class"], label_draw="random").generator.draw_labels(range(7), None) != labels
+    changed = load(files, weights["class"], label_draw="random").generator.draw(range(7)).labels != labels
     same = (np.abs(other.astype(int) - images).reshape(7, -1).max(1) <= 1).tolist()
     assert changed.any() and same == (~changed).tolist() and about["label_draw"] == "random"
 
@@ -528,6 +528,11 @@ def test_refuses_other_decoders_modes_and_guides(files, weights, tmp_path):
         load(files, weights["gmm"], spatial_gmm=None)
     with pytest.raises(ValueError, match="same setting"):
         load(files, weights["mode"], scale=1.5, guide=weights["gmm"])
+    with pytest.raises(ValueError, match=r"of setting 'uncond' with 0 labels, the weights of 'gmm' with 0"):
+        load(files, weights["gmm"], scale=1.5, guide=weights["uncond"])
+    more = write_ema(tmp_path / "more", files, "class", model={"classes": CLASSES + 1})
+    with pytest.raises(ValueError, match=r"of setting 'class' with 4 labels, the weights of 'class' with 3"):
+        load(files, weights["class"], scale=1.5, guide=more)
     wide = write_ema(tmp_path / "wide", files, "mode", model={"channels": CHANNELS + 1})
     with pytest.raises(ValueError, match=r"has latents \[33, 4, 4\], the weights \[32, 4, 4\]"):
         load(files, weights["mode"], scale=1.5, guide=wide)
@@ -559,3 +564,22 @@ def test_npz_reader_refuses_what_it_cannot_map(tmp_path):
     with pytest.raises(ValueError, match="does not belong"):
         npz.write_parts(tmp_path / "x.npz", (2, 2, 2, 3), np.uint8, [array, array])
     assert not (tmp_path / "x.npz").exists()
+
+
+def test_features_of_finished_images_are_made_in_a_state_that_is_nobody_elses(files, weights, tmp_path, monkeypatch):
+    """A second run would put the images in place, and remove the shards of features that the first has made."""
+    from mmfm.evaluation.detector import Detector
+    from mmfm.infra import stage_state
+
+    run(files, weights["gmm"], tmp_path, n_images=7)
+    held, features = [], Detector.features
+
+    def watched(self, images):
+        held.append(next(tmp_path.glob("state-*")) in stage_state._locks)
+        return features(self, images)
+
+    monkeypatch.setattr(Detector, "features", watched)
+    given = ("--detector", "fashion", "--detector-weights", str(DETECTOR))
+    run(files, weights["gmm"], tmp_path, *given, n_images=7, features=True)
+    assert held and all(held) and (tmp_path / "features.safetensors").is_file()
+    assert next(tmp_path.glob("state-*")) not in stage_state._locks

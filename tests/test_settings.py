@@ -10,7 +10,7 @@ from test_training import run, weights
 from mmfm import config
 from mmfm.data import Listing
 from mmfm.flow.source import source_for
-from mmfm.generation import draws
+from mmfm.generation import conditioning
 from mmfm.infra import rng
 from mmfm.mixture.gaussian import Mixture
 from mmfm.models.weights import load_ema
@@ -82,17 +82,17 @@ def test_bad_labels_are_refused(tiny_pipeline):
 
 
 def test_equal_labels_come_in_blocks_and_depend_on_the_number_alone():
-    labels = draws.class_labels(3, torch.arange(25), 10, "equal")
+    labels = conditioning.class_labels(3, torch.arange(25), 10, "equal")
     assert sorted(labels[:10].tolist()) == sorted(labels[10:20].tolist()) == list(range(10))
     assert labels[:10].tolist() != labels[10:20].tolist() != list(range(10))
     assert len(set(labels[20:].tolist())) == 5
-    assert torch.equal(draws.class_labels(3, torch.arange(7, 23), 10, "equal"), labels[7:23])
-    assert not torch.equal(draws.class_labels(4, torch.arange(25), 10, "equal"), labels)
-    drawn = draws.class_labels(3, torch.arange(20_000), 10, "random")
+    assert torch.equal(conditioning.class_labels(3, torch.arange(7, 23), 10, "equal"), labels[7:23])
+    assert not torch.equal(conditioning.class_labels(4, torch.arange(25), 10, "equal"), labels)
+    drawn = conditioning.class_labels(3, torch.arange(20_000), 10, "random")
     assert drawn.min() == 0 and drawn.max() == 9
     assert torch.bincount(drawn).float().std().item() == pytest.approx((20_000 * 0.09) ** 0.5, rel=0.6)
     with pytest.raises(ValueError, match="equal, random"):
-        draws.class_labels(3, torch.arange(2), 10, "even")
+        conditioning.class_labels(3, torch.arange(2), 10, "even")
 
 
 def test_stratified_modes_come_as_often_as_their_weights_say():
@@ -100,13 +100,13 @@ def test_stratified_modes_come_as_often_as_their_weights_say():
     edges = weights.cumsum(0)
 
     def counts(draw: str, numbers: torch.Tensor) -> torch.Tensor:
-        modes = torch.searchsorted(edges, draws.mode_uniforms(0, numbers, draw), right=True)
+        modes = torch.searchsorted(edges, conditioning.mode_uniforms(0, numbers, draw), right=True)
         return torch.bincount(modes, minlength=4)
 
     assert (counts("stratified", torch.arange(1000)) - 1000 * weights).abs().max() < 3
     assert (counts("stratified", torch.arange(64, 128)) - 64 * weights).abs().max() <= 1
     assert (counts("multinomial", torch.arange(1000)) - 1000 * weights).abs().max() > 3
     with pytest.raises(ValueError, match="multinomial, stratified"):
-        draws.mode_uniforms(0, torch.arange(2), "strat")
-    uniforms = torch.stack([draws.mode_uniforms(seed, torch.arange(4), "stratified") for seed in range(400)])
+        conditioning.mode_uniforms(0, torch.arange(2), "strat")
+    uniforms = torch.stack([conditioning.mode_uniforms(seed, torch.arange(4), "stratified") for seed in range(400)])
     assert uniforms.mean(0).tolist() == pytest.approx([0.5] * 4, abs=0.06), "each one is uniform over the seeds"

@@ -103,6 +103,13 @@ def test_means_on_the_host_give_the_same(tiny_pipeline):
     assert torch.equal(*(source.draw(modes, noise) for source in sources))
 
 
+def test_one_sigma_a_mode_lies_where_sources_are_made_and_one_a_position_with_the_means():
+    """The latter are as large as the means, for which the device may have no room."""
+    for variances, place in ((VARIANCES, "meta"), (torch.ones(K, *SHAPE), "cpu")):
+        source = MixtureSource(MEANS, variances, WEIGHTS, device="meta")
+        assert (source.device.type, source.means.device.type, source.sigma.device.type) == ("meta", "cpu", place)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_means_on_the_host_give_the_same_on_a_gpu(tiny_pipeline):

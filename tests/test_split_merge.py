@@ -78,7 +78,7 @@ def test_a_cluster_moves_to_where_one_is_missing():
         [own[0][:9].mean(0), own[0][9:].mean(0), np.vstack(own[1:3]).mean(0), *[o.mean(0) for o in own[3:]]]
     )
     rows, centres = rows_of(data), torch.from_numpy(centres)
-    winners = kmeans.nearest(rows, centres)
+    winners = kmeans.nearest_centre(rows, centres)
     new, winners, moves = redistribute(rows, centres, winners)
     assert moves == 1
     found = winners.numpy()

@@ -41,3 +41,24 @@ def test_train_detector(tmp_path):
     run("train_detector.py", "--steps", 3, "--out", tmp_path / "detector.safetensors")
     detector = load_detector("fashion", tmp_path / "detector.safetensors", torch.device("cpu"))
     assert detector.features(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 64)
+
+
+def test_mutants_differ_in_one_operator_or_constant(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import mutants
+
+    path = tmp_path / "code.py"
+    path.write_text(
+        "@dataclass(frozen=True)\n"
+        "class C:\n    n: Literal[1] = 1\n"
+        "zip(a, b, strict=True)\n"
+        "if not a or b - 1 < 0.5:\n    c //= min(a).mean()\n"
+    )
+    found = {mutants.mutate(*mutant)[1].removeprefix(f"{path}:") for mutant in mutants.mutants(path)}
+    assert found == {
+        "3 `1` -> `2`", "5 `not a or b - 1 < 0.5` -> `not a and b - 1 < 0.5`", "5 `not a` -> `not not a`",
+        "5 `b - 1 < 0.5` -> `b - 1 <= 0.5`", "5 `b - 1` -> `b + 1`", "5 `1` -> `2`", "5 `0.5` -> `1.5`",
+        "6 `c //= min(a).mean()` -> `c /= min(a).mean()`", "6 `min(a).mean` -> `min(a).sum`", "6 `min` -> `max`",
+    }  # fmt: skip

@@ -17,17 +17,20 @@ import torch
 from conftest import MODES, SECTIONS, Pipeline, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmfm import config
 from mmfm.autoencoder.rae import RAE
 from mmfm.cli import train as command
 from mmfm.cli.__main__ import main
 from mmfm.config import STAGES
-from mmfm.infra import distributed, store
+from mmfm.flow.path import target_velocity
+from mmfm.flow.source import GaussianSource
+from mmfm.infra import distributed, rng, stage_state, store
 from mmfm.infra.distributed import Ranks
 from mmfm.models.weights import load_ema
-from mmfm.training import checkpoint, trainer
+from mmfm.training import checkpoint, previews, trainer
 from mmfm.training.ema import Ema
-from mmfm.training.guard import explanation
-from mmfm.training.latents import Plan
+from mmfm.training.latents import BatchPlan, Inputs, MicroBatch
+from mmfm.training.nonfinite import explanation
 from mmfm.training.objective import FlowMatching
 from mmfm.training.schedule import ConstantThenLinear, Cosine
 
@@ -294,7 +297,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, image: int, how: str) -> None:
 
     def losses(self, model, micro, inputs):
         values = clean(self, model, micro, inputs)
-        hit = (micro.images == image) & (micro.keys.start // 8 >= STEPS_PER_EPOCH)
+        hit = (micro.indices == image) & (micro.keys.start // 8 >= STEPS_PER_EPOCH)
         if how == "loss":
             return values + torch.where(hit, float("nan"), 0.0)
         if hit.any() and values.requires_grad:
@@ -307,7 +310,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, image: int, how: str) -> None:
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 @pytest.mark.parametrize("log_every", [1, 100])
 def test_a_nan_stops_before_it_reaches_the_weights(tiny_pipeline, undisturbed, tmp_path, monkeypatch, how, log_every):
-    plan = Plan(seed=0, n_images=40, global_batch=8)
+    plan = BatchPlan(seed=0, n_images=40, global_batch=8)
     image = int(plan.images(range(48, 56))[3])
     with monkeypatch.context() as patch:
         poison(patch, image, how)
@@ -330,7 +333,7 @@ def test_the_board_is_closed_after_a_stop_and_after_an_error(tiny_pipeline, tmp_
         raise error
 
     monkeypatch.setattr(trainer.Trainer, "_train_step", ends)
-    monkeypatch.setattr("mmfm.training.board.NoBoard.close", lambda self: closed.append(True))
+    monkeypatch.setattr("mmfm.training.loggers.NoLogger.close", lambda self: closed.append(True))
     with pytest.raises(raised):
         run(tiny_pipeline, tmp_path)
     assert closed == [True]
@@ -346,7 +349,7 @@ def test_the_board_is_closed_after_a_stop_and_after_an_error(tiny_pipeline, tmp_
     ],
 )
 def test_what_is_said_of_a_nan(culprits, words):
-    text = explanation(Plan(seed=0, n_images=40, global_batch=12), 6, culprits)
+    text = explanation(BatchPlan(seed=0, n_images=40, global_batch=12), 6, culprits)
     assert text.startswith("NaN or Inf in step 7, in the ") and words in text
     assert bool(culprits) != ("in the gradient over images " in text)
 
@@ -359,7 +362,7 @@ def test_weights_that_overflow_are_not_saved_and_no_image_is_blamed(tiny_pipelin
 
     def broken(self, *inputs):
         if self.step == 3:
-            self.recipe = dataclasses.replace(self.recipe, lr=lambda step: lr)
+            self.optimizer_options = dataclasses.replace(self.optimizer_options, lr=lambda step: lr)
         step(self, *inputs)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -421,9 +424,9 @@ def test_an_impossible_batch_is_refused(tiny_pipeline, tmp_path):
     with pytest.raises(ValueError, match="global_batch is 41, but there are only 40 images"):
         run(tiny_pipeline, tmp_path, global_batch=41)
     with pytest.raises(ValueError, match=r"nearest that they can: 126 or 129 .* or start 2 processes"):
-        Plan(seed=0, n_images=1000, global_batch=128, rank=0, world=3)
+        BatchPlan(seed=0, n_images=1000, global_batch=128, rank=0, world=3)
     with pytest.raises(ValueError, match=r"nearest that they can: 30 \(other numbers\), or start 3 processes"):
-        Plan(seed=0, n_images=39, global_batch=39, rank=0, world=10)
+        BatchPlan(seed=0, n_images=39, global_batch=39, rank=0, world=10)
 
 
 def test_inputs_that_do_not_belong_together_are_refused(tiny_pipeline, tmp_path):
@@ -453,22 +456,36 @@ def test_inputs_that_do_not_belong_together_are_refused(tiny_pipeline, tmp_path)
 
 @pytest.mark.parametrize(("world", "micro_batch"), [(1, 0), (4, 0), (2, 3), (8, 1)])
 def test_every_place_is_taken_once_whatever_the_processes(world, micro_batch):
-    alone = Plan(seed=3, n_images=43, global_batch=8)
-    shares = [Plan(3, 43, 8, rank, world, micro_batch) for rank in range(world)]
+    alone = BatchPlan(seed=3, n_images=43, global_batch=8)
+    shares = [BatchPlan(3, 43, 8, rank, world, micro_batch) for rank in range(world)]
     for step in (0, 4, 5, 11):
         parts = [part for plan in shares for part in plan.micro_batches(step)]
         assert [key for part in parts for key in part.keys] == list(range(8 * step, 8 * step + 8))
-        assert torch.equal(torch.cat([part.images for part in parts]), alone.images(range(8 * step, 8 * step + 8)))
+        assert torch.equal(torch.cat([part.indices for part in parts]), alone.images(range(8 * step, 8 * step + 8)))
         assert all(len(p.micro_batches(step)) == p.micro_batches_per_step for p in shares)
 
 
 def test_an_epoch_visits_no_image_twice_and_the_next_in_another_order():
-    plan = Plan(seed=0, n_images=43, global_batch=8, flip=True)
+    plan = BatchPlan(seed=0, n_images=43, global_batch=8, flip=True)
     assert plan.steps_per_epoch == 5
     first, second = ([i for s in range(5 * e, 5 * e + 5) for i in plan.images(range(8 * s, 8 * s + 8)).tolist()]
                      for e in (0, 1))  # fmt: skip
     assert len(set(first)) == len(set(second)) == 40 and first != second
     assert plan.flips(torch.arange(4000)).float().mean().item() == pytest.approx(0.5, abs=0.04)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 2), (32, 4, 4)])
+def test_the_loss_is_a_mean_over_the_latents_elements(shape):
+    """So that one learning rate and one clipping norm fit latents of every size."""
+    train = config.build(config.Train, SECTIONS["train"], "train")
+    task = FlowMatching("uncond", GaussianSource(), None, train, 1.0)
+    micro = MicroBatch(range(8, 11), torch.arange(3))
+    noise = rng.normal(0, "train/noise", torch.arange(8, 11), shape)
+    data = torch.arange(3.0).view(3, 1, 1, 1).expand(3, *shape)
+    error = torch.tensor([0.0, 1.0, -2.0]).view(3, 1, 1, 1).repeat(1, *shape)
+    error[:, :, : shape[1] // 2] = 0
+    loss = task.losses(lambda *_: target_velocity(data, noise) + error, micro, Inputs(data, torch.zeros(3, shape[0])))
+    assert loss.tolist() == pytest.approx([0.0, 0.5, 2.0], abs=1e-5)
 
 
 def test_learning_rates():
@@ -664,3 +681,35 @@ def test_the_average_follows_a_compiled_model():
         expected = 0.9 * expected + 0.1 * model.weight.detach()
     torch.testing.assert_close(ema.module.weight, expected)
     assert not torch.equal(ema.module.weight, start) and torch.equal(ema.module.bias, model.bias)
+
+
+def test_the_state_is_nobody_elses_until_the_picture_is_published(tiny_pipeline, tmp_path, monkeypatch):
+    """A second run in between would put its weights beside the picture of these."""
+    held, draw = [], previews.image_grid
+
+    def watched(*arguments, **keys):
+        held.append(state_of(tmp_path) in stage_state._locks)
+        return draw(*arguments, **keys)
+
+    monkeypatch.setattr(previews, "image_grid", watched)
+    run(tiny_pipeline, tmp_path, epochs=1)
+    assert held == [True] and state_of(tmp_path) not in stage_state._locks
+
+
+def test_an_unreadable_manifest_costs_a_publication(tiny_pipeline, tmp_path):
+    run(tiny_pipeline, tmp_path, epochs=1)
+    good = (tmp_path / "ema.safetensors").read_bytes()
+    manifest = state_of(tmp_path) / "finished" / "manifest.json"
+    for damage in (Path.unlink, lambda path: path.write_text("")):
+        damage(manifest)
+        run(tiny_pipeline, tmp_path, epochs=1)
+        assert (tmp_path / "ema.safetensors").read_bytes() == good and manifest.stat().st_size
+
+
+def test_what_a_kill_left_of_earlier_outputs_goes(tiny_pipeline, tmp_path):
+    """At full size these are gigabytes of weights."""
+    run(tiny_pipeline, tmp_path, epochs=1)
+    left = state_of(tmp_path) / ".finished.old"
+    shutil.copytree(left.with_name("finished"), left)
+    run(tiny_pipeline, tmp_path, epochs=1)
+    assert not left.exists() and steps_kept(tmp_path)

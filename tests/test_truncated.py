@@ -209,6 +209,22 @@ def test_the_same_components_are_moved_whatever_the_rounding():
     assert torch.equal(*moved)
 
 
+@pytest.mark.parametrize(("rows", "moved"), [(0.0, 1), (0.49, 1), (0.5, 0), (0.51, 0), (1.0, 0)])
+def test_less_than_half_a_row_is_an_empty_component(rows, moved):
+    mixture = Mixture(np.full(3, 1 / 3), np.eye(3), np.ones((3, 3)))
+    count = torch.tensor([30.0, rows, 20.0], dtype=torch.float64)
+    reseeded, number = reseeding.reseed(mixture, count, 1e-6, 0)
+    assert number == moved
+    assert torch.equal(reseeded.means[1], mixture.means[1]) == (not moved)
+    assert torch.equal(reseeded.means[2], mixture.means[2])
+
+
+@pytest.mark.parametrize(("rows", "moved"), [(7.9, 0), (8.0, 1)])
+def test_components_of_few_rows_are_not_split(rows, moved):
+    mixture = Mixture(np.full(2, 1 / 2), np.eye(2), np.ones((2, 2)))
+    assert reseeding.reseed(mixture, torch.tensor([rows, 0.0], dtype=torch.float64), 1e-6, 0)[1] == moved
+
+
 def test_duplicates_are_not_split_and_reseeding_ends():
     data = np.repeat(clustered(3), 20, axis=0)
     means = np.concatenate([data[::20], data[:2] + 50]).astype(np.float64)

@@ -14,7 +14,7 @@ from test_fid_curve import distances, measured, preview, reference  # noqa: F401
 from test_training import arguments, history, state_of
 
 from mmfm.infra import store
-from mmfm.training import board
+from mmfm.training import loggers
 from mmfm.training.history import read_history
 
 STAND_IN = """
@@ -82,7 +82,7 @@ def network_lost(wandb, monkeypatch):
 @pytest.mark.parametrize("obstacle", [no_key, no_network, network_lost])
 def test_it_records_offline_when_nothing_can_be_sent(wandb, state, monkeypatch, caplog, obstacle):
     obstacle(wandb, monkeypatch)
-    opened = board.open_board("wandb", state, [{"step": 1, "loss": 2.0}])
+    opened = loggers.open_logger("wandb", state, [{"step": 1, "loss": 2.0}])
     (options,) = wandb.started
     assert options["mode"] == "offline" and "resume" not in options and "wandb records offline" in caplog.text
     opened.close()
@@ -90,31 +90,31 @@ def test_it_records_offline_when_nothing_can_be_sent(wandb, state, monkeypatch, 
 
 
 def test_it_asks_nobody_for_a_key(wandb, state):
-    board.open_board("wandb", state, [])
+    loggers.open_logger("wandb", state, [])
     assert wandb.asked == [{"prompt": False, "verify": True}]
 
 
 @pytest.mark.parametrize("mode", ["offline", "disabled"])
 def test_a_mode_that_is_wished_is_taken(wandb, state, monkeypatch, mode):
     monkeypatch.setenv("WANDB_MODE", mode)
-    board.open_board("wandb", state, [])
+    loggers.open_logger("wandb", state, [])
     assert wandb.asked == [] and "mode" not in wandb.started[0]
 
 
 def test_the_project_may_be_chosen(wandb, state, monkeypatch):
-    board.open_board("wandb", state, [])
+    loggers.open_logger("wandb", state, [])
     monkeypatch.setenv("WANDB_PROJECT", "flowers")
-    board.open_board("wandb", state, [])
+    loggers.open_logger("wandb", state, [])
     assert [options["project"] for options in wandb.started] == ["mmfm", "flowers"]
     assert wandb.started[0]["name"] == "dinov2_mode"
 
 
 def test_a_resumed_run_is_the_same_and_one_that_is_begun_anew_another(wandb, state):
     for _ in range(2):
-        board.open_board("wandb", state, [])
+        loggers.open_logger("wandb", state, [])
     for path in sorted(state.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
-    board.open_board("wandb", state, [])
+    loggers.open_logger("wandb", state, [])
     first, resumed, anew = (options["id"] for options in wandb.started)
     assert first == resumed != anew
     assert all(options["resume"] == "allow" for options in wandb.started)
@@ -123,7 +123,7 @@ def test_a_resumed_run_is_the_same_and_one_that_is_begun_anew_another(wandb, sta
 def test_a_late_distance_is_sent_and_nothing_twice(wandb, state):
     """Killed at step 4 while step 4 was measured: the server has lines up to 4."""
     wandb.known.update({"train/step": 4, "train/loss": 0.5, "preview/fid/step": 2, "_step": 3})
-    opened = board.open_board("wandb", state, [{"step": s, "loss": 1 / s} for s in (2, 4)])
+    opened = loggers.open_logger("wandb", state, [{"step": s, "loss": 1 / s} for s in (2, 4)])
     opened.write({"step": 4, "preview/fid": 7.0})
     opened.write({"step": 4, "preview/images": state / "preview-00000004.png"})
     opened.write({"step": 6, "loss": 0.25})
@@ -139,17 +139,17 @@ def test_a_recording_takes_the_place_of_the_earlier_ones(wandb, state, monkeypat
     old = state / "wandb" / "offline-run-20260101_000000-x"
     old.mkdir(parents=True)
     monkeypatch.setattr(wandb.Run, "disabled", True)
-    board.open_board("wandb", state, [])
+    loggers.open_logger("wandb", state, [])
     assert old.exists()
     monkeypatch.setattr(wandb.Run, "disabled", False)
-    board.open_board("wandb", state, [])
+    loggers.open_logger("wandb", state, [])
     assert not old.exists() and (state / "wandb" / "id").exists()
 
 
 def test_one_that_is_not_installed_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install 'wandb"):
-        board.open_board("wandb", tmp_path, [])
+        loggers.open_logger("wandb", tmp_path, [])
 
 
 def recorded(path: Path) -> tuple[list[str], list[dict]]:

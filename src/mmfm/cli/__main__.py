@@ -4,8 +4,8 @@ import importlib
 import sys
 
 from mmfm.config.registry import STAGES
+from mmfm.infra.disk import explain
 from mmfm.infra.launch import join_gpus
-from mmfm.infra.space import explain
 
 GROUPS: dict[str, dict[str, str]] = {
     "Look: before a run, and when something is odd": {
@@ -36,9 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("  snakemake results/fid/dinov2_mode.txt --cores all")
         return 0
     if name not in COMMANDS:
-        from mmfm.config.choices import nearest
+        from mmfm.config.choices import did_you_mean
 
-        print(f"mmfm: error: no command '{name}'{nearest(name, COMMANDS)}; see mmfm --help", file=sys.stderr)
+        print(f"mmfm: error: no command '{name}'{did_you_mean(name, COMMANDS)}; see mmfm --help", file=sys.stderr)
         return 2
     _gpu_locks = join_gpus()
     module = importlib.import_module(f"mmfm.cli.{name}")

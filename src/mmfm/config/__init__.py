@@ -11,7 +11,7 @@ behind anybody's back. Every key has one of three kinds:
 :mod:`~mmfm.config.sections` the keys, and :class:`StageConfig` is what one stage reads of them.
 """
 
-from mmfm.config.choices import SETTINGS, nearest
+from mmfm.config.choices import SETTINGS, did_you_mean
 from mmfm.config.reading import build, load, parse_overrides
 from mmfm.config.registry import STAGES
 from mmfm.config.sections import (
@@ -61,9 +61,9 @@ __all__ = [
     "Train",
     "build",
     "declared",
+    "did_you_mean",
     "effective",
     "keys_of_kind",
     "load",
-    "nearest",
     "parse_overrides",
 ]

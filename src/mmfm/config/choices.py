@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` (did you mean ...?)`` for the likeliest of the known words, or an empty string."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean '{match[0]}'?)" if match else ""
@@ -48,7 +48,7 @@ class Choices(dict[str, C]):
         self[name]
 
     def __missing__(self, name: str) -> C:
-        raise ValueError(f"unknown {self.what} '{name}'{nearest(name, self)}; it must be one of {', '.join(self)}")
+        raise ValueError(f"unknown {self.what} '{name}'{did_you_mean(name, self)}; it must be one of {', '.join(self)}")
 
 
 def plain(what: str, *names: str) -> Choices[Choice]:
@@ -240,9 +240,9 @@ WEIGHTINGS = Choices(
 LOGGERS = Choices(
     "logger",
     {
-        "tensorboard": Choice("mmfm.training.board:TensorBoard"),
-        "wandb": Choice("mmfm.training.board:Wandb"),
-        "none": Choice("mmfm.training.board:NoBoard"),
+        "tensorboard": Choice("mmfm.training.loggers:TensorBoard"),
+        "wandb": Choice("mmfm.training.loggers:Wandb"),
+        "none": Choice("mmfm.training.loggers:NoLogger"),
     },
 )
 
@@ -265,8 +265,8 @@ MODE_DRAWS = Choices(
 LABEL_DRAWS = Choices(
     "label_draw",
     {
-        "equal": Choice("mmfm.generation.draws:equal_labels"),
-        "random": Choice("mmfm.generation.draws:random_labels"),
+        "equal": Choice("mmfm.generation.conditioning:equal_labels"),
+        "random": Choice("mmfm.generation.conditioning:random_labels"),
     },
 )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmfm.config.choices import nearest
+from mmfm.config.choices import did_you_mean
 from mmfm.config.sections import NEVER, Config
 
 
@@ -68,7 +68,7 @@ def build(kind: type, values: Any, where: str = "") -> Any:
     prefix = f"{where}." if where else ""
     for name in values:
         if name not in fields:
-            raise ValueError(f"unknown configuration key '{prefix}{name}'{nearest(str(name), fields)}")
+            raise ValueError(f"unknown configuration key '{prefix}{name}'{did_you_mean(str(name), fields)}")
     built = {}
     for name, f in fields.items():
         value = values.get(name, f.metadata["as_before"])
@@ -101,7 +101,7 @@ def _value(hint: Any, value: Any, where: str, metadata: Mapping[str, Any]) -> An
     if metadata.get("choices") and value not in metadata["choices"]:
         choices = ", ".join(map(str, metadata["choices"]))
         raise ValueError(
-            f"'{where}' is '{value}'{nearest(str(value), metadata['choices'])}; it must be one of {choices}"
+            f"'{where}' is '{value}'{did_you_mean(str(value), metadata['choices'])}; it must be one of {choices}"
         )
     if metadata.get("minimum") is not None and value < metadata["minimum"]:
         raise ValueError(f"'{where}' is {value}; it must be at least {metadata['minimum']}")

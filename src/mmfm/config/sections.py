@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
 from mmfm.config import choices
-from mmfm.config.choices import nearest
+from mmfm.config.choices import did_you_mean
 
 _LARGEST_GAMMA = 20
 """The ratio of a label's loss to the mean reaches the number of labels; a power of it must stay below infinity."""
@@ -426,7 +426,7 @@ class Config:
 
 def _named(mapping: Mapping[str, Any], name: str, where: str) -> Any:
     if name not in mapping:
-        raise ValueError(f"no '{name}' in '{where}'{nearest(name, mapping)}; configured: {', '.join(mapping)}")
+        raise ValueError(f"no '{name}' in '{where}'{did_you_mean(name, mapping)}; configured: {', '.join(mapping)}")
     return mapping[name]
 
 

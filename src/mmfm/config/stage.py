@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from mmfm.config import reading, sections
-from mmfm.config.choices import SETTINGS, nearest
+from mmfm.config.choices import SETTINGS, did_you_mean
 from mmfm.config.registry import STAGES
 
 _UNREAD: Any = None
@@ -58,7 +58,7 @@ class StageConfig:
         names = STAGES[stage].sections
         for name in overrides or {}:
             if name not in names:
-                raise ValueError(f"{stage} reads no section '{name}'{nearest(name, names)}")
+                raise ValueError(f"{stage} reads no section '{name}'{did_you_mean(name, names)}")
         merged = {name: _merge(values.get(name, {}), (overrides or {}).get(name, {})) for name in names}
         return cls(stage, **{name: reading.build(SECTIONS[name], merged[name], name) for name in names})
 

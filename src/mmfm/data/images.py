@@ -17,25 +17,34 @@ def refuse_float(image: Image.Image) -> None:
         raise ValueError("floating-point pixels have no known range; convert it to 8 or 16 bits")
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Read an image as RGB: EXIF rotation applied, grey, palette, 16-bit, CMYK and transparent images converted.
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as RGB: EXIF rotation applied, grey, palette, 16-bit, CMYK and transparent images converted.
 
     Transparency is laid over white; 16-bit values are divided by 257 and rounded.
+
+    Raises:
+        ValueError: floating-point pixels.
+    """
+    refuse_float(image)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey, also where the mode has room for more; convert() would clip
+        array = np.asarray(image, np.float32).clip(0, 65535)
+        image = Image.fromarray((array / 257).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read an image as RGB; see :func:`as_rgb`.
 
     Raises:
         ValueError: the file is missing, truncated, no image, or of floating-point pixels; the message names it.
     """
     try:
         with Image.open(path) as image:
-            refuse_float(image)
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16-bit grey, also where the mode has room for more; convert() would clip
-                array = np.asarray(image, np.float32).clip(0, 65535)
-                image = Image.fromarray((array / 257).round().astype(np.uint8))
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            return as_rgb(image)
     except UNREADABLE as error:
         raise ValueError(
             f"cannot read image '{path}': {error}; replace or remove it, then list the images again"

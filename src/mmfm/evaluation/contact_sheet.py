@@ -41,9 +41,10 @@ def choose_modes(counts: np.ndarray, each: int = ROWS) -> dict[str, list[int]]:
 
 
 def nearest_images(
-    read: Callable[[int, int], np.ndarray], labels: np.ndarray, mixture: Mixture, modes: Sequence[int], block: int
-) -> dict[int, np.ndarray]:
-    """Find the images of each mode that are likeliest under it, :data:`COLUMNS` or all, nearest first.
+    read: Callable[[int, int], np.ndarray], labels: np.ndarray, mixture: Mixture, modes: Sequence[int], block: int,
+    each: int = COLUMNS,
+) -> dict[int, np.ndarray]:  # fmt: skip
+    """Find the images of each mode that are likeliest under it, ``each`` of them or all, nearest first.
 
     Args:
         read: (start, stop) -> float32 (stop - start, C), the tokens.
@@ -52,7 +53,7 @@ def nearest_images(
         block: tokens in memory at a time; blocks without an image of these modes are not read.
 
     Returns:
-        For every mode image numbers (n,) int64, n <= :data:`COLUMNS`.
+        For every mode image numbers (n,) int64, n <= ``each``.
     """
     images = np.flatnonzero(np.isin(labels, modes))
     found = {k: (np.empty(0), np.empty(0, np.int64)) for k in modes}
@@ -65,7 +66,7 @@ def nearest_images(
         for k in np.unique(labels[own]).tolist():
             new = labels[own] == k
             density, numbers = np.append(found[k][0], densities[new]), np.append(found[k][1], own[new])
-            order = np.argsort(-density, kind="stable")[:COLUMNS]
+            order = np.argsort(-density, kind="stable")[:each]
             found[k] = density[order], numbers[order]
     return {k: numbers for k, (_, numbers) in found.items()}
 

@@ -26,7 +26,7 @@ class Reference:
 
     @classmethod
     def open(cls, path: str | Path) -> "Reference":
-        """Open what :func:`make_reference` wrote.
+        """Open what :mod:`mmfm.stages.fid_reference` wrote.
 
         Raises:
             FileNotFoundError: there is none.

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +14,25 @@ from mmfm.autoencoder import rae
 from mmfm.config.choices import SETTINGS, SOLVERS
 from mmfm.flow.solver import VelocityFn, solve
 from mmfm.flow.source import Source
-from mmfm.generation import draws
+from mmfm.generation import conditioning
 from mmfm.infra import rng
 
 Field = Callable[[Tensor | None], VelocityFn]
 """Labels (B,) int64, or None -> the velocity that the flow follows, (x, t) -> (B, C, H, W)."""
+
+
+class Draw(NamedTuple):
+    """What images start from.
+
+    Attributes:
+        noise: (B, C, H, W) float32, standard normal.
+        modes: (B,) int64, of the source; None for a source without modes.
+        labels: (B,) int64, what the model sees: modes or classes; None if nothing.
+    """
+
+    noise: Tensor
+    modes: Tensor | None
+    labels: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,7 @@ class Generator:
         solver: name in :data:`mmfm.config.choices.SOLVERS`.
         dtype: of the solver's state and time, where the steps are given.
         rtol, atol: of a solver that chooses its steps.
-        mode_draw, label_draw: see :mod:`mmfm.generation.draws`.
+        mode_draw, label_draw: see :mod:`mmfm.generation.conditioning`.
         device: where everything happens.
     """
 
@@ -69,46 +84,57 @@ class Generator:
         each = SOLVERS[self.solver].evaluations
         return None if each is None else each * (len(self.times) - 1)
 
-    def draw_source(self, numbers: range) -> tuple[Tensor, Tensor | None]:
-        """Return x at t = 1, (B, C, H, W) float32, and the modes, (B,) int64 or None, of numbered images."""
-        index = torch.arange(numbers.start, numbers.stop, device=self.device)
-        modes = None
-        if self.source.num_modes:
-            uniforms = draws.mode_uniforms(self.seed, index, self.mode_draw, f"{self.purpose}/mode")
-            modes = self.source.draw_modes(uniforms)
-        noise = rng.normal(self.seed, f"{self.purpose}/noise", index, self.latent_shape)
-        return self.source.draw(modes, noise), modes
-
-    def draw_labels(self, numbers: range, modes: Tensor | None) -> Tensor | None:
-        """Return what the model sees of numbered images: their modes, class labels (B,) int64, or None."""
-        condition = SETTINGS[self.setting].condition
-        if condition != "class":
-            return modes if condition == "mode" else None
-        index = torch.arange(numbers.start, numbers.stop, device=self.device)
-        return draws.class_labels(self.seed, index, self.num_labels, self.label_draw, f"{self.purpose}/label")
-
-    @torch.no_grad()
-    def latents(
-        self, field: Field, numbers: range, watch: Callable[[int], None] = lambda evaluations: None
-    ) -> tuple[Tensor, int]:
-        """Follow the flow from the source of numbered images to their latents (B, C, H, W) float32.
+    def draw(self, numbers: range, modes: Tensor | None = None, labels: Tensor | None = None) -> Draw:
+        """Draw what numbered images start from.
 
         Args:
+            modes, labels: (B,) int64, in the place of those that would be drawn.
+        """
+        index = torch.arange(numbers.start, numbers.stop, device=self.device)
+        if modes is None and self.source.num_modes:
+            uniforms = conditioning.mode_uniforms(self.seed, index, self.mode_draw, f"{self.purpose}/mode")
+            modes = self.source.draw_modes(uniforms)
+        condition = SETTINGS[self.setting].condition
+        if condition == "mode":
+            labels = modes
+        elif condition == "class" and labels is None:
+            labels = conditioning.class_labels(
+                self.seed, index, self.num_labels, self.label_draw, f"{self.purpose}/label"
+            )
+        return Draw(rng.normal(self.seed, f"{self.purpose}/noise", index, self.latent_shape), modes, labels)
+
+    def draw_source(self, numbers: range) -> Tensor:
+        """Return x at t = 1 of numbered images, (B, C, H, W) float32."""
+        drawn = self.draw(numbers)
+        return self.source.draw(drawn.modes, drawn.noise)
+
+    @torch.no_grad()
+    def follow(
+        self, velocity: VelocityFn, x: Tensor, watch: Callable[[int], None] = lambda evaluations: None
+    ) -> tuple[Tensor, int]:
+        """Follow the flow from x at t = 1, (B, C, H, W), to latents (B, C, H, W) float32.
+
+        Args:
+            velocity: of the flow, labels already bound.
             watch: called with the evaluations so far of a solver that chooses its steps.
 
         Returns:
             the latents, and the evaluations that each took.
         """
-        x, modes = self.draw_source(numbers)
         if len(self.times) == 1:
             return x, 0
         x, evaluations = solve(
-            self.solver, field(self.draw_labels(numbers, modes)), x, self.times,
-            dtype=self.dtype, rtol=self.rtol, atol=self.atol, watch=watch,
-        )  # fmt: skip
+            self.solver, velocity, x, self.times, dtype=self.dtype, rtol=self.rtol, atol=self.atol, watch=watch
+        )
         return x.float(), evaluations
 
-    @torch.no_grad()
+    def latents(
+        self, field: Field, numbers: range, watch: Callable[[int], None] = lambda evaluations: None
+    ) -> tuple[Tensor, int]:
+        """Follow the flow from the source of numbered images to their latents; see :meth:`follow`."""
+        drawn = self.draw(numbers)
+        return self.follow(field(drawn.labels), self.source.draw(drawn.modes, drawn.noise), watch)
+
     def generate(
         self, field: Field, numbers: range, watch: Callable[[int], None] = lambda evaluations: None
     ) -> tuple[Tensor, int]:
@@ -118,18 +144,24 @@ class Generator:
             ValueError: the flow ended in values that are not finite.
         """
         latents, evaluations = self.latents(field, numbers, watch)
-        if not latents.isfinite().all():  # would silently become black images
-            raise ValueError(
-                "the flow ends in NaN or Inf: damaged weights, too strong a guidance, or too high a learning rate"
-            )
-        return self.decode(latents), evaluations
+        return self.decode(require_finite(latents)), evaluations
 
     @torch.no_grad()
     def source_images(self, numbers: range) -> Tensor:
         """Decode the source itself, without any step of the flow: (B, 3, S, S) uint8."""
-        return self.decode(self.draw_source(numbers)[0])
+        return self.decode(self.draw_source(numbers))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) -> images (B, 3, S, S) uint8."""
         return rae.to_uint8(self.autoencoder.decode(latents))
+
+
+def require_finite(latents: Tensor) -> Tensor:
+    """Return latents (B, C, H, W) as they are, or raise ValueError: they would silently become black images."""
+    if not latents.isfinite().all():
+        raise ValueError(
+            "the flow ends in NaN or Inf: damaged weights, too strong a guidance (sample.guidance.scale), or too "
+            "high a learning rate (train.lr)"
+        )
+    return latents

@@ -1,5 +1,6 @@
 """A trained model, loaded with all that turns its numbers into images."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ class Sampler:
             FileNotFoundError: a file is missing.
             ValueError: files that do not fit each other; the message names the file and the remedy.
         """
-        self.device, self.settings = torch.device(device), settings
+        self.device = torch.device(device)
         self.model, self.weights = load_ema(files.ema, self.device)
         self.setting = setting_of(self.weights)
         if expected is not None and expected != self.weights["setting"]:
@@ -89,9 +90,8 @@ class Sampler:
             )
         sizes = self.model.config
         self.latent_shape = (sizes.in_channels, sizes.input_size, sizes.input_size)
-        self.seed = seed if seed is not None else int(self.weights.get("seed") or 0)
         self.guide, self.guide_weights = self._load_guide(files)
-        self.guidance = self._guidance_kind()
+        self._require_guidance(settings)
         means = trained_means(self.weights)
         self.source: Source = source_for(
             self.weights["setting"], files.spatial_gmm, self.device, means_device=settings.means_device, precision=means
@@ -99,14 +99,30 @@ class Sampler:
         bf16_means = uses_bf16(means, self.device)
         self.means_precision = ("bf16" if bf16_means else "float32") if self.source.num_modes else None
         self._check_labels(files)
+        self.autoencoder = self._load_autoencoder(files, encoder.family)
+        self.image_size = self.autoencoder.require_image_size(image_size, files.decoder)
+        self._set(settings, seed if seed is not None else int(self.weights.get("seed") or 0))
+
+    def varied(self, settings: Sample, seed: int | None = None) -> "Sampler":
+        """Return a sampler of the same networks, source and decoder with other settings, or another seed.
+
+        Raises:
+            ValueError: guidance that the weights can't do.
+        """
+        self._require_guidance(settings)
+        other = copy.copy(self)
+        other._set(settings, self.seed if seed is None else seed)
+        return other
+
+    def _set(self, settings: Sample, seed: int) -> None:
+        self.settings, self.seed = settings, seed
+        self.guidance = self._guidance_kind(settings)
         self.times = time_grid(settings.time_points, time_shift(self.latent_shape))
         bf16 = uses_bf16(settings.precision, self.device)
         self.precision = "reference" if settings.precision == "reference" else "bf16" if bf16 else "float32"
-        self.autoencoder = self._load_autoencoder(files, encoder.family)
-        self.image_size = self.autoencoder.require_image_size(image_size, files.decoder)
         self.generator = Generator(
-            self.weights["setting"], self.source, sizes.num_classes, self.autoencoder, self.latent_shape, self.times,
-            self.seed, self.device, solver=settings.solver, rtol=settings.rtol, atol=settings.atol,
+            self.weights["setting"], self.source, self.model.config.num_classes, self.autoencoder, self.latent_shape,
+            self.times, self.seed, self.device, solver=settings.solver, rtol=settings.rtol, atol=settings.atol,
             dtype=torch.bfloat16 if self.precision == "reference" else torch.float32,
             mode_draw=settings.mode_draw, label_draw=settings.label_draw,
         )  # fmt: skip
@@ -126,18 +142,19 @@ class Sampler:
                 f"{self.source.num_modes}; give the mixture they were trained with"
             )
 
-    def _guidance_kind(self) -> str | None:
+    def _guidance_kind(self, settings: Sample) -> str | None:
         if self.guide is not None:
             return "autoguidance"
-        if self.settings.guidance.scale == 1:
-            return None
-        if self.model.null_label is None:
+        return None if settings.guidance.scale == 1 else "classifier-free"
+
+    def _require_guidance(self, settings: Sample) -> None:
+        """Raise ValueError if the weights can't do what the settings ask for."""
+        if self._guidance_kind(settings) == "classifier-free" and self.model.null_label is None:
             raise ValueError(
-                f"sample.guidance.scale is {self.settings.guidance.scale:g}, but the weights of setting "
+                f"sample.guidance.scale is {settings.guidance.scale:g}, but the weights of setting "
                 f"'{self.weights['setting']}' can't do without a label (no label dropout in their training), which "
                 "classifier-free guidance needs; set it to 1, or give the weaker model of autoguidance: --guide"
             )
-        return "classifier-free"
 
     def _load_guide(self, files: SampleFiles) -> tuple[DiT | None, dict[str, Any] | None]:
         if files.guide is None:

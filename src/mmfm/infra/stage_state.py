@@ -31,8 +31,8 @@ def state_directory(
 
     It lies beside ``output`` and is named by the fingerprint of the stage, its VERSION, the identity settings and the
     digests of the inputs, so a changed configuration never meets another one's state. ``about.json`` inside says what
-    it belongs to. Call it on the main process alone: it holds a lock on the directory for as long as the process lives,
-    so that an orphan of a killed run and its successor never write there together.
+    it belongs to. Call it on the main process alone: it holds a lock on the directory until :func:`unlock` or the end
+    of the process, so that an orphan of a killed run and its successor never write there together.
 
     Args:
         files: where inputs lie, by their names in ``inputs`` as far as known. Not part of the fingerprint; by it
@@ -113,7 +113,16 @@ def finishing(
     yield partial
     if budget is not None:
         store.write_json(partial / _BUDGET, budget)
-    store.write_json(partial / _MANIFEST, {name: store.file_digest(partial / name) for name in _files(partial)})
+    known = (_read_manifest(state / _FINISHED) or {}) if amend else {}
+    store.write_json(
+        partial / _MANIFEST,
+        {
+            name: known[name]
+            if name in known and _same_file(state / _FINISHED / name, partial / name)
+            else store.file_digest(partial / name)
+            for name in _files(partial)
+        },
+    )
     store.publish_directory(partial, state / _FINISHED)
     _place_all(state, outputs)
 
@@ -145,14 +154,12 @@ def restore(
         os.replace(replaced, finished)
     if not finished.is_dir():
         return False
-    manifest = store.read_json(finished / _MANIFEST)
+    manifest = _read_manifest(finished)
+    if manifest is not None and not _goes_as_far(finished, budget, wanted):
+        return False
     if {name: store.file_digest(finished / name) for name in _files(finished) if name != _MANIFEST} != manifest:
         os.replace(finished, state / f".{_FINISHED}.damaged")
         shutil.rmtree(state / f".{_FINISHED}.damaged")
-        return False
-    if budget is not None and (_BUDGET not in manifest or store.read_json(finished / _BUDGET) != budget):
-        return False
-    if any(not (finished / name).exists() for name in wanted):
         return False
     _place_all(state, outputs)
     return True
@@ -171,9 +178,27 @@ def _place_all(state: Path, outputs: Mapping[str, str | Path]) -> None:
             store.place_linked(finished / name, there[name])
     for output in there.values():
         os.utime(output)  # Snakemake takes results older than their inputs for outdated
-    if not (finished / _BUDGET).exists():
-        _remove_units(state)
-    unlock(state)
+    _remove_units(state, keep=(finished / _BUDGET).exists())
+
+
+def _read_manifest(finished: Path) -> dict[str, str] | None:
+    """Return the digests of finished results; None if they can't be read, as those of damaged ones."""
+    try:
+        return store.read_json(finished / _MANIFEST)
+    except (OSError, ValueError):
+        return None
+
+
+def _goes_as_far(finished: Path, budget: Mapping[str, Any] | None, wanted: Sequence[str]) -> bool:
+    try:
+        reached = None if budget is None else store.read_json(finished / _BUDGET)
+    except (OSError, ValueError):
+        return False
+    return reached == budget and all((finished / name).exists() for name in wanted)
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    return first.is_file() and first.samefile(second)
 
 
 def _files(folder: Path) -> list[str]:
@@ -186,9 +211,10 @@ def _same(source: Path, output: Path) -> bool:
     return all(ours.is_file() and theirs.is_file() and ours.samefile(theirs) for ours, theirs in pairs)
 
 
-def _remove_units(state: Path) -> None:
+def _remove_units(state: Path, keep: bool) -> None:
+    """Remove what kills left of earlier results and, unless it is to be kept for a larger budget, the units."""
     for path in state.iterdir():
-        if path.name in (_FINISHED, "about.json", "lock"):
+        if path.name in (_FINISHED, "about.json", "lock") or (keep and not path.name.startswith(f".{_FINISHED}.")):
             continue
         if path.is_dir():
             shutil.rmtree(path)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mmfm.infra import space
+from mmfm.infra import disk
 
 MODEL_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
 """The files of a model in the Hugging Face layout."""
@@ -112,7 +112,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
     except Exception as error:
-        if not isinstance(error, OSError) and space.is_full(error, path):
+        if not isinstance(error, OSError) and disk.is_full(error, path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
     else:

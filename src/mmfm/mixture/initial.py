@@ -14,7 +14,7 @@ from mmfm.config import Gmm
 from mmfm.config.choices import STARTS
 from mmfm.infra import rng, store
 from mmfm.mixture.gaussian import Mixture, covariance_shape
-from mmfm.mixture.kmeans import lloyd, nearest
+from mmfm.mixture.kmeans import lloyd, nearest_centre
 from mmfm.mixture.moments import hard_moments, m_step
 from mmfm.mixture.streaming import Read, Rows, finite_rows
 
@@ -203,7 +203,7 @@ def start(rows: Rows, settings: Gmm, number: int = 0) -> tuple[Mixture, Tensor |
     centres = chosen.float()
     if settings.init_means or settings.init == "kmeans":
         if settings.init_means:
-            winners = nearest(rows, centres)
+            winners = nearest_centre(rows, centres)
         else:
             centres, winners = lloyd(rows, centres)
         moments = hard_moments(rows, centres, winners, settings.covariance_type)

@@ -26,7 +26,7 @@ ITERATIONS = 2
 CANDIDATES = 16
 
 
-def nearest(rows: Rows, centres: Tensor) -> Tensor:
+def nearest_centre(rows: Rows, centres: Tensor) -> Tensor:
     """Return the nearest of the centres (K, C) for this process's rows: (n,) int32."""
     centre = centres.mean(0)
     offsets = centres - centre
@@ -47,7 +47,7 @@ def lloyd(rows: Rows, centres: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Centres (K, C) float32, and the cluster of this process's rows (n,) int32 before the centres' last update.
     """
-    winners = nearest(rows, centres)
+    winners = nearest_centre(rows, centres)
     centres = _settled(rows, centres, winners)
     for _ in range(ROUNDS):
         centres, winners, moves = redistribute(rows, centres, winners)

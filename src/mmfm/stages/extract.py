@@ -40,7 +40,8 @@ def extract(
         lambda: provenance.belong_together(provenance.listing(listing), provenance.encoder(encoder_weights))
     )
     outputs = {_TOKENS: out_tokens, _MOMENTS: out_moments}
-    _Extraction(Context.open(config, ranks, inputs, outputs), listing, encoder_weights).run()
+    with Context.open(config, ranks, inputs, outputs) as context:
+        _Extraction(context, listing, encoder_weights).run()
 
 
 class _Extraction:
@@ -73,7 +74,7 @@ class _Extraction:
             is_done=lambda rows: self.marker(rows).exists(),
             publish=self.publish,
             prepare=self.prepare,
-            disk=self.bytes_written,
+            bytes_written=self.bytes_written,
         )
 
     def bytes_written(self) -> int:

@@ -55,8 +55,8 @@ def fid_reference(
         listings["heldout"] = heldout
         digests["heldout"] = provenance.listing(heldout).digest
     inputs = provenance.Inputs(digests, {"listing": train, "heldout": heldout})
-    context = Context.open(config, ranks, inputs, {_OUTPUT: out})
-    _FeatureMoments(context, detector, listings).run()
+    with Context.open(config, ranks, inputs, {_OUTPUT: out}) as context:
+        _FeatureMoments(context, detector, listings).run()
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class _FeatureMoments:
             make=self.take,
             is_done=lambda shard: shard.moments() is not None,
             publish=self.publish,
-            disk=lambda: moments * (1 + len(self.shards)),
+            bytes_written=lambda: moments * (1 + len(self.shards)),
         )
 
     def take(self, shards: list[_Shard], advance: Advance) -> None:

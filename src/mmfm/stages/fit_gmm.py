@@ -81,11 +81,14 @@ def fit(
         )
     identity = config.with_keys(gmm={"init_means": ""}).identity()  # known by its digest, wherever it lies
     outputs = {name: out_dir / name for name in _OUTPUTS}
-    context = Context.open(config, ranks, provenance.Inputs(digests, files), outputs, identity)
     budget = {"max_iter": settings.max_iter, "n_init": settings.n_init}
-    if not runner.restore(context, budget, [_MODES] if listing is not None else []):
-        fitted = _fit(context, tokens)
-        runner.finish(context, lambda finished: _write(finished, fitted, tokens, listing, settings), budget)
+    with Context.open(config, ranks, provenance.Inputs(digests, files), outputs, identity) as context:
+        if not runner.restore(context, budget):
+            fitted = _fit(context, tokens)
+            runner.finish(context, lambda finished: _write(finished, fitted, tokens), budget)
+        # The mixture does not wait for the picture: an image may be damaged.
+        if listing is not None:
+            ranks.from_main(lambda: _add_picture(context, tokens, listing))
     return ranks.from_main(lambda: store.read_json(outputs[_REPORT]))
 
 
@@ -283,8 +286,8 @@ def predict_all(rows: Rows, mixture: Mixture, dtype: torch.dtype) -> tuple[np.nd
     return gathered, float(rows.ranks.sum(total)) / rows.n
 
 
-def _write(finished: Path, fitted: _Fitted, tokens: TokenStore, listing: Path | None, settings: Gmm) -> None:
-    """Write all results."""
+def _write(finished: Path, fitted: _Fitted, tokens: TokenStore) -> None:
+    """Write all results but the picture of the modes."""
     state, labels, counts = fitted.state, fitted.labels, fitted.counts
     report = mixture_report.summarise(
         state.mixture, labels, counts, fitted.log_likelihood, np.asarray(tokens.labels[:])
@@ -305,7 +308,13 @@ def _write(finished: Path, fitted: _Fitted, tokens: TokenStore, listing: Path | 
     mixture_report.plot_likelihood(finished / "likelihood.png", state.lower_bounds, state.converged)
     mixture_report.plot_weights(finished / "weights.png", state.mixture.weights.cpu().numpy(), counts)
     store.write_json(finished / _REPORT, {**report, "gmm_digest": digest})
-    if listing is not None:
-        mixture = Mixture.load(finished / _MIXTURE)
-        images = Listing.open(listing)
-        contact_sheet.draw(finished / _MODES, images, tokens.read, labels, mixture, settings.chunk_size)
+
+
+def _add_picture(context: Context, tokens: TokenStore, listing: Path) -> None:
+    """Publish a picture of some modes beside the mixture, unless it is there."""
+    if context.outputs[_MODES].is_file():
+        return
+    labels = store.map_arrays(context.outputs[_ASSIGNMENT])[0]["labels"]
+    mixture, images = Mixture.load(context.outputs[_MIXTURE]), Listing.open(listing)
+    rows = context.config.gmm.chunk_size
+    runner.amend(context, lambda made: contact_sheet.draw(made / _MODES, images, tokens.read, labels, mixture, rows))

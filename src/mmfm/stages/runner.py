@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mmfm.config import STAGES, StageConfig
-from mmfm.infra import space, stage_state
+from mmfm.infra import disk, stage_state
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
 from mmfm.stages.provenance import Inputs
@@ -23,7 +23,7 @@ Advance = Callable[..., None]
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage works with.
+    """What a stage works with; inside ``with`` its state is nobody else's.
 
     Attributes:
         config: what it reads of the configuration.
@@ -66,6 +66,14 @@ class Context:
         )
         return cls(config, ranks, inputs, known, outputs, state)
 
+    def __enter__(self) -> "Context":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Let go of the state, if the stage came to its end."""
+        if kind is None and self.ranks.is_main:
+            stage_state.unlock(self.state)
+
     @property
     def stage(self) -> str:
         """Name of the stage."""
@@ -86,7 +94,7 @@ def run_units(
     publish: Callable[[Path], None],
     size: Callable[[Unit], int] = len,
     prepare: Callable[[], None] = lambda: None,
-    disk: Callable[[], int] = lambda: 0,
+    bytes_written: Callable[[], int] = lambda: 0,
     complete: Callable[[], None] = lambda: None,
 ) -> bool:
     """Make the units that are missing, and of all of them the results; a collective call.
@@ -95,13 +103,13 @@ def run_units(
     depend on their number, and a restarted run makes only what is missing.
 
     Args:
-        make: called once on every process with its units; a unit must be done when its last file is renamed.
+        make: called with its units on every process, if any is missing; a unit is done when its last file is renamed.
         is_done: whether an earlier run finished a unit; asked on the main process.
         publish: writes the results, under their names in ``context.outputs``, into the folder that it is given; on the
             main process.
         size: images of a unit.
         prepare: makes the state ready for the units; on the main process.
-        disk: returns the bytes that will have been written at the end; on the main process.
+        bytes_written: by the stage when it is finished, all together; asked on the main process.
         complete: called on every process when all units are there.
 
     Returns:
@@ -114,10 +122,11 @@ def run_units(
 
     def begin() -> None:
         prepare()
-        space.require(context.state, context.stage, disk())
+        disk.require(context.state, context.stage, bytes_written())
 
     ranks.from_main(begin)
-    make_missing(context, units, make=make, is_done=is_done, size=size)
+    if not make_missing(context, units, make=make, is_done=is_done, size=size):
+        Progress(context.stage, total, "images", done=total, enabled=ranks.is_main)
     complete()
     finish(context, publish)
     return False
@@ -131,11 +140,17 @@ def make_missing(
     is_done: Callable[[Unit], bool],
     size: Callable[[Unit], int] = len,
     counted: str = "images",
-) -> None:
-    """Deal the units that are missing to the processes, and have each make its own; see :func:`run_units`."""
+) -> bool:
+    """Deal the units that are missing to the processes, and have each make its own; see :func:`run_units`.
+
+    Returns:
+        Whether any was missing.
+    """
     ranks, total = context.ranks, sum(map(size, units))
     # One process looks at the disk, so that all deal from the same list.
     missing = ranks.from_main(lambda: [number for number, unit in enumerate(units) if not is_done(unit)])
+    if not missing:
+        return False
     mine = deal([size(units[number]) for number in missing], ranks.world)[ranks.rank]
     done = total - sum(size(units[number]) for number in missing)
     with Progress(context.stage, total, counted, done=done, enabled=ranks.is_main) as progress:
@@ -147,6 +162,7 @@ def make_missing(
         make([units[missing[number]] for number in mine], advance)
         ranks.barrier()
         progress.advance(total - progress.done)
+    return True
 
 
 def deal(sizes: Sequence[int], world: int) -> list[list[int]]:
@@ -192,6 +208,5 @@ def finish(context: Context, write: Callable[[Path], None], budget: Mapping[str,
 
 def amend(context: Context, write: Callable[[Path], None]) -> None:
     """Publish what ``write`` adds to results that are published already; of the main process."""
-    stage_state.lock(context.state, context.stage)
     with stage_state.finishing(context.state, context.outputs, amend=True) as finished:
         write(finished)

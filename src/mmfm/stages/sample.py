@@ -55,11 +55,11 @@ def sample(
     sampler = Sampler(files, config.sample, config.encoder, config.image.size, seed, ranks.device, expected)
     config = replace(config, setting=sampler.weights["setting"])
     outputs = {name: out_dir / name for name in _OUTPUTS}
-    context = Context.open(config, ranks, inputs, outputs, identity(config, sampler))
-    shards = _Shards(context, sampler, detector)
-    if shards.run() and detector is not None and ranks.from_main(lambda: not shards.has_features()):
-        shards.add_features(outputs["images.npz"])
-        ranks.from_main(lambda: runner.amend(context, shards.write_features))
+    with Context.open(config, ranks, inputs, outputs, identity(config, sampler)) as context:
+        shards = _Shards(context, sampler, detector)
+        if shards.run() and detector is not None and ranks.from_main(lambda: not shards.has_features()):
+            shards.add_features(outputs["images.npz"])
+            ranks.from_main(lambda: runner.amend(context, shards.write_features))
 
 
 def belonging(files: SampleFiles) -> provenance.Inputs:
@@ -109,7 +109,7 @@ class _Shards:
             is_done=self.is_whole,
             publish=self.publish,
             # Every image lies in its shard and, once all are there, in the set.
-            disk=lambda: 2 * math.prod(self.shape(range(self.settings.n_images))),
+            bytes_written=lambda: 2 * math.prod(self.shape(range(self.settings.n_images))),
             complete=self.add_features,
         )
 

@@ -78,8 +78,8 @@ def spatial_gmm(config: StageConfig, files: SpatialFiles, out: Path, ranks: Rank
         rae = RAE(encoder, None, *load_statistics(files.stats, latent_shape))
         return (lambda images: rae.encode(images).latent), latent_shape
 
-    context = Context.open(config, ranks, inputs, {_STORE: out, _REPORT: out.with_name(_REPORT)})
-    return fit(context, files.listing, labels, mixture.weights.numpy(), open_encoder)
+    with Context.open(config, ranks, inputs, {_STORE: out, _REPORT: out.with_name(_REPORT)}) as context:
+        return fit(context, files.listing, labels, mixture.weights.numpy(), open_encoder)
 
 
 def fit(
@@ -161,7 +161,7 @@ class _SpatialFit:
             publish=self.publish,
             size=lambda group: int(self.counts[group.start : group.stop].sum()),
             prepare=self.prepare,
-            disk=lambda: (8 if self.diag else 4) * len(self.weights) * math.prod(self.encoder[1]),
+            bytes_written=lambda: (8 if self.diag else 4) * len(self.weights) * math.prod(self.encoder[1]),
         )
 
     def marker(self, mode: int) -> Path:

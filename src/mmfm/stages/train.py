@@ -108,10 +108,11 @@ def train(
     """
     inputs = ranks.from_main(lambda: files.inputs(config.setting))
     identity = provenance.training_identity(config, ranks.device)
-    context = Context.open(config, ranks, inputs, {name: out_dir / name for name in _OUTPUTS}, identity)
     if not config.train.preview.fid_every or files.decoder is None:
         distance_files = None
-    _Training(context, files, distance_files).run()
+    outputs = {name: out_dir / name for name in _OUTPUTS}
+    with Context.open(config, ranks, inputs, outputs, identity) as context:
+        _Training(context, files, distance_files).run()
 
 
 class _Training:
@@ -123,7 +124,7 @@ class _Training:
         self.settings = self.config.train
         self.title = f"train {self.config.setting}"
         s, n_images = self.settings, len(Listing.open(files.listing))
-        self.plan = latents.Plan(
+        self.plan = latents.BatchPlan(
             s.seed, n_images, s.global_batch, self.ranks.rank, self.ranks.world, s.micro_batch, s.flip
         )
         self.target = s.epochs * self.plan.steps_per_epoch
@@ -151,12 +152,11 @@ class _Training:
             self.ranks.from_main(lambda: self.add_preview(average))
 
     def is_measured(self) -> bool:
-        """Whether no distance of the last step is missing; a collective call."""
+        """Whether no distance of the last step is missing from what is published; a collective call."""
         if self.distance_files is None:
             return True
-        return self.ranks.from_main(
-            lambda: any(line["step"] == self.target for line in read_history(self.state / DISTANCES))
-        )
+        published = self.state / "finished" / DISTANCES
+        return self.ranks.from_main(lambda: any(line["step"] == self.target for line in read_history(published)))
 
     def load(self) -> None:
         """Load the autoencoder, build source, loss and model."""
@@ -207,10 +207,10 @@ class _Training:
 
     def trainer(self) -> Trainer:
         """The optimiser's loop."""
-        recipe = setup.recipe(self.settings, self.plan.steps_per_epoch)
-        routine = setup.routine(self.settings, self.plan.steps_per_epoch)
+        optimizer_options = setup.optimizer_options(self.settings, self.plan.steps_per_epoch)
+        options = setup.loop_options(self.settings, self.plan.steps_per_epoch)
         return Trainer(
-            "train", self.model, self.task.losses, self.plan, recipe, routine, self.state, self.ranks,
+            "train", self.model, self.task.losses, self.plan, optimizer_options, options, self.state, self.ranks,
             self.draw_preview if self.preview else None, self.task.weighting, self.distances,
         )  # fmt: skip
 
@@ -221,7 +221,7 @@ class _Training:
 
     def batches(self) -> latents.CachedLatents | latents.EncodedImages:
         """The latents of every step."""
-        return latents.feed(
+        return latents.open_batches(
             self.plan, self.files.listing, self.config.image.size, self.autoencoder.encode, self.latent_shape,
             self.ranks, stage="train", workers=self.settings.workers, cache_gb=self.settings.latent_cache_gb,
         )  # fmt: skip

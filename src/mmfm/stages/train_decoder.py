@@ -28,7 +28,7 @@ from mmfm.stages import provenance, runner
 from mmfm.stages.runner import Context
 from mmfm.training import latents
 from mmfm.training.history import HISTORY, publish_history, read_history
-from mmfm.training.recipe import Recipe, Routine
+from mmfm.training.options import LoopOptions, OptimizerOptions
 from mmfm.training.schedule import Cosine
 from mmfm.training.trainer import Trainer
 
@@ -75,30 +75,37 @@ def train_decoder(config: StageConfig, listing: Path, encoder_weights: Path, out
     inputs = ranks.from_main(
         lambda: provenance.belong_together(provenance.listing(listing), provenance.encoder(encoder_weights))
     )
-    context = Context.open(config, ranks, inputs, {name: out_dir / name for name in _OUTPUTS})
+    with Context.open(config, ranks, inputs, {name: out_dir / name for name in _OUTPUTS}) as context:
+        _train(context, listing, encoder_weights)
+
+
+def _train(context: Context, listing: Path, encoder_weights: Path) -> None:
+    config, ranks, inputs = context.config, context.ranks, context.inputs
     settings, size, n_images = config.decoder, config.image.size, len(data.Listing.open(listing))
     budget = {"step": settings.steps}
     if runner.restore(context, budget):
         return
     encoder = load_encoder(config.encoder.family, encoder_weights, config.encoder.input_size, ranks.device)
-    plan = latents.Plan(settings.seed, n_images, settings.global_batch, ranks.rank, ranks.world, settings.micro_batch)
+    plan = latents.BatchPlan(
+        settings.seed, n_images, settings.global_batch, ranks.rank, ranks.world, settings.micro_batch
+    )
     generator = torch.Generator().manual_seed(rng.derive_seed(settings.seed, "decoder/init"))
     model = Decoder(_sizes(settings, encoder, size), generator=generator).to(ranks.device)
     task = Reconstruction(settings.seed, settings.noise, encoder.image_mean, encoder.image_std)
-    recipe = Recipe(Cosine(settings.lr, 0.0, 0, settings.horizon), (0.9, 0.95), 0.0, 1.0, None)
-    routine = Routine(
+    optimizer_options = OptimizerOptions(Cosine(settings.lr, 0.0, 0, settings.horizon), (0.9, 0.95), 0.0, 1.0, None)
+    options = LoopOptions(
         settings.checkpoint_every, _LOG_EVERY, _KEEP_CHECKPOINTS,
         remedy=f"Lower decoder.micro_batch (now {settings.micro_batch or 'the whole share'})"
         " or decoder.latent_cache_gb; neither changes the results",
     )  # fmt: skip
-    trainer = Trainer("train_decoder", model, task.losses, plan, recipe, routine, context.state, ranks)
+    trainer = Trainer("train_decoder", model, task.losses, plan, optimizer_options, options, context.state, ranks)
     if not trainer.resume(settings.steps):
         shape = (encoder.hidden_size, *encoder.grid)
-        feed = latents.feed(
+        batches = latents.open_batches(
             plan, listing, size, encoder, shape, ranks,
             stage="train_decoder", workers=settings.workers, cache_gb=settings.latent_cache_gb, keep_images=True,
         )  # fmt: skip
-        trainer.run(settings.steps, feed)
+        trainer.run(settings.steps, batches)
 
     def write(finished: Path) -> None:
         publish_history(context.state, trainer.step, finished, "train_decoder")

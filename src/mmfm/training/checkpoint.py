@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmfm.infra import space, store
+from mmfm.infra import disk, store
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def _is_milestone(path: Path) -> bool | None:
 def replaceable(state: Path) -> int:
     """Return the bytes of checkpoints that later ones push out, and of leftovers."""
     passing = [path for _, path in _candidates(state) if not _is_milestone(path)]
-    return sum(map(space.used, [*passing, *_leftovers(state)]))
+    return sum(map(disk.used, [*passing, *_leftovers(state)]))
 
 
 def _set_aside(path: Path) -> None:

@@ -45,13 +45,13 @@ class FidCurve:
         self.detector, self.open_reference = detector, open_reference
         self.generate, self.settings, self.ranks = generate, settings, ranks
         self.title = title
-        self._record = state / DISTANCES
+        self._log_of_run = state / DISTANCES
         self._measured: set[int] = set()
         self._said: set[str] = set()
 
     def resume(self, step: int) -> None:
         """Find out what was measured up to ``step``; a collective call."""
-        lines = self.ranks.from_main(lambda: read_history(self._record))
+        lines = self.ranks.from_main(lambda: read_history(self._log_of_run))
         self._measured = {line["step"] for line in lines if line["step"] <= step}
 
     def due(self, step: int, last: bool) -> bool:

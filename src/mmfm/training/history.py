@@ -135,14 +135,13 @@ def draw_curve_of(state: Path, step: int, path: Path, title: str) -> None:
 def publish_history(state: Path, step: int, out_dir: Path, title: str) -> None:
     """Write ``history.jsonl`` and ``curve.png`` of a run that ends at ``step``, and ``fid.jsonl`` if it has lines.
 
-    One that lies there without belonging to the run is removed.
+    Args:
+        out_dir: an empty folder.
     """
     write_history(out_dir / HISTORY, _until(state / HISTORY, step))
     distances = _until(state / DISTANCES, step)
     if distances:
         write_history(out_dir / DISTANCES, distances)
-    else:
-        (out_dir / DISTANCES).unlink(missing_ok=True)
     draw_curve_of(state, step, out_dir / "curve.png", title)
 
 

@@ -30,11 +30,11 @@ class MicroBatch(NamedTuple):
 
     Attributes:
         keys: their global numbers, step * global_batch + position: what the randomness of a place is keyed by.
-        images: (b,) int64, the images that stand there.
+        indices: (b,) int64, the images that stand there.
     """
 
     keys: range
-    images: Tensor
+    indices: Tensor
 
     def key_tensor(self, device: torch.device) -> Tensor:
         """The keys as (b,) int64."""
@@ -58,7 +58,7 @@ def _order(seed: int, epoch: int, n: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """The images of every step, and this process's share of them.
 
     Epoch e visits the images in the order of its permutation; what does not fill a last global batch is left out.
@@ -146,7 +146,7 @@ class CachedLatents:
         images: (F, N, 3, S, S) uint8; None where they are not needed any more.
     """
 
-    def __init__(self, plan: Plan, latents: Tensor, tokens: Tensor, images: Tensor | None = None) -> None:
+    def __init__(self, plan: BatchPlan, latents: Tensor, tokens: Tensor, images: Tensor | None = None) -> None:
         self.plan, self.latents, self.tokens = plan, latents.flatten(0, 1), tokens.flatten(0, 1)
         self.images = None if images is None else images.flatten(0, 1)
 
@@ -155,7 +155,7 @@ class CachedLatents:
         device = self.latents.device
         for step in range(first_step, stop_step):
             for micro in self.plan.micro_batches(step):
-                rows = micro.images.to(device, non_blocking=True)
+                rows = micro.indices.to(device, non_blocking=True)
                 rows = rows + self.plan.n_images * self.plan.flips(micro.key_tensor(device))
                 latents, tokens = self.latents.index_select(0, rows), self.tokens.index_select(0, rows)
                 images = None if self.images is None else data.to_float(self.images.index_select(0, rows), device)
@@ -173,7 +173,7 @@ class EncodedImages:
     """
 
     def __init__(
-        self, plan: Plan, listing: str | Path, size: int, encode: Encode, device: torch.device, workers: int
+        self, plan: BatchPlan, listing: str | Path, size: int, encode: Encode, device: torch.device, workers: int
     ) -> None:
         self.plan, self.listing, self.size, self.encode = plan, listing, size, encode
         self.device, self.workers = device, workers
@@ -195,18 +195,18 @@ class EncodedImages:
 class _ImageIndices:
     """The image indices of the micro batches in order, made as they are asked for: a run has millions."""
 
-    def __init__(self, plan: Plan, first_step: int, stop_step: int) -> None:
+    def __init__(self, plan: BatchPlan, first_step: int, stop_step: int) -> None:
         self.plan, self.steps = plan, range(first_step, stop_step)
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
             for micro in self.plan.micro_batches(step):
-                yield micro.images.tolist()
+                yield micro.indices.tolist()
 
 
 @memory.explained("Lower latent_cache_gb (0 encodes at every step); it changes no result")
-def feed(
-    plan: Plan,
+def open_batches(
+    plan: BatchPlan,
     listing: str | Path,
     size: int,
     encode: Encode,

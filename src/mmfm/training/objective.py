@@ -49,7 +49,7 @@ class FlowMatching:
         x_source = self.source.draw(modes, rng.normal(seed, "train/noise", keys, tuple(x_data.shape[1:])))
         t = flow.train_times(rng.uniform(seed, "train/time", keys), self.shift)
         x_t = flow.interpolate(x_data, x_source, t)
-        seen = self.drop_labels(self.labels(SETTINGS[self.setting].condition, modes, micro.images, keys.device), keys)
+        seen = self.drop_labels(self.labels(SETTINGS[self.setting].condition, modes, micro.indices, keys.device), keys)
         with autocast(self.settings.precision, x_data.device):
             velocity = model(x_t, t, seen)
         error = velocity.float() - flow.target_velocity(x_data, x_source)
@@ -57,7 +57,7 @@ class FlowMatching:
         if self.weighting is None:
             return values
         by = self.settings.loss_weighting.by
-        return self.weighting.weigh(values, self.labels(by, modes, micro.images, keys.device))
+        return self.weighting.weigh(values, self.labels(by, modes, micro.indices, keys.device))
 
     def labels(self, kind: str | None, modes: Tensor | None, images: Tensor, device: torch.device) -> Tensor | None:
         """The modes (b,) for ``mode``, the classes of the images (b,) for ``class``, or None."""

@@ -16,7 +16,7 @@ from mmfm.infra import rng
 from mmfm.mixture.gaussian import Mixture
 from mmfm.models.dit import DiT, DiTConfig
 from mmfm.training.objective import FlowMatching
-from mmfm.training.recipe import Recipe, Routine
+from mmfm.training.options import LoopOptions, OptimizerOptions
 from mmfm.training.weighting import LossWeighting
 
 
@@ -101,21 +101,21 @@ def model(task: FlowMatching, sizes: Model, latent_shape: tuple[int, int, int]) 
     return DiT(dit, checkpoint_activations=task.settings.checkpoint_activations, generator=generator)
 
 
-def recipe(settings: Train, steps_per_epoch: int) -> Recipe:
+def optimizer_options(settings: Train, steps_per_epoch: int) -> OptimizerOptions:
     """Return what the optimiser does."""
     constant, end = settings.constant_epochs * steps_per_epoch, settings.decay_end_epoch * steps_per_epoch
     lr: Callable[[int], float] = SCHEDULES[settings.schedule].load()(settings.lr, settings.final_lr, constant, end)
-    return Recipe(lr, settings.betas, settings.weight_decay, settings.clip_norm, settings.ema_decay)
+    return OptimizerOptions(lr, settings.betas, settings.weight_decay, settings.clip_norm, settings.ema_decay)
 
 
-def routine(settings: Train, steps_per_epoch: int) -> Routine:
+def loop_options(settings: Train, steps_per_epoch: int) -> LoopOptions:
     """Return how often the run does what changes no number."""
     remedy = f"Lower train.micro_batch (now {settings.micro_batch or 'the whole share'})"
     if not settings.checkpoint_activations:
         remedy += ", set train.checkpoint_activations"
     if settings.sharding != "fsdp":
         remedy += ", take train.sharding fsdp with several GPUs"
-    return Routine(
+    return LoopOptions(
         settings.checkpoint_every, settings.log_every, settings.keep_checkpoints, settings.preview.every,
         settings.compile, settings.sharding, frozenset(epoch * steps_per_epoch for epoch in settings.milestones),
         settings.logger, f"{remedy}, or lower train.latent_cache_gb; none of them changes the results",

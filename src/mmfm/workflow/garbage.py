@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfm import config
-from mmfm.infra import space, store
+from mmfm.infra import disk, store
 
 RECORD = "configuration.json"
 """Beside the stages' folders: the configuration of the last run, written by the workflow."""
@@ -67,7 +67,7 @@ def find(results: str | Path) -> Iterator[State]:
         reason = ""
         for folder in marker.parents[1:]:
             if folder not in known:
-                known[folder] = _recorded(folder / RECORD)
+                known[folder] = recorded(folder / RECORD)
             if record := known[folder]:
                 settings, stages = record
                 if marker.relative_to(folder).parts[0] in stages:
@@ -75,7 +75,7 @@ def find(results: str | Path) -> Iterator[State]:
                 break
             if folder == results:
                 break
-        yield State(marker.parent, space.used(marker.parent, freeable=True), reason)
+        yield State(marker.parent, disk.used(marker.parent, freeable=True), reason)
 
 
 def _read(marker: Path) -> dict[str, Any] | None:
@@ -90,7 +90,12 @@ def _read(marker: Path) -> dict[str, Any] | None:
     return about if marker.parent.name == f"state-{store.fingerprint(named)}" else None
 
 
-def _recorded(path: Path) -> tuple[config.Config, list[str]] | None:
+def recorded(path: Path) -> tuple[config.Config, list[str]] | None:
+    """Return what :func:`remember` wrote: the configuration and the stages' folders; None if nothing is there.
+
+    Raises:
+        ValueError: it is damaged, or of another version of this software.
+    """
     if not path.is_file():
         return None
     try:
@@ -112,7 +117,7 @@ def _why_unused(about: dict[str, Any], settings: config.Config, folder: Path) ->
             return reason
     for name, digest in about["inputs"].items():
         file = about.get("files", {}).get(name)
-        if file is not None and (folder / file).exists() and not _has_digest(folder / file, digest):
+        if file is not None and (folder / file).exists() and not has_digest(folder / file, digest):
             return f"made from another {name.removesuffix('_digest')} than '{file}'"
     return ""
 
@@ -144,7 +149,7 @@ def _differs(section: str, identity: dict[str, Any], settings: config.Config) ->
     return first
 
 
-def _has_digest(path: Path, digest: str) -> bool:
+def has_digest(path: Path, digest: str) -> bool:
     """Whether a file or folder is what a digest was taken from: the recorded one, or that of its bytes."""
     try:
         if path.is_dir() and (path / "zarr.json").exists():

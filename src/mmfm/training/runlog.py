@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: its clock, the history, the board and the distances."""
+"""What a run writes down as it goes: its clock, the history, the logger and the distances."""
 
 import logging
 import time
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from mmfm.infra.distributed import Ranks
-from mmfm.training.board import Board, NoBoard, open_board
 from mmfm.training.history import (
     DISTANCES,
     HISTORY,
@@ -19,6 +18,7 @@ from mmfm.training.history import (
     previews,
     read_history,
 )
+from mmfm.training.loggers import Logger, NoLogger, open_logger
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +58,12 @@ class Clock:
             self._last = (self._last[0] + passed, self._last[1])
 
 
-class Record:
-    """History, distances and board of a run; all but the clock is the main process's.
+class RunLog:
+    """History, distances and logger of a run; all but the clock is the main process's.
 
     Args:
         state: directory of the run.
-        logger: see :mod:`mmfm.training.board`.
+        logger: see :mod:`mmfm.training.loggers`.
         step: the step that training goes on from. Later lines are of steps that will be taken again, and are removed;
             none are where it does not go on (None).
 
@@ -73,14 +73,14 @@ class Record:
 
     def __init__(self, state: Path, logger: str, step: int | None, ranks: Ranks) -> None:
         self.state, self.ranks = state, ranks
-        self._board: Board | None = None
+        self._logger: Logger | None = None
 
         def open_all() -> None:
             for name in (HISTORY, DISTANCES):
                 keep_until(state / name, step)
             lines = [*read_history(state / HISTORY), *map(_distance, read_history(state / DISTANCES))]
             pictures = [_picture(state, found) for found in previews(state) if step is None or found <= step]
-            self._board = open_board(logger, state, [*lines, *pictures])
+            self._logger = open_logger(logger, state, [*lines, *pictures])
 
         ranks.from_main(open_all)
 
@@ -102,28 +102,28 @@ class Record:
         self.ranks.from_main(lambda: self._show(_picture(self.state, step)))
 
     def close(self) -> None:
-        """Finish the board."""
-        if self._board is not None:
-            self._careful(self._board.close)
+        """Finish the logger."""
+        if self._logger is not None:
+            self._careful(self._logger.close)
 
     def _write(self, name: str, line: dict[str, Any], shown: dict[str, Any]) -> None:
         append_line(self.state / name, line)
         self._show(shown)
 
     def _show(self, shown: dict[str, Any]) -> None:
-        self._careful(lambda: self._board.write(shown))
+        self._careful(lambda: self._logger.write(shown))
 
     def _careful(self, call: Callable[[], None]) -> None:
-        """Call the board, which may lose its server or its process; training must not end by that."""
+        """Call the logger, which may lose its server or its process; training must not end by that."""
         try:
             call()
         except Exception as error:
-            log.warning("the board fails (%s: %s); training goes on without it", type(error).__name__, error)
-            self._board = NoBoard()
+            log.warning("the logger fails (%s: %s); training goes on without it", type(error).__name__, error)
+            self._logger = NoLogger()
 
 
 def _distance(line: dict[str, Any]) -> dict[str, Any]:
-    """What a board shows of a distance."""
+    """What a logger shows of a distance."""
     return {"step": line["step"], "preview/fid": line["distance"]}
 
 

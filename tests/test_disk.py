@@ -13,7 +13,8 @@ from mmfm import config
 from mmfm.autoencoder.decoder import load_decoder
 from mmfm.cli.__main__ import main
 from mmfm.data.tokens import TokenStore
-from mmfm.infra import npz, space, stage_state, store
+from mmfm.infra import disk as infra_disk
+from mmfm.infra import npz, stage_state, store
 from mmfm.models.weights import load_ema
 
 SECTIONS_MORE = {"sample": {**SECTIONS["sample"], "n_images": 40, "time_points": 3, "shard_size": 8, "batch_size": 8}}
@@ -79,7 +80,7 @@ def small_disk(tmp_path):
         pytest.skip("mounting is not permitted here")
 
     def leave(kilobytes: int) -> None:
-        (disk / "ballast").write_bytes(bytes(space.free(disk) - 1024 * kilobytes))
+        (disk / "ballast").write_bytes(bytes(infra_disk.free(disk) - 1024 * kilobytes))
 
     try:
         yield disk, leave
@@ -102,7 +103,7 @@ def test_a_full_disk_ends_with_one_line_and_goes_on(
 ):
     disk, leave = small_disk
     leave(kilobytes)
-    monkeypatch.setattr(space, "require", lambda *_: None)  # as if others had filled the disk after the start
+    monkeypatch.setattr(infra_disk, "require", lambda *_: None)  # as if others had filled the disk after the start
     assert main(command(stage, disk / "out", tiny_pipeline, files)) == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if "error" in line.lower()]
     assert len(errors) == 1 and errors[0].startswith(f"{stage}: error: the disk is full"), errors
@@ -119,7 +120,7 @@ def test_a_full_disk_ends_with_one_line_and_goes_on(
 
 @pytest.mark.parametrize("stage", ["extract", "spatial_gmm", "train_decoder", "train", "sample"])
 def test_a_stage_asks_for_space_before_it_starts(stage, tiny_pipeline, files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(space, "free", lambda path: 1000)
+    monkeypatch.setattr(infra_disk, "free", lambda path: 1000)
     assert main(command(stage, tmp_path, tiny_pipeline, files)) == 2
     message = capsys.readouterr().err
     assert f"{stage} still has about" in message and "GB are free" in message and message.count("\n") == 1
@@ -132,11 +133,11 @@ def test_checkpoints_that_stay_are_no_room_for_new_ones(tiny_pipeline, tmp_path,
         return main([*line, *tiny_pipeline.train_arguments])
 
     assert train(3) == 0
-    one = space.used(next(tmp_path.glob("state-*/step-00000015")))
+    one = infra_disk.used(next(tmp_path.glob("state-*/step-00000015")))
     # To come: milestones of epochs 5 and 6, one being written before one of the two others goes, and the weights.
     needed = 3 * one + one // 4
-    monkeypatch.setattr(space, "free", lambda path: int(0.9 * needed))
+    monkeypatch.setattr(infra_disk, "free", lambda path: int(0.9 * needed))
     assert train(6) == 2
     assert "train still has about" in capsys.readouterr().err
-    monkeypatch.setattr(space, "free", lambda path: int(1.1 * needed))
+    monkeypatch.setattr(infra_disk, "free", lambda path: int(1.1 * needed))
     assert train(6) == 0

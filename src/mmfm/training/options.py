@@ -13,14 +13,14 @@ Losses = Callable[[nn.Module, MicroBatch, Any], Tensor]
 """(model, micro batch, its inputs) -> (b,) float32, the loss of every image."""
 
 
-class Feed(Protocol):
+class Batches(Protocol):
     """Gives the micro batches of consecutive steps, each with its inputs."""
 
     def batches(self, first_step: int, stop_step: int) -> Iterator[tuple[MicroBatch, Any]]:
         """Yield the micro batches of steps [first_step, stop_step) with their inputs."""
 
 
-class Companion(Protocol):
+class Callback(Protocol):
     """What moves with the steps besides the weights, and is kept in the checkpoints."""
 
     def after_step(self, ranks: Ranks, step: int) -> None:
@@ -34,7 +34,7 @@ class Companion(Protocol):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class OptimizerOptions:
     """What the optimiser does: AdamW (Loshchilov and Hutter 2019).
 
     Attributes:
@@ -52,7 +52,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Routine:
+class LoopOptions:
     """How often a run does what changes no number; all in steps.
 
     Attributes:
@@ -62,7 +62,7 @@ class Routine:
         compile: use torch.compile.
         sharding: how the model is divided among processes; see :mod:`mmfm.training.parallel`.
         milestones: steps whose checkpoints stay for ever.
-        logger: where the run is shown; see :mod:`mmfm.training.board`.
+        logger: where the run is shown; see :mod:`mmfm.training.loggers`.
         remedy: what to do when memory runs out.
     """
 

@@ -12,9 +12,9 @@ from divided import STEPS, run
 from PIL import Image
 
 from mmfm.infra.distributed import Ranks
-from mmfm.training import board
+from mmfm.training import loggers
 from mmfm.training.history import preview_file, read_history
-from mmfm.training.record import Record
+from mmfm.training.runlog import RunLog
 
 
 def scalars(folder):
@@ -29,7 +29,7 @@ def test_event_files_hold_the_history_once(tmp_path):
     state, alone = tmp_path / "state-x", Ranks(0, 1, torch.device("cpu"))
     run(state, alone, "ddp", logger="tensorboard")
     lines = read_history(state / "history.jsonl")
-    left = board.open_board("tensorboard", state, lines[:3])  # resumed at step 3
+    left = loggers.open_logger("tensorboard", state, lines[:3])  # resumed at step 3
     for line in lines[3:]:
         left.write(line)
     found = scalars(state / "tensorboard")  # of a run that was killed: nothing was closed
@@ -59,12 +59,12 @@ def test_previews_are_shown_once_in_a_resumed_run(tiny_pipeline, tmp_path):
 
 
 def test_a_board_that_fails_ends_no_training(tmp_path, monkeypatch, caplog):
-    class Failing(board.NoBoard):
+    class Failing(loggers.NoLogger):
         def write(self, line):
             raise ConnectionResetError("Connection lost")
 
-    monkeypatch.setattr("mmfm.training.record.open_board", lambda *_: Failing())
-    record = Record(tmp_path, "wandb", None, Ranks(0, 1, torch.device("cpu")))
+    monkeypatch.setattr("mmfm.training.runlog.open_logger", lambda *_: Failing())
+    record = RunLog(tmp_path, "wandb", None, Ranks(0, 1, torch.device("cpu")))
     for step in (1, 2):
         record.add({"step": step, "loss": 0.5})
     record.close()
@@ -74,4 +74,4 @@ def test_a_board_that_fails_ends_no_training(tmp_path, monkeypatch, caplog):
 
 def test_an_unknown_logger_is_refused(tmp_path):
     with pytest.raises(ValueError, match="one of tensorboard, wandb, none"):
-        board.open_board("aim", tmp_path, [])
+        loggers.open_logger("aim", tmp_path, [])

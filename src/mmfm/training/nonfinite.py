@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from mmfm.training.latents import Plan
+from mmfm.training.latents import BatchPlan
 
 _NAMED = 8
 
 
-class Guard:
+class NonFiniteCheck:
     """Notes on the device that a step's loss or gradient is not finite.
 
     Attributes:
@@ -36,7 +36,7 @@ class Guard:
         return int(good_steps) if broken else None
 
 
-def explanation(plan: Plan, step: int, culprits: list[int]) -> str:
+def explanation(plan: BatchPlan, step: int, culprits: list[int]) -> str:
     """Say what was wrong in ``step``, counted from 0, and what to do.
 
     Args:

@@ -1,6 +1,6 @@
 """Where a run can be watched besides its history: TensorBoard, or Weights and Biases.
 
-Nothing here is state. What a board keeps in files is made again from the history when a run goes on, so that no step
+Nothing here is state. What a logger keeps in files is made again from the history when a run goes on, so that no step
 appears twice; a server of Weights and Biases is told what it has not seen.
 
 A line is a dictionary of ``step`` and what belongs to it: numbers, or the path of a picture. A name without a slash is
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _FINISH_SECONDS = 60
 
 
-class Board(Protocol):
+class Logger(Protocol):
     """Takes the lines of a history as they are made."""
 
     def write(self, line: dict[str, Any]) -> None:
@@ -35,7 +35,7 @@ class Board(Protocol):
         """Finish."""
 
 
-class NoBoard:
+class NoLogger:
     """Shows nothing."""
 
     def __init__(self, state: Path | None = None, lines: list[dict[str, Any]] | None = None) -> None:
@@ -167,8 +167,8 @@ def _axis(name: str) -> str:
     return "train/step" if name.startswith("train/") else f"{name}/step"
 
 
-def open_board(logger: str, state: Path, lines: list[dict[str, Any]]) -> Board:
-    """Open the board of a run whose checkpoints lie in ``state``.
+def open_logger(logger: str, state: Path, lines: list[dict[str, Any]]) -> Logger:
+    """Open the logger of a run whose checkpoints lie in ``state``.
 
     Args:
         logger: name in :data:`mmfm.config.choices.LOGGERS`.

@@ -1,0 +1,53 @@
+"""What lies between two images: between their noises, their modes, and what the model sees of them."""
+
+import torch
+from torch import Tensor
+
+from mmfm.flow.solver import VelocityFn
+from mmfm.flow.source import Source
+from mmfm.generation.generator import Draw, Field
+
+
+def slerp(start: Tensor, end: Tensor, shares: Tensor) -> Tensor:
+    """Interpolate on the sphere: sin((1 - s) w) / sin w start + sin(s w) / sin w end, w the angle between the two.
+
+    Noise on the straight line between two draws would be too short: most draws lie near a sphere.
+
+    Args:
+        start, end: (C, H, W) float32.
+        shares: (B,) s, in [0, 1].
+
+    Returns:
+        (B, C, H, W); the ends are exactly ``start`` and ``end``.
+
+    Source: Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985.
+    """
+    s = shares.view(-1, 1, 1, 1)
+    cosine = torch.nn.functional.cosine_similarity(start.flatten(), end.flatten(), dim=0).clamp(-1, 1)
+    angle = torch.acos(cosine)
+    if angle.sin() < 1e-3:  # the same direction, or an opposite one, where no shortest way is singled out
+        return torch.lerp(start.expand(len(s), *start.shape), end.expand(len(s), *end.shape), s)
+    return (torch.sin((1 - s) * angle) * start + torch.sin(s * angle) * end) / torch.sin(angle)
+
+
+def between(source: Source, field: Field, start: Draw, end: Draw, shares: Tensor) -> tuple[Tensor, VelocityFn]:
+    """Return x at t = 1, (B, C, H, W) float32, and the velocity to follow, between two draws of one image each.
+
+    Noise moves on the sphere, means and standard deviations of modes on straight lines. Labels are rows of a table,
+    between which there is nothing: the velocities that they give are blended instead.
+
+    Args:
+        shares: (B,), 0 for the first draw and 1 for the second.
+    """
+    n, s = len(shares), shares.view(-1, 1, 1, 1)
+    noise = slerp(start.noise[0], end.noise[0], shares)
+    if start.modes is None or end.modes is None:
+        x = source.draw(None, noise)
+    else:
+        x = torch.lerp(source.draw(start.modes.expand(n), noise), source.draw(end.modes.expand(n), noise), s)
+    if start.labels is None or end.labels is None:
+        return x, field(None)
+    first, last = field(start.labels.expand(n)), field(end.labels.expand(n))
+    if torch.equal(start.labels, end.labels):
+        return x, first
+    return x, lambda x, t: torch.lerp(first(x, t).float(), last(x, t).float(), s)

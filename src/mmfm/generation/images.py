@@ -1,0 +1,107 @@
+"""Images as people and programs hold them: PIL images in and out, pixels as a tensor."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import TypeAlias, overload
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmfm import data
+from mmfm.infra.pictures import image_grid
+
+_SHOWN = 64
+"""Images that a notebook shows of a set."""
+
+
+class Images(Sequence[Image.Image]):
+    """A set of images: a sequence of PIL images that shows itself as a grid in a notebook.
+
+    Attributes:
+        tensor: (n, 3, S, S) uint8 on the CPU.
+        modes: (n,) int64 on the CPU, the mode of each image's source; None for a source without modes, and for images
+            that were not generated.
+    """
+
+    def __init__(self, tensor: Tensor, modes: Tensor | None = None) -> None:
+        self.tensor = tensor.cpu()
+        self.modes = None if modes is None else modes.cpu()
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Images": ...
+
+    def __getitem__(self, index: int | slice) -> "Image.Image | Images":
+        if isinstance(index, slice):
+            return Images(self.tensor[index], None if self.modes is None else self.modes[index])
+        return Image.fromarray(self.tensor[index].permute(1, 2, 0).numpy())
+
+    def grid(self, columns: int | None = None, upscale: int | None = None) -> Image.Image:
+        """Lay the images out as one; see :func:`mmfm.infra.pictures.image_grid`."""
+        return image_grid(self.tensor, columns, upscale)
+
+    def __repr__(self) -> str:
+        n, _, height, width = self.tensor.shape
+        return f"<{n} images of {height} x {width} pixels>"
+
+    def _repr_png_(self) -> bytes | None:
+        if len(self) == 0:
+            return None
+        buffer = BytesIO()
+        self[:_SHOWN].grid().save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+ImageInput: TypeAlias = Images | Image.Image | Sequence[Image.Image] | Tensor
+"""One image or several: PIL images of any mode, or (3, S, S) or (n, 3, S, S), uint8 or float in [0, 1]."""
+
+
+def pixels(images: ImageInput, size: int | None = None) -> Tensor:
+    """Return images as one tensor (n, 3, S, S), uint8 or float32 in [0, 1]; tensors stay on their device.
+
+    Args:
+        size: S, to which PIL images are resized and cropped as the training images were, and which tensors must have;
+            None: the images' own, the same for all.
+
+    Raises:
+        ValueError: no images, unequal sizes, or a tensor of another shape, dtype or range.
+    """
+    if isinstance(images, Images):
+        images = images.tensor
+    if not isinstance(images, Tensor):
+        images = _stacked([images] if isinstance(images, Image.Image) else images, size)
+    images = images[None] if images.ndim == 3 else images
+    wanted = "S" if size is None else size
+    square = (
+        images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3] == (size or images.shape[2])
+    )
+    if not square or not len(images) or not (images.dtype == torch.uint8 or images.is_floating_point()):
+        raise ValueError(
+            f"images are {tuple(images.shape)} {images.dtype}; give at least one, (n, 3, {wanted}, {wanted}) uint8 or "
+            "float in [0, 1], or PIL images"
+        )
+    if images.is_floating_point():
+        images = images.float()
+        if not (images.amin() >= 0 and images.amax() <= 1):
+            raise ValueError(
+                f"pixels run from {float(images.amin()):g} to {float(images.amax()):g}; floats must be in [0, 1]"
+            )
+    return images
+
+
+def _stacked(images: Sequence[Image.Image], size: int | None) -> Tensor:
+    """PIL images -> (n, 3, S, S) uint8."""
+    converted = [data.as_rgb(image) for image in images]
+    if size is not None:
+        converted = [data.center_crop(image, size) for image in converted]
+    sizes = {image.size for image in converted}
+    if len(sizes) != 1:
+        raise ValueError(f"images of sizes {sorted(sizes)} are no set; give at least one, all of one size")
+    return torch.from_numpy(np.stack([np.asarray(image) for image in converted])).permute(0, 3, 1, 2).contiguous()
