@@ -1,17 +1,25 @@
 """MM-FM: flow matching in the latent space of a frozen encoder, with a Gaussian mixture as the source.
 
-    snakemake results/fid/dinov2_mode.txt --cores all
+    snakemake results/fid/dinov2_mode.txt
 
-Targets: results/fid/{encoder}_{setting}[_ag][.seedN][.MODEL][.kN][.tN][.gN].txt; what is left out is taken from the
-configuration.
+Targets: results/fid/{encoder}_{setting}[_ag][.seedN][.MODEL][.kN][.tN][.gN].txt; parts that are left out are taken from
+the configuration.
 """
 
 from snakemake.utils import min_version
+
+from mmfm.config import demo_layer
 
 min_version("9.27")
 
 
 configfile: "config/config.yaml"
+
+
+# The demo's values lie between the defaults and the user's own, exactly when its images are used.
+for layer in demo_layer(config, "config/config.yaml"):
+
+    configfile: layer
 
 
 include: "rules/common.smk"
@@ -22,14 +30,23 @@ include: "rules/decoder.smk"
 include: "rules/train.smk"
 include: "rules/sample.smk"
 include: "rules/fid.smk"
+include: "rules/compare.smk"
 
 
-# `mmfm clean` judges by the configuration of the last run. A run in which nothing is to be done never starts.
+# Record the configuration for `mmfm clean`. A run that has nothing to do never starts.
 onstart:
+    refuse_logs_in_use()
     remember_configuration()
+    shorten_errors()
+    say_what_comes()
 
 
 atexit.register(remember_unstarted)
+atexit.register(say_what_would_come)
+
+
+onerror:
+    summarise_failure(log)
 
 
 report: "workflow/report/workflow.rst"
@@ -42,5 +59,5 @@ localrules:
 rule all:
     default_target: True
     input:
-        # Those that need no class folders and no second model.
-        expand("<results>/fid/{encoder}_{setting}.txt", encoder=ENCODERS, setting=["uncond", "gmm", "mode"]),
+        expand("<results>/fid/{encoder}_{setting}.txt", encoder=ENCODERS, setting=COMPARED),
+        rules.comparison.output,

@@ -1,11 +1,11 @@
-"""The paper's effect on the embedded demo: distances by source, seed and time points, and against training steps.
+"""Reproduce the paper's effect on the demo: distances by setting, seed, time points and training steps.
 
 python benchmarks/demo_effect.py --cores 2
 
-Runs the workflow in results/demo_effect/: every setting with three seeds at the demo's budget and several numbers of
-time points, then raised budgets for the first seed. All contestants go through one Snakemake call a budget, side by
-side, each training on one core. It can be stopped and called again; what is there is kept. Writes
-benchmarks/results/demo_effect.json, .md and the pictures docs/images/learning-curve.png and demo.png.
+Runs the workflow in results/demo_effect/: all settings with three seeds and several numbers of time points at the
+demo's budget, and the first seed at other budgets. Each budget is one Snakemake call, with one core per training run.
+An interrupted benchmark keeps its measurements and can be continued. Writes benchmarks/results/demo_effect.json and
+.md, and the pictures learning-curve.png and demo.png in docs/images/.
 """
 
 import argparse
@@ -28,7 +28,7 @@ BUDGETS = dict.fromkeys(SETTINGS, (1, 2, 3, 5, 10, 20))
 
 
 def snakemake(targets: list[str], cores: int, epochs: int) -> None:
-    """Make the targets with a training budget of ``epochs``."""
+    """Make the targets with a budget of ``epochs`` training epochs."""
     overlay = ROOT / "results" / RUN / f"epochs{epochs}.yaml"
     overlay.parent.mkdir(parents=True, exist_ok=True)
     overlay.write_text(yaml.safe_dump({"run": RUN, "train": {"epochs": epochs}}))
@@ -38,17 +38,17 @@ def snakemake(targets: list[str], cores: int, epochs: int) -> None:
 
 
 def name(setting: str, seed: int, t: int) -> str:
-    """Return the target of one measurement."""
+    """Return the target for one measurement."""
     return f"results/{RUN}/fid/dinov2_{setting}.seed{seed}.t{t}.json"
 
 
 def collect(path: Path) -> dict[str, Any]:
-    """Return the measurements made so far: ``{setting/seed/epochs/t: distance}`` and the floor."""
+    """Return the measurements so far: ``{setting/seed/epochs/t: distance}`` and the floor."""
     return json.loads(path.read_text()) if path.exists() else {"distances": {}, "floor": None}
 
 
 def measure(found: dict[str, Any], path: Path, wanted: list[tuple[str, int, int]], epochs: int, cores: int) -> bool:
-    """Make and record what is missing of ``wanted``, (setting, seed, time points); return whether anything was."""
+    """Make the missing measurements of ``wanted`` (setting, seed, time points); return whether there were any."""
     missing = [w for w in wanted if "/".join(map(str, (w[0], w[1], epochs, w[2]))) not in found["distances"]]
     if not missing:
         return False
@@ -64,8 +64,8 @@ def measure(found: dict[str, Any], path: Path, wanted: list[tuple[str, int, int]
 
 
 def table(found: dict[str, Any], budget: int) -> list[str]:
-    """Return the Markdown table of medians over seeds at the demo's budget, with the range."""
-    lines = ["| setting | source alone | 4 time points | 25 | 4 against 25 |", "|---|---|---|---|---|"]
+    """Return a Markdown table of the median and range over seeds at the demo's budget."""
+    lines = ["| setting | source only | 4 time points | 25 time points | ratio 4 / 25 |", "|---|---|---|---|---|"]
     for setting in SETTINGS:
         cells, medians = [], {}
         for t in TIME_POINTS:
@@ -78,7 +78,7 @@ def table(found: dict[str, Any], budget: int) -> list[str]:
 
 
 def curve(found: dict[str, Any], t: int) -> dict[str, list[tuple[int, float]]]:
-    """Return (step, distance) of the first seed by setting, rising."""
+    """Return (step, distance) of the first seed by setting, in order of steps."""
     points: dict[str, list[tuple[int, float]]] = {setting: [] for setting in SETTINGS}
     for label, distance in found["distances"].items():
         setting, seed, epochs, points_used = label.split("/")
@@ -88,7 +88,7 @@ def curve(found: dict[str, Any], t: int) -> dict[str, list[tuple[int, float]]]:
 
 
 def draw(found: dict[str, Any], path: Path, budget: int) -> None:
-    """Draw distance against training step."""
+    """Plot the distance by training step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -98,11 +98,10 @@ def draw(found: dict[str, Any], path: Path, budget: int) -> None:
     for setting, values in curve(found, TIME_POINTS[-1]).items():
         axes.plot(*zip(*values, strict=True), marker="o", label=setting)
     source = found["distances"][f"gmm/{SEEDS[0]}/{budget}/1"]
-    axes.axhline(source, color="grey", linestyle="--", linewidth=1, label="mixture source alone, decoded")
+    axes.axhline(source, color="grey", linestyle="--", linewidth=1, label="mixture source only, decoded")
     axes.axhline(found["floor"], color="black", linestyle=":", linewidth=1, label="held-out real images")
-    axes.set(
-        xscale="log", yscale="log", xlabel="training step (batch of 128)", ylabel="Fréchet distance, demo detector"
-    )
+    axes.set(xscale="log", yscale="log")
+    axes.set(xlabel="training step (batch of 128)", ylabel="Fréchet distance, demo detector")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +109,7 @@ def draw(found: dict[str, Any], path: Path, budget: int) -> None:
 
 
 def draw_samples(path: Path) -> None:
-    """Draw images of the first seed by setting, and what the mixture source alone decodes to, side by side."""
+    """Draw images of the first seed by setting, next to decoded samples of the mixture source."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -123,8 +122,8 @@ def draw_samples(path: Path) -> None:
     panels = {
         "Gaussian source": ("uncond", TIME_POINTS[-1]),
         "mixture source": ("gmm", TIME_POINTS[-1]),
-        "mixture source, mode given": ("mode", TIME_POINTS[-1]),
-        "the mixture source itself, decoded": ("mode", 1),
+        "mixture source, conditioned on mode": ("mode", TIME_POINTS[-1]),
+        "mixture source only, decoded": ("mode", 1),
     }
     figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.35), constrained_layout=True)
     for axis, (title, (setting, t)) in zip(axes, panels.items(), strict=True):
@@ -137,11 +136,11 @@ def draw_samples(path: Path) -> None:
 
 
 def main() -> None:
-    """Measure, write JSON, Markdown and the picture."""
+    """Measure, and write JSON, Markdown and the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cores", type=int, default=2)
-    parser.add_argument("--budget", type=int, default=2, help="epochs of the demo")
-    parser.add_argument("--longest", type=int, default=100, help="largest budget of the curves, in epochs")
+    parser.add_argument("--budget", type=int, default=2, help="the demo's budget, in epochs")
+    parser.add_argument("--longest", type=int, default=100, help="largest budget, in epochs")
     options = parser.parse_args()
     path = ROOT / "benchmarks" / "results" / "demo_effect.json"
     found = collect(path)
@@ -157,14 +156,10 @@ def main() -> None:
         "# The effect on the demo",
         "",
         f"Detector: {found['detector']}. Held-out real images: {found['floor']:.2f}.",
-    ]
-    lines += [
         "",
         f"Median (range) over {len(SEEDS)} seeds after {options.budget} epochs:",
         "",
         *table(found, options.budget),
-    ]
-    lines += [
         "",
         "First seed, 25 time points, distance by training step:",
         "",

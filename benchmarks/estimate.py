@@ -1,10 +1,10 @@
-"""What DiTDH-XL should need on 8 GPUs: images per second, model FLOPs utilisation and memory, counted and not measured.
+"""Estimate speed, model FLOPs utilisation and memory of DiTDH-XL on 8 GPUs, without measuring anything.
 
 python benchmarks/estimate.py
 
-FLOPs are counted by torch.utils.flop_counter over forward and backward pass on the meta device (a product of m x k and
-k x n counts 2 m k n; attention's two products count; nothing elementwise does). Saved activations are counted over
-fake tensors under bf16 autocast. Speed is peak times an assumed utilisation.
+torch.utils.flop_counter counts the FLOPs of the forward and backward passes on the meta device: 2 m k n for a product
+of m x k and k x n, including the two products of attention, but no elementwise operations. Stored activations are
+counted with fake tensors under bf16 autocast. Speed is the peak times an assumed utilisation.
 """
 
 from typing import Any
@@ -16,20 +16,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmfm.models.dit import DIT_PRESETS, DiT, DiTConfig
 
 CARDS = {"A100-40GB": (312e12, 40), "A100-80GB": (312e12, 80), "H100-80GB": (989e12, 80)}
-"""Dense bf16 peak in FLOP/s and memory in GB, of the makers' data sheets."""
+"""Dense bf16 peak in FLOP/s and memory in GB, from the data sheets."""
 UTILISATION = {"A100-40GB": (0.35, 0.5), "A100-80GB": (0.35, 0.5), "H100-80GB": (0.3, 0.45)}
-"""Assumed share of the peak, from and to: what transformers of this width reach in eager mode and compiled."""
+"""Assumed shares of the peak, as reached by transformers of this width in eager mode and compiled."""
 REFERENCE = 20 * 1_281_167 / (21 * 3600)
 """Images per second of the reference implementation on 8 A100-40GB: 20 epochs in about 21 hours."""
 ENCODER_FLOPS = 2 * 86e6 * 261 + 12 * 4 * 261**2 * 768
-"""Forward pass of DINOv2-base over 256 + 5 tokens, which has 86 M parameters and 12 blocks of width 768."""
+"""FLOPs of a forward pass of DINOv2-base (86 M parameters, 12 blocks of width 768) over 256 + 5 tokens."""
 SHARE = 1024 // 8
-"""Images of the global batch on each GPU."""
+"""Images of the global batch per GPU."""
 XL = DiTConfig(16, 1, 768, **DIT_PRESETS["XL"], num_classes=8192, label_dropout=0.0)
 
 
 def flops_per_image(config: DiTConfig, *, backward: bool = True, batch: int = 1) -> int:
-    """FLOPs of the network for one image in training (or of the forward pass alone)."""
+    """Return the FLOPs per image in training, or of the forward pass only."""
     with torch.device("meta"):
         model = DiT(config)
         x = torch.empty(batch, config.in_channels, config.input_size, config.input_size)
@@ -42,7 +42,7 @@ def flops_per_image(config: DiTConfig, *, backward: bool = True, batch: int = 1)
 
 
 def activation_bytes_per_image(config: DiTConfig, *, checkpoint_activations: bool) -> int:
-    """Bytes that autograd keeps for one more image between forward and backward pass, under bf16 autocast."""
+    """Return the bytes per image that autograd stores for the backward pass under bf16 autocast."""
 
     def kept(batch: int) -> int:
         seen: dict[int, int] = {}
@@ -65,18 +65,18 @@ def activation_bytes_per_image(config: DiTConfig, *, checkpoint_activations: boo
             del velocity
         return sum(seen.values())
 
-    return kept(3) - kept(2)  # what does not grow with the batch (copies of weights in bf16) drops out
+    return kept(3) - kept(2)  # cancels what does not depend on the batch size, such as bf16 copies of weights
 
 
 def state_bytes(config: DiTConfig, shards: int = 1) -> int:
-    """Bytes of weights, gradients, two moments and average in float32, and of the weights' copies in bf16."""
+    """Return the bytes of weights, gradients, two moments and EMA in float32, and of the weights' bf16 copies."""
     with torch.device("meta"):
         count = sum(p.numel() for p in DiT(config).parameters())
     return count * 5 * 4 // shards + count * 2
 
 
 def full_size() -> dict[str, Any]:
-    """The numbers for XL on 8 GPUs."""
+    """Return the estimates for XL on 8 GPUs."""
     flops, forward = flops_per_image(XL), flops_per_image(XL, backward=False)
     found: dict[str, Any] = {
         "flops_per_image": flops, "flops_forward": forward, "encoder_flops": ENCODER_FLOPS, "cards": {},
@@ -88,7 +88,7 @@ def full_size() -> dict[str, Any]:
     }  # fmt: skip
     for card, (peak, gigabytes) in CARDS.items():
         speeds = [8 * peak * share / flops for share in UTILISATION[card]]
-        # 2 GB for the CUDA context, the encoder and workspaces, 3.2 GB for the source's means in bf16.
+        # 2 GB for the CUDA context, encoder and workspaces; 3.2 GB for the source's means in bf16.
         room = gigabytes - 2 - 3.2 - found["state_gb"]
         found["cards"][card] = {
             "utilisation": UTILISATION[card], "images_per_second": speeds,
@@ -103,13 +103,13 @@ def report(found: dict[str, Any]) -> str:
     activations, recomputed = found["activations_gb_per_image"], found["activations_gb_per_image_checkpointed"]
     lines = ["## DiTDH-XL on 8 GPUs: an estimate, not a measurement", ""]
     lines += [
-        f"{found['flops_per_image'] / 1e12:.2f} TFLOP per image in training,",
-        f"{found['flops_forward'] / 1e12:.2f} of them forward,",
-        f"and {found['encoder_flops'] / 1e12:.3f} in the frozen encoder. Weights, gradients, moments and average:",
-        f"{found['state_gb']:.1f} GB a GPU ({found['state_gb_fsdp8']:.1f} with `train.sharding: fsdp`).",
-        f"Activations: {activations:.2f} GB an image ({recomputed:.3f}, and those of one block, with",
-        "`train.checkpoint_activations`, which costs one more forward pass).",
-        f"The reference's 20 epochs in 21 h on 8 A100-40GB are {found['reference_images_per_second']:.0f} images/s,",
+        f"Training takes {found['flops_per_image'] / 1e12:.2f} TFLOP per image,",
+        f"of which {found['flops_forward'] / 1e12:.2f} in the forward pass,",
+        f"and the frozen encoder {found['encoder_flops'] / 1e12:.3f}. Weights, gradients, moments and EMA take",
+        f"{found['state_gb']:.1f} GB per GPU ({found['state_gb_fsdp8']:.1f} with `train.sharding: fsdp`).",
+        f"Activations take {activations:.2f} GB per image, or {recomputed:.3f} plus those of one block with",
+        "`train.checkpoint_activations`, which costs an additional forward pass.",
+        f"The reference implementation's 20 epochs in 21 h on 8 A100-40GB are {REFERENCE:.0f} images/s,",
         f"a utilisation of {found['reference_utilisation']:.0%}.",
         "",
     ]

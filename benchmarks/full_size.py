@@ -1,11 +1,10 @@
-"""Training steps of the real size, on whatever there is: seconds, FLOP/s, memory, and a checkpoint written and read.
+"""Measure training steps at full size on this machine: time, FLOP/s, memory, and writing and reading a checkpoint.
 
 python benchmarks/full_size.py [--models S XL] [--batch 1] [--steps 2] [--threads 1] [--no-checkpoint]
 
-DiTDH over latents [768, 16, 16] with a table of 8192 labels, float32, by the trainer itself; latents and source are
-random numbers. Every model is trained in a process of its own and resumed in another, so that the peaks of memory are
-theirs. A model that does not fit into the free memory is passed over, with the numbers. Seconds are of the wall: leave
-the machine alone. Writes benchmarks/results/full_size.json and .md.
+Runs the trainer on DiTDH in float32, with random latents (768, 16, 16) and 8192 labels. Each model is trained in one
+process and resumed in another, so that peak memory is measured separately. Models that don't fit into the free memory
+are skipped and reported. Times are wall-clock: use an idle machine. Writes benchmarks/results/full_size.json and .md.
 """
 
 import argparse
@@ -34,16 +33,17 @@ from mmfm.infra.distributed import Ranks, choose_device
 from mmfm.models.dit import DIT_PRESETS, DiTConfig
 from mmfm.training import latents, setup
 from mmfm.training.objective import FlowMatching
+from mmfm.training.options import Run
 from mmfm.training.runlog import Clock
 from mmfm.training.trainer import Trainer
 
 SHAPE, LABELS, IMAGES = (768, 16, 16), 8192, 8192
 CPU_ACTIVATIONS = 2.2
-"""Times the activations counted under bf16: float32, and what a block holds while it computes."""
+"""Ratio of float32 activations, including temporary ones of a block, to those counted under bf16 autocast."""
 
 
 class RandomLatents:
-    """A feed that reads no image."""
+    """A feed of random latents."""
 
     def __init__(self, plan: latents.BatchPlan, device: torch.device) -> None:
         self.plan, self.device = plan, device
@@ -57,45 +57,43 @@ class RandomLatents:
 
 
 def make_trainer(name: str, batch: int, state: Path) -> Trainer:
-    """The trainer of the ImageNet preset with another model and batch, in float32."""
+    """Return a float32 trainer with the ImageNet preset, but another model and batch size."""
     folder = runs.ROOT / "config"
     read = config.load([folder / "config.yaml", folder / "imagenet256.yaml"])
-    settings = replace(
+    section = replace(
         read.train, global_batch=batch, micro_batch=0, precision="float32", label_dropout=0.0, logger="none"
     )
     ranks = Ranks(0, 1, choose_device())
     plan = latents.BatchPlan(0, IMAGES, batch)
     labels = torch.arange(IMAGES) % LABELS
-    task = FlowMatching("class", GaussianSource(), None, settings, time_shift(SHAPE), (labels, LABELS))
+    task = FlowMatching("class", GaussianSource(), None, section, time_shift(SHAPE), (labels, LABELS))
     model = setup.model(task, read.models[name], SHAPE).to(ranks.device)
     state.mkdir(parents=True, exist_ok=True)
-    optimizer_options, loop_options = (
-        setup.optimizer_options(settings, plan.steps_per_epoch),
-        setup.loop_options(settings, plan.steps_per_epoch),
-    )
-    return Trainer("train", model, task.losses, plan, optimizer_options, loop_options, state, ranks)
+    optimizer = setup.optimizer_options(section, plan.steps_per_epoch)
+    loop = setup.loop_options(section, plan.steps_per_epoch)
+    return Trainer(Run("train", model, task.losses, plan, state, ranks), optimizer, loop)
 
 
 def needed_gb(name: str, batch: int) -> float:
-    """Memory that a step should take: weights, gradients, moments and average, and activations; float32."""
+    """Estimate the float32 memory of a step: weights, gradients, moments, EMA and activations."""
     size = DiTConfig(16, 1, 768, **DIT_PRESETS[name], num_classes=LABELS, label_dropout=0.0)
     activations = batch * estimate.activation_bytes_per_image(size, checkpoint_activations=False)
     return (estimate.state_bytes(size) * 20 / 22 + CPU_ACTIVATIONS * activations) / 1e9 + 0.5
 
 
 def free_gb() -> float:
-    """Memory that the system could give now."""
+    """Return the available memory."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024 / 1e9
 
 
 def peak_gb() -> float:
-    """Most memory that this process had."""
+    """Return the peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def train(name: str, batch: int, steps: int, state: Path, keep: bool) -> dict[str, Any]:
-    """Take a step to warm up, ``steps`` timed ones, and one whose parts are timed; write a checkpoint."""
+    """Take a warm-up step, ``steps`` timed ones, and one with its parts timed; write a checkpoint."""
     trainer = make_trainer(name, batch, state)
     feed, forward = RandomLatents(trainer.plan, trainer.ranks.device), trainer.division.wrapped(False)
     batches, seconds = feed.batches(0, 10**9), []
@@ -125,7 +123,7 @@ def train(name: str, batch: int, steps: int, state: Path, keep: bool) -> dict[st
 
 
 def resume(name: str, batch: int, steps: int, state: Path) -> dict[str, Any]:
-    """Take up the checkpoint, which verifies it."""
+    """Resume from the checkpoint, which verifies it."""
     trainer = make_trainer(name, batch, state)
     start = time.perf_counter()
     assert trainer.resume(steps + 2) and trainer.step == steps + 2
@@ -133,7 +131,7 @@ def resume(name: str, batch: int, steps: int, state: Path) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Both phases of a model, each in a process of its own."""
+    """Run both phases for a model, each in its own process."""
     found: dict[str, Any] = {"model": name, "batch": options.batch, "threads": options.threads}
     found |= {"needed_gb": needed_gb(name, options.batch), "free_gb": free_gb()}
     if found["needed_gb"] > found["free_gb"] - 1:
@@ -151,8 +149,8 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 def report(found: list[dict[str, Any]]) -> str:
     """Return the Markdown table."""
-    lines = ["# Steps of the real size", "", f"torch {torch.__version__}, {cpu_name()}, float32.", ""]
-    lines += ["| | threads | batch | s per step | GFLOP/s | of the passes | peak memory | checkpoint | write | read |"]
+    lines = ["# Training steps at full size", "", f"torch {torch.__version__}, {cpu_name()}, float32.", ""]
+    lines += ["| | threads | batch | s per step | GFLOP/s | in passes | peak memory | checkpoint | write | read |"]
     lines += ["|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for run in found:
         head = f"| DiTDH-{run['model']} | {run['threads']} | {run['batch']} "
@@ -162,17 +160,14 @@ def report(found: list[dict[str, Any]]) -> str:
         cells = [f"{run['seconds_per_step']:.1f}", f"{run['gflops']:.0f}", f"{run['gflops_of_passes']:.0f}"]
         cells.append(f"{run['peak_gb']:.1f} GB")
         if "checkpoint_gb" in run:
-            cells += [
-                f"{run['checkpoint_gb']:.1f} GB",
-                f"{run['save_seconds']:.0f} s",
-                f"{run['resume_seconds']:.0f} s",
-            ]
+            cells += [f"{run['checkpoint_gb']:.1f} GB"]
+            cells += [f"{run[key]:.0f} s" for key in ("save_seconds", "resume_seconds")]
         lines.append(f"{head}| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system says it."""
+    """Return the model name of the processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "CPU")
 
@@ -184,21 +179,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--no-checkpoint", dest="checkpoint", action="store_false", help="write and read none")
+    parser.add_argument("--no-checkpoint", dest="checkpoint", action="store_false", help="don't write and read one")
     parser.add_argument("--scratch", type=Path, help="folder for the checkpoint")
     parser.add_argument("--phase", choices=("train", "resume"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=runs.RESULTS)
     options = parser.parse_args(arguments)
     if options.phase:
-        # If memory runs out after all, it is this process that goes.
+        # If memory runs out after all, the kernel should kill this process first.
         Path(f"/proc/{os.getpid()}/oom_score_adj").write_text("1000")
         run = (*options.models, options.batch, options.steps, options.scratch)
         print(json.dumps(train(*run, options.checkpoint) if options.phase == "train" else resume(*run)))
         return 0
     found = [measure(options, name) for name in options.models]
-    runs.publish(
-        "full_size", {"torch": torch.__version__, "cpu": cpu_name(), "runs": found}, report(found), options.out
-    )
+    results = {"torch": torch.__version__, "cpu": cpu_name(), "runs": found}
+    runs.publish("full_size", results, report(found), options.out)
     return 0
 
 

@@ -1,11 +1,11 @@
-"""Cost of autoguidance: sampling with a guide against sampling with the model and with the guide alone.
+"""Measure the cost of autoguidance, compared with sampling from the model and from the guide alone.
 
-python benchmarks/guidance.py                      the demo's models, on what is there
+python benchmarks/guidance.py                      the demo's models, on the GPU if there is one
 python benchmarks/guidance.py --quick              the same in seconds
 python benchmarks/guidance.py --model XL --guide S --latent 768 16 16 --batch 64 --labels 8192      on a GPU
 
-Contestants take turns in one run, each round in another order; medians of the rounds are compared. The weights are
-random: time does not depend on them. Writes benchmarks/results/guidance-{model}-{device}.json and .md.
+The methods take turns, in another order each round, and are compared by medians. The weights are random, since they
+don't affect the time. Writes benchmarks/results/guidance-{model}-{device}.json and .md.
 """
 
 import argparse
@@ -31,11 +31,11 @@ from mmfm.models.dit import DiT, DiTConfig
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 1.1
-"""Largest time of autoguided sampling as a multiple of the model's and the guide's own times together."""
+"""Largest accepted ratio of the time of autoguided sampling to the sum of the times of model and guide."""
 
 
 def build(name: str, latent: tuple[int, int, int], labels: int, device: torch.device) -> DiT:
-    """Return a model of a configured size with random weights."""
+    """Return a model from the configuration with random weights."""
     sizes = config.load([ROOT / "config" / "config.yaml"]).section("model", model=name)
     dit = DiTConfig(
         input_size=latent[1], patch_size=1, in_channels=latent[0], hidden_size=sizes.hidden_size, depth=sizes.depth,
@@ -44,8 +44,8 @@ def build(name: str, latent: tuple[int, int, int], labels: int, device: torch.de
     return DiT(dit, generator=torch.Generator().manual_seed(0)).to(device).eval().requires_grad_(False)
 
 
-def contestants(model: DiT, guide: DiT, labels: Tensor, precision: str) -> dict[str, VelocityFn]:
-    """Return the fields that are timed, by name."""
+def fields_of(model: DiT, guide: DiT, labels: Tensor, precision: str) -> dict[str, VelocityFn]:
+    """Return the velocity fields to time, by name."""
 
     def network(dit: DiT) -> Callable[..., Tensor]:
         def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def contestants(model: DiT, guide: DiT, labels: Tensor, precision: str) -> dict[
 def measure(
     fields: dict[str, VelocityFn], x: Tensor, times: Tensor, rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Return the seconds of every round by contestant; a first round of warm-up is not counted."""
+    """Return the seconds of every round by field, after a warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in fields}
     order = list(fields)
     for number in range(rounds + 1):
@@ -80,20 +80,20 @@ def measure(
 
 
 def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Return medians and the ratio of autoguided sampling to both networks' own times."""
+    """Return the medians, and the ratio of autoguided sampling to the sum of both networks."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratio = medians["autoguided"] / (medians["model"] + medians["guide"])
     return {"median_seconds": medians, "ratio": ratio, "limit": LIMIT, "met": ratio <= LIMIT}
 
 
 def table(found: dict[str, Any]) -> str:
-    """Return the Markdown page of a measurement."""
+    """Return the Markdown report."""
     lines = [
         "# Cost of autoguidance",
         "",
         f"{found['model']} guided by {found['guide']}, latents {found['latent']}, batch {found['batch']}, "
         f"{found['steps']} Euler steps, {found['precision']} on {found['device']}, torch {found['torch']}; "
-        f"{found['rounds']} rounds, contestants alternated.",
+        f"{found['rounds']} interleaved rounds.",
         "",
         "| sampling with | median s | images/s |",
         "|---|---|---|",
@@ -109,7 +109,7 @@ def main() -> None:
     """Measure, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="entry of `models` in config/config.yaml")
-    parser.add_argument("--guide", default="tiny_guide", help="the same, of the guide")
+    parser.add_argument("--guide", default="tiny_guide", help="the same for the guide")
     parser.add_argument("--latent", type=int, nargs=3, default=(96, 4, 4), metavar=("C", "H", "W"))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--labels", type=int, default=64)
@@ -132,7 +132,7 @@ def main() -> None:
     model, guide = (build(name, latent, options.labels, device) for name in (options.model, options.guide))
     labels = torch.arange(options.batch, device=device) % options.labels
     x = torch.randn(options.batch, *latent, generator=torch.Generator().manual_seed(0)).to(device)
-    fields = contestants(model, guide, labels, options.precision)
+    fields = fields_of(model, guide, labels, options.precision)
     seconds = measure(fields, x, time_grid(steps + 1, time_shift(latent)), rounds, clock)
     card = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
     found = {

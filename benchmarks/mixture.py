@@ -1,12 +1,11 @@
-"""The mixture engine against scikit-learn, its scaling, and the distance from the machine's matrix products.
+"""Compare the mixture engine with scikit-learn, and measure its scaling and its cost relative to bare matrix products.
 
 python benchmarks/mixture.py --sizes small large --rounds 1 --threads 2
 
-Data are made-up tokens: unequal anisotropic clusters in groups, half as many as there are components, with heavy tails
-along every axis. Every contestant runs in a process of its own, in turns, on the same float32 data, from data to a
-converged fit with labels. Memory is the peak above what the process held after its imports. Final log-likelihoods are
-computed in float64 by one function for all. Writes benchmarks/results/mixture.json and .md; parts that are there are
-kept unless they are asked for again.
+The data are synthetic tokens: half as many clusters as components, in groups, unequal, anisotropic and heavy-tailed.
+The contestants take turns, each in its own process, on the same float32 data, from data to a converged fit with labels.
+Memory is the peak above the usage after imports. One function computes all final log-likelihoods in float64. Writes
+benchmarks/results/mixture.json and .md, and keeps earlier results of parts that are not run again.
 """
 
 import argparse
@@ -30,7 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def tokens(n: int, c: int, k: int, seed: int = 0) -> np.ndarray:
-    """Make tokens (n, c) float32: k / 2 clusters of unequal size, shape and scale, with heavy tails."""
+    """Make tokens (n, c) float32 in k / 2 clusters of unequal size, shape and scale, with heavy tails."""
     g = np.random.default_rng(seed)
     spectrum = (1 + np.arange(c)) ** -0.4
     spectrum *= np.sqrt(c / (spectrum**2).sum())
@@ -57,12 +56,12 @@ def _status(name: str) -> float:
 
 
 def _baseline() -> float:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     return _status("VmRSS")
 
 
 class _Clock:
-    """Wall and CPU seconds since the start, and of every iteration."""
+    """Wall and CPU seconds since the start, at each iteration."""
 
     def __init__(self) -> None:
         self.begin, self.marks = (time.perf_counter(), time.process_time()), []
@@ -71,7 +70,7 @@ class _Clock:
         self.marks.append((time.perf_counter() - self.begin[0], time.process_time() - self.begin[1]))
 
     def summary(self) -> dict[str, Any]:
-        """The first mark is the end of the start, the last but one that of EM, the last that of the labels."""
+        """Summarise the marks: the first ends the initialisation, the last but one EM, the last the labelling."""
         wall, cpu = ([mark[i] for mark in self.marks] for i in (0, 1))
         return {
             "start_s": wall[0],
@@ -106,8 +105,8 @@ def run_scikit_learn(path: Path, k: int, max_iter: int) -> tuple[dict[str, Any],
     return clock.summary() | about, (model.weights_, model.means_, model.covariances_)
 
 
-def settings(k: int, e_step: str, cache_gb: float):
-    """Return the section ``gmm``."""
+def gmm_section(k: int, e_step: str, cache_gb: float):
+    """Return the section ``gmm`` of the configuration."""
     from mmfm.config import Gmm
 
     return Gmm(
@@ -132,17 +131,16 @@ def run_engine(path: Path, k: int, max_iter: int, e_step: str, cache_gb: float) 
     baseline = _baseline()
     clock = _Clock()
     data = np.load(path, mmap_mode="r")
-    chosen, ranks = settings(k, e_step, cache_gb), Ranks(0, 1, torch.device("cpu"))
-
+    section, ranks = gmm_section(k, e_step, cache_gb), Ranks(0, 1, torch.device("cpu"))
     c = data.shape[1]
 
     def read(start: int, stop: int) -> np.ndarray:
-        # A mapped file's pages would count as this process's memory.
+        # Pages of a mapped file would count as memory of this process.
         offset = data.offset + 4 * c * start
         return np.fromfile(path, np.float32, (stop - start) * c, offset=offset).reshape(-1, c)
 
-    rows = Rows(read, len(data), chosen.chunk_size, ranks, cache_gb * 1e9, GROUP_ROWS * k)
-    mixture, winners = initial.start(rows, chosen)
+    rows = Rows(read, len(data), section.chunk_size, ranks, cache_gb * 1e9, GROUP_ROWS * k)
+    mixture, winners = initial.start(rows, section)
     truncation = Truncation() if e_step == "truncated" else None
     state = EMState(mixture, winners=winners if truncation else None)
     iterations = em_iterations(
@@ -178,17 +176,17 @@ def contestant(name: str, path: Path, k: int, max_iter: int, cache_gb: float) ->
 
 
 def in_a_process(name: str, path: Path, k: int, threads: int, max_iter: int = MAX_ITER, cache_gb: float = 0.0) -> dict:
-    """Run one contestant in a process of its own with so many threads."""
+    """Run one contestant in its own process."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     line = [sys.executable, __file__, "--contestant", name, "--data", str(path), "--components", str(k)]
     line += ["--max-iter", str(max_iter), "--cache-gb", str(cache_gb)]
-    # Waiting threads that spin would slow everybody down on a machine that others use too.
+    # Spinning threads would slow down other programs on a shared machine.
     environment = {**os.environ, **dict.fromkeys(names, str(threads)), "OMP_WAIT_POLICY": "PASSIVE"}
     return json.loads(subprocess.run(line, env=environment, check=True, capture_output=True, text=True).stdout)
 
 
 def compare(size: str, rounds: int, threads: int, cache_gb: float, folder: Path) -> dict[str, Any]:
-    """Run all contestants in turns."""
+    """Run all contestants on data of one size."""
     n, c, k = SIZES[size]
     path = folder / f"{size}.npy"
     np.save(path, tokens(n, c, k))
@@ -203,7 +201,7 @@ def compare(size: str, rounds: int, threads: int, cache_gb: float, folder: Path)
 
 
 def scaling(threads: int, folder: Path) -> list[dict[str, Any]]:
-    """Measure CPU seconds per iteration and peak memory for three values each of N, D and K, nothing kept."""
+    """Measure CPU seconds per iteration and peak memory for three values each of N, D and K, without a token cache."""
     base, found = (40_000, 128, 256), []
     points = [(n, 128, 256) for n in (20_000, 40_000, 80_000)]
     points += [(40_000, c, 256) for c in (64, 256)] + [(40_000, 128, k) for k in (128, 512)]
@@ -220,7 +218,7 @@ def scaling(threads: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def profile(threads: int) -> dict[str, Any]:
-    """Measure the parts of an exact iteration on one chunk at both sizes against the bare matrix product."""
+    """Measure the parts of an exact iteration on one chunk, and the bare matrix product, at both sizes."""
     import torch
 
     from mmfm.mixture.em import posteriors
@@ -261,7 +259,7 @@ def profile(threads: int) -> dict[str, Any]:
 
 
 def table(comparison: dict[str, Any]) -> list[str]:
-    """Return the Markdown table of one size; medians over the rounds."""
+    """Return the Markdown table for one size, with medians over the rounds."""
     middle = {
         name: {key: statistics.median(run[key] for run in runs) for key in runs[0] if isinstance(runs[0][key], float)}
         | {"n_iter": runs[0]["n_iter"], "bounds": runs[0]["bounds"]}
@@ -271,57 +269,57 @@ def table(comparison: dict[str, Any]) -> list[str]:
     equal = min(m["n_iter"] for m in middle.values())
     lines = [
         f"N = {comparison['n']:,}, D = {comparison['c']}, K = {comparison['k']}, {comparison['threads']} threads, "
-        f"{len(comparison['runs']['exact'])} round(s), {comparison['cache_gb']:g} GB of tokens kept by the engine",
+        f"{len(comparison['runs']['exact'])} round(s), {comparison['cache_gb']:g} GB of tokens cached by the engine",
         "",
         "| | " + " | ".join(middle) + " |",
         "|---" * (len(middle) + 1) + "|",
     ]
     rows = [
-        ("start, s", lambda m: f"{m['start_s']:.1f}"),
+        ("initialisation, s", lambda m: f"{m['start_s']:.1f}"),
         ("median iteration, s", lambda m: f"{m['iteration_s']:.2f}"),
         ("iterations", lambda m: f"{m['n_iter']}"),
         ("data to converged fit, s", lambda m: f"{m['total_s']:.1f}"),
-        ("the same, CPU s", lambda m: f"{m['total_cpu_s']:.1f}"),
-        ("times faster (wall; CPU)", lambda m: f"{rival['total_s'] / m['total_s']:.1f}; "
+        ("data to converged fit, CPU s", lambda m: f"{m['total_cpu_s']:.1f}"),
+        ("speed-up over scikit-learn (wall; CPU)", lambda m: f"{rival['total_s'] / m['total_s']:.1f}; "
          f"{rival['total_cpu_s'] / m['total_cpu_s']:.1f}"),
         ("peak memory above imports, MB", lambda m: f"{m['peak_mb']:.0f}"),
-        ("share of scikit-learn's memory", lambda m: f"{m['peak_mb'] / rival['peak_mb']:.2f}"),
+        ("relative to scikit-learn", lambda m: f"{m['peak_mb'] / rival['peak_mb']:.2f}"),
         (f"lower bound at iteration {equal}", lambda m: f"{m['bounds'][equal - 1]:.3f}"),
         ("final mean log-likelihood (float64)", lambda m: f"{m['log_likelihood']:.4f}"),
-        ("above scikit-learn's", lambda m: f"{m['log_likelihood'] - rival['log_likelihood']:+.4f}"),
+        ("difference from scikit-learn", lambda m: f"{m['log_likelihood'] - rival['log_likelihood']:+.4f}"),
     ]  # fmt: skip
     return lines + [f"| {name} | " + " | ".join(value(m) for m in middle.values()) + " |" for name, value in rows]
 
 
 def estimate(flops: float = 67e12, share: float = 0.7, n: int = 1_281_167, c: int = 768, k: int = 8192) -> str:
-    """Return the counted estimate of an exact iteration at full size on H100 GPUs."""
+    """Estimate the time of an exact iteration at full size on H100 GPUs."""
     work = 4.0 * n * c * k
     one = work / (flops * share)
     return (
         f"An exact iteration at N = {n:,}, D = {c}, K = {k} is one product of (N, 2 D) with (2 D, K): 4 N D K = "
-        f"{work:.3g} operations. At {flops / 1e12:.0f} TFLOP/s (float32 without TF32, as the H100's maker states it) "
-        f"and {share:.0%} of that: {one:.2f} s on one, {one / 8:.2f} s on eight; 100 iterations {100 * one / 60:.1f} "
-        f"and {100 * one / 8 / 60:.1f} minutes. Statistics of {16 * c * k / 1e6:.0f} MB are summed once an "
-        "iteration. Not measured."
+        f"{work:.3g} operations. At {share:.0%} of an H100's {flops / 1e12:.0f} TFLOP/s (float32 without TF32, from "
+        f"the data sheet), this takes {one:.2f} s on one GPU and {one / 8:.2f} s on eight; 100 iterations take "
+        f"{100 * one / 60:.1f} and {100 * one / 8 / 60:.1f} minutes. Each iteration sums statistics of "
+        f"{16 * c * k / 1e6:.0f} MB over the GPUs. These numbers are not measured."
     )
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Return the report of all parts."""
+    """Return the Markdown report of all parts."""
     lines = [f"Machine: {found['machine']}", ""]
     for size in SIZES:
         if size in found:
             lines += [f"### {size}", "", *table(found[size]), ""]
     if "scaling" in found:
-        lines += ["### Scaling", "", "One thread's seconds an iteration; no tokens kept in memory.", ""]
-        lines += ["| N | D | K | mode | CPU s an iteration | peak MB |", "|---|---|---|---|---|---|"]
+        lines += ["### Scaling", "", "One thread, without a token cache.", ""]
+        lines += ["| N | D | K | E-step | CPU s per iteration | peak MB |", "|---|---|---|---|---|---|"]
         lines += [
             f"| {p['n']:,} | {p['c']} | {p['k']} | {p['e_step']} | {p['iteration_cpu_s']:.3f} | {p['peak_mb']:.0f} |"
             for p in found["scaling"]
         ] + [""]
     if "profile" in found:
         lines += ["### Profile of an exact iteration, one chunk of 4096 rows, one thread", ""]
-        lines += ["| size | part | CPU ms | share of the bare product |", "|---|---|---|---|"]
+        lines += ["| size | part | CPU ms | relative to the bare product |", "|---|---|---|---|"]
         for size, parts in found["profile"].items():
             for name in ("product_s", "log_joint_s", "posteriors_s", "moments_s"):
                 if name in parts:
@@ -332,22 +330,22 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def machine() -> str:
-    """Return the processor's name and cores."""
+    """Return the name of the processor and its number of cores."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = next((line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), "?")
     return f"{name}, {os.cpu_count()} cores"
 
 
 def main() -> None:
-    """Run what is asked for and write the report."""
+    """Run the requested parts and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="*", default=[], choices=SIZES, help="comparisons to run")
-    parser.add_argument("--scaling", action="store_true", help="time and memory against N, D, K, and the profile")
+    parser.add_argument("--scaling", action="store_true", help="measure time and memory by N, D, K, and the profile")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument(
-        "--cache-gb", type=float, default=0.0, help="tokens that the engine keeps; 0: read again in every pass"
+        "--cache-gb", type=float, default=0.0, help="size of the engine's token cache; 0 reads tokens in every pass"
     )
     for name, kind in (("contestant", str), ("data", Path), ("components", int)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)

@@ -1,10 +1,9 @@
-"""What each change of the model's arithmetic gains in eager mode, forward plus backward.
+"""Measure what each optimisation of the model gains in eager mode, in the forward and backward passes.
 
 python benchmarks/model.py [--rounds 7] [--device cuda]
 
-The plain way of writing each part is put back, one at a time and then all together, and the variants take turns in one
-run. On a CPU the process's own time is counted, so that other programs do not. Writes benchmarks/results/model.json and
-.md.
+Replaces each optimised part by a plain implementation, one at a time and then all together. The variants take turns. On
+a CPU, process time is measured, to exclude other programs. Writes benchmarks/results/model.json and .md.
 """
 
 import argparse
@@ -31,7 +30,7 @@ SIZES = {
 
 
 def rotate(self: layers.Rope2d, x: Tensor) -> Tensor:
-    """Rotary positions by real arithmetic."""
+    """Rotary positions in real arithmetic."""
     shape = (x.shape[1], *(1,) * (x.ndim - 3), -1)
     cos, sin = self.freqs_cos.view(shape), self.freqs_sin.view(shape)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -40,25 +39,25 @@ def rotate(self: layers.Rope2d, x: Tensor) -> Tensor:
 
 
 def attend(self: layers.Attention, x: Tensor, rope: layers.Rope2d) -> Tensor:
-    """Attention whose queries and keys are rotated one after the other."""
+    """Attention that rotates queries and keys separately."""
     q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
     q, k, v = (part.transpose(1, 2) for part in (rope(q), rope(k), v))
     return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 
 def modulate(self: layers.ModulatedNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Norm, weight, scale and shift one after the other."""
-    return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps) * (1 + scale) + shift
+    """Norm, weight, scale and shift as separate operations."""
+    return F.rms_norm(x.float(), self.weight.shape, self.weight, layers.NORM_EPS) * (1 + scale) + shift
 
 
 def embed(self: layers.PatchEmbed, patches: Tensor) -> Tensor:
-    """Patches embedded by a convolution (patch size 1)."""
+    """Patch embedding by a convolution (patch size 1)."""
     grid = int(patches.shape[1] ** 0.5)
     return self.proj(patches.transpose(1, 2).unflatten(2, (grid, grid))).flatten(2).transpose(1, 2)
 
 
 def gated_silu(both: Tensor) -> Tensor:
-    """The SwiGLU's product left to autograd."""
+    """The product of SwiGLU, differentiated by autograd."""
     gate, value = both.chunk(2, dim=-1)
     return F.silu(gate) * value
 
@@ -75,7 +74,7 @@ PLAIN: dict[str, tuple[Any, str, Callable[..., Tensor]]] = {
 
 @contextlib.contextmanager
 def without(*changes: str) -> Iterator[None]:
-    """Put the plain way of the named changes back."""
+    """Use the plain implementations of the named optimisations."""
     with contextlib.ExitStack() as stack:
         for change in changes:
             owner, name, plain = PLAIN[change]
@@ -84,7 +83,7 @@ def without(*changes: str) -> Iterator[None]:
 
 
 def stepper(config: dit.DiTConfig, batch: int, device: torch.device) -> Callable[[], Tensor]:
-    """Return a function that takes one forward and backward pass and returns the gradient of the latents."""
+    """Return a function that runs a forward and a backward pass and returns the gradient of the latents."""
     generator = torch.Generator().manual_seed(0)
     model = dit.DiT(config, generator=generator)
     for parameter in model.parameters():
@@ -108,7 +107,7 @@ def stepper(config: dit.DiTConfig, batch: int, device: torch.device) -> Callable
 
 
 def seconds(step: Callable[[], Tensor], device: torch.device) -> float:
-    """Time of one pass."""
+    """Return the time of one step."""
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     start = clock()
     step()
@@ -118,7 +117,7 @@ def seconds(step: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def measure(name: str, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Take all variants in turns; return the median seconds of each and what a change gains."""
+    """Time all variants in turns; return their median seconds and the gain of each optimisation."""
     step = stepper(*SIZES[name], device)
     variants = {"as it is": (), **{change: (change,) for change in PLAIN}, "all": tuple(PLAIN)}
     times: dict[str, list[float]] = {variant: [] for variant in variants}
@@ -138,20 +137,20 @@ def measure(name: str, rounds: int, device: torch.device) -> dict[str, Any]:
 
 def report(found: dict[str, Any]) -> str:
     """Return the Markdown tables."""
-    lines = ["# The model's arithmetic in eager mode", "", f"{found['device']}, torch {found['torch']}.", ""]
-    lines += ["Time of forward plus backward without a change, over the time with all of them:", ""]
+    lines = ["# Optimisations of the model in eager mode", "", f"{found['device']}, torch {found['torch']}.", ""]
+    lines += ["Time of a forward and backward pass without an optimisation, relative to the time with all:", ""]
     sizes = found["sizes"]
-    lines += [f"| change | {' | '.join(sizes)} |", "|---|" + "---|" * len(sizes)]
+    lines += [f"| optimisation | {' | '.join(sizes)} |", "|---|" + "---|" * len(sizes)]
     for change in (*PLAIN, "all"):
         gains = (f"{size['gain'][change]:.3f}" for size in sizes.values())
         lines.append(f"| {change} | {' | '.join(gains)} |")
     cells = (f"{size['seconds']['as it is']:.3f} s" for size in sizes.values())
-    lines += [f"| time as it is | {' | '.join(cells)} |"]
+    lines += [f"| time with all | {' | '.join(cells)} |"]
     return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print, and write the results."""
+    """Measure, and write and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")

@@ -1,4 +1,4 @@
-"""What the training benchmarks share: the stages before training on some of the demo's images, and command lines."""
+"""Shared by the training benchmarks: the stages before training on some of the demo's images, and command lines."""
 
 import contextlib
 import io
@@ -23,10 +23,10 @@ SMALL = ("models.tiny.hidden_size=[48,48]", "models.tiny.depth=[2,1]", "models.t
 
 
 def prepare(folder: Path, n_images: int, modes: int = 8) -> list[str]:
-    """Take some of the demo's images through the stages before training.
+    """Run the stages before training on some of the demo's images.
 
     Returns:
-        The arguments of ``mmfm train`` for them, but for setting, output folder and overrides.
+        the arguments of ``mmfm train``, except setting, output folder and overrides.
     """
     (packed,) = (ROOT / "resources" / "demo").rglob("t10k-images*")
     for i, image in enumerate(pad_to_rgb(read_idx(packed)[:n_images])):
@@ -41,11 +41,7 @@ def prepare(folder: Path, n_images: int, modes: int = 8) -> list[str]:
     assignment = ["--assignment", f"{gmm}/assignment.safetensors"]
     listings = ["--train", str(listing), "--heldout", f"{folder}/heldout.safetensors"]
     stages: tuple[tuple[Any, list[str], list[str]], ...] = (
-        (
-            list_images,
-            ["--root", f"{folder}/images", *listings],
-            ["data.holdout=0"],
-        ),
+        (list_images, ["--root", f"{folder}/images", *listings], ["data.holdout=0"]),
         (extract, [*encoder, "--out-tokens", str(tokens), "--out-moments", str(moments)], []),
         (latent_stats, ["--moments", str(moments), "--out", str(stats), "--out-json", f"{folder}/stats.json"], []),
         (fit_gmm, ["--tokens", str(tokens), "--out-dir", str(gmm)], [f"gmm.n_components={modes}"]),
@@ -58,7 +54,7 @@ def prepare(folder: Path, n_images: int, modes: int = 8) -> list[str]:
 
 
 def command(files: list[str], out: Path, overrides: list[str], processes: int = 1, setting: str = "mode") -> list[str]:
-    """Command line of a training run; one thread a process."""
+    """Return the command line of a training run with one thread per process."""
     stage = ["train", *files, "--setting", setting, "--out-dir", str(out), "train.logger=none", *overrides]
     if processes == 1:
         return [sys.executable, "-m", "mmfm.cli", *stage]
@@ -67,21 +63,21 @@ def command(files: list[str], out: Path, overrides: list[str], processes: int = 
 
 
 def environment() -> dict[str, str]:
-    """One thread a process, no GPU, and this checkout's package."""
+    """Return an environment with one thread per process, no GPU, and the package of this checkout."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, **threads, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def train(files: list[str], out: Path, overrides: list[str], processes: int = 1) -> list[dict[str, Any]]:
-    """Run training to its end and return the lines of its history."""
+    """Run a training and return the lines of its history."""
     line = command(files, out, overrides, processes)
     subprocess.run(line, env=environment(), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return [json.loads(text) for text in (out / "history.jsonl").read_text().splitlines()]
 
 
 def publish(name: str, found: dict[str, Any], markdown: str, folder: Path = RESULTS) -> None:
-    """Write ``name.json`` and ``name.md`` and print the latter."""
+    """Write ``name.json`` and ``name.md``, and print the Markdown."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     (folder / f"{name}.md").write_text(markdown)

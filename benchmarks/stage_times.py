@@ -1,4 +1,4 @@
-"""How long each stage took and how much memory it held, from the records that Snakemake keeps of every job.
+"""Print time and peak memory of each stage, from Snakemake's benchmark files.
 
 python benchmarks/stage_times.py [results]
 """

@@ -1,11 +1,11 @@
-"""Training killed ten times by SIGKILL at random instants, against the same run left alone.
+"""Compare a training that is killed ten times by SIGKILL with an undisturbed one.
 
 python benchmarks/train_kill.py [--quick] [--seed 0]
 
-A run of 300 steps with a checkpoint every 20, once in one process and once in two. Each attempt is killed, all its
-processes at once, at an instant drawn uniformly from what a fifth of the training takes; the attempt after the last
-kill runs to its end. Weights must be bit-equal in one process and equal to rounding in two. Writes
-benchmarks/results/train_kill.json and .md; exits with 1 where the weights differ.
+Runs 300 steps with a checkpoint every 20, in one process and in two. Each attempt is killed, all processes at once,
+after a random delay of up to a fifth of the undisturbed training time; the attempt after the last kill runs to the end.
+The weights must be bit-equal with one process, and equal up to rounding with two. Writes
+benchmarks/results/train_kill.json and .md; exits with 1 if the weights differ.
 """
 
 import argparse
@@ -29,19 +29,19 @@ IMAGES, BATCH = 320, 32
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    """The published weights."""
+    """Return the published weights."""
     return load_ema(out / "ema.safetensors")[0].state_dict()
 
 
 def reached(out: Path) -> int:
-    """Step of the newest checkpoint."""
+    """Return the step of the newest checkpoint."""
     return max((int(path.name[5:]) for path in out.glob("state-*/step-*")), default=0)
 
 
 def attempt(line: list[str], out: Path, delay: float | None) -> dict[str, Any] | None:
-    """Start the run and kill it ``delay`` seconds after training began; None where it ended before."""
+    """Start the run and kill it ``delay`` seconds after training began; returns None if it ended earlier."""
 
-    def begun() -> int:  # the history is written anew when training begins
+    def begun() -> int:  # the history is rewritten when training begins
         return sum(path.stat().st_mtime_ns for path in out.glob("state-*/history.jsonl"))
 
     before, first = begun(), reached(out)
@@ -57,12 +57,12 @@ def attempt(line: list[str], out: Path, delay: float | None) -> dict[str, Any] |
         process.wait()
         return {"from": first, "delay": delay, "checkpoint": reached(out)}
     if process.returncode:
-        raise SystemExit(f"a run failed by itself (status {process.returncode}): {' '.join(line)}")
+        raise SystemExit(f"a run failed without being killed (status {process.returncode}): {' '.join(line)}")
     return None
 
 
 def kill_series(files: list[str], folder: Path, processes: int, kills: int, steps: int, seed: int) -> dict[str, Any]:
-    """Run undisturbed, then with kills, and compare."""
+    """Compare an undisturbed run with one that is killed several times."""
     overrides = [
         *runs.SMALL, f"train.global_batch={BATCH}", f"train.epochs={steps * BATCH // IMAGES}", "train.log_every=1",
         f"train.checkpoint_every={EVERY}", "train.preview.every=0",
@@ -88,15 +88,15 @@ def kill_series(files: list[str], folder: Path, processes: int, kills: int, step
 
 
 def passed(series: dict[str, Any]) -> bool:
-    """Bit-equal in one process, to rounding in several."""
+    """Return whether the weights are bit-equal, or equal up to rounding with several processes."""
     return series["bit_equal"] or (series["processes"] > 1 and series["largest_relative_difference"] < 1e-5)
 
 
 def report(found: list[dict[str, Any]]) -> str:
     """Return the Markdown table."""
-    lines = ["# Training under SIGKILL", "", f"torch {torch.__version__}, CPU, one thread a process.", ""]
+    lines = ["# Training under SIGKILL", "", f"torch {torch.__version__}, CPU, one thread per process.", ""]
     lines += [
-        "| processes | steps | kills | newest checkpoint at the kills | bit-equal | largest difference | passed |"
+        "| processes | steps | kills | newest checkpoint at each kill | bit-equal | largest difference | passed |"
     ]
     lines += ["|---|---|---|---|---|---|---|"]
     for series in found:
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="60 steps, two kills, one process")
-    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument("--seed", type=int, default=0, help="for the times of the kills")
     parser.add_argument("--out", type=Path, default=runs.RESULTS)
     options = parser.parse_args(arguments)
     kills, steps = (2, 60) if options.quick else (10, 300)

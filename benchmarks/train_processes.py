@@ -1,8 +1,8 @@
-"""The same training in 1, 2, 3 and 4 processes, with two micro-batches and in shards: losses step by step.
+"""Compare the losses of the same training with 1 to 4 processes, with micro-batches and with sharding.
 
 python benchmarks/train_processes.py [--steps 100]
 
-Writes benchmarks/results/train_processes.json and .md; exits with 1 where a loss differs by more than 1e-4, relative.
+Writes benchmarks/results/train_processes.json and .md; exits with 1 if the relative difference of a loss exceeds 1e-4.
 """
 
 import argparse
@@ -28,12 +28,12 @@ VARIANTS: dict[str, tuple[int, list[str]]] = {
 
 
 def largest_difference(lines: list[dict[str, Any]], reference: list[dict[str, Any]], column: str) -> float:
-    """Largest relative difference of a column over the steps."""
+    """Return the largest relative difference of a column over all steps."""
     return max(abs(a[column] / b[column] - 1) for a, b in zip(lines, reference, strict=True))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run all variants, compare, write."""
+    """Run and compare all variants, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--out", type=Path, default=runs.RESULTS)
@@ -51,13 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     reference = histories[options.variants[0]]
     for name, lines in histories.items():
         found[name] = {c: largest_difference(lines, reference, c) for c in ("loss", "grad_norm")}
-    text = [
-        "# Training divided in different ways",
-        "",
-        f"{len(reference)} steps, each logged; CPU, setting `mode`.",
-        "",
-    ]
-    text += ["| run | largest relative difference of a loss | of a gradient norm |", "|---|---|---|"]
+    text = ["# Training divided in different ways", ""]
+    text += [f"{len(reference)} steps, each logged; CPU, setting `mode`. Largest relative differences:", ""]
+    text += ["| run | loss | gradient norm |", "|---|---|---|"]
     text += [f"| {name} | {values['loss']:.1e} | {values['grad_norm']:.1e} |" for name, values in found.items()]
     runs.publish("train_processes", {"steps": len(reference), "variants": found}, "\n".join(text) + "\n", options.out)
     return 0 if all(values["loss"] <= BAR for values in found.values()) else 1

@@ -1,11 +1,11 @@
-"""Where a training step's time goes, what the bare model would take, and what the full size should need.
+"""Measure the parts of a training step and the bare model, and estimate training at full size.
 
 python benchmarks/train_speed.py [--steps 12] [--overrides train.compile=true ...]
 
-Runs `mmfm train` of the demo's size (setting `mode`, latents cached) on some of the demo's images up to its first step,
-then takes turns between whole steps and the bare forward and backward pass of the same batch, and times the parts of a
-step. On a CPU the process's own time is counted, so that other programs do not. On a GPU it does so with and without
-torch.compile, in bf16. Writes benchmarks/results/train_speed.json and .md.
+Starts `mmfm train` on some of the demo's images (setting `mode`, cached latents). Instead of training, it alternates
+between whole steps and bare forward and backward passes of the same batch, and times the parts of a step. On a CPU,
+process time is measured, to exclude other programs. On a GPU, training runs in bf16, with and without torch.compile.
+Writes benchmarks/results/train_speed.json and .md.
 """
 
 import argparse
@@ -34,7 +34,7 @@ PARTS = ("latents", "draws and coupling", "forward", "backward", "norm and clip"
 
 
 def now() -> float:
-    """Seconds: of the process on a CPU, of the wall on a GPU that has finished its work."""
+    """Return process time in seconds on a CPU, or wall-clock time after synchronizing a GPU."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -42,14 +42,14 @@ def now() -> float:
 
 
 class Parts:
-    """Adds up the time spent in functions, each without those that it calls."""
+    """Accumulates the time spent in functions, excluding other timed functions that they call."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._inner: list[float] = []
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``function`` with its time counted as ``part``."""
+        """Return ``function``, with its time added to ``part``."""
 
         def wrapper(*arguments: Any, **keywords: Any) -> Any:
             self._inner.append(0.0)
@@ -66,11 +66,11 @@ class Parts:
 
 
 class Finished(Exception):
-    """Everything is measured."""
+    """Ends the training after the measurements."""
 
 
 def measure(trainer: training.Trainer, feed: Any, steps: int) -> dict[str, Any]:
-    """Take whole steps and bare passes in turns, then steps with their parts timed."""
+    """Alternate between whole steps and bare passes, then time the parts of steps."""
     forward = trainer.division.wrapped(trainer.options.compile)
     batches = feed.batches(0, 10**9)
     bare, plan = bare_pass(trainer, forward, feed), trainer.plan
@@ -79,7 +79,7 @@ def measure(trainer: training.Trainer, feed: Any, steps: int) -> dict[str, Any]:
         for name, run in (("step", lambda: trainer._train_step(forward, batches)), ("bare", bare)):
             start = now()
             run()
-            if turn > 1:  # the first ones warm up
+            if turn > 1:  # after warm-up
                 times[name].append(now() - start)
     parts = parts_of_steps(trainer, forward, batches, steps)
     step, plain = statistics.median(times["step"]), statistics.median(times["bare"])
@@ -98,7 +98,7 @@ def measure(trainer: training.Trainer, feed: Any, steps: int) -> dict[str, Any]:
 
 
 def bare_pass(trainer: training.Trainer, forward: torch.nn.Module, feed: Any) -> Callable[[], None]:
-    """Forward and backward pass over the same micro batches, of fixed latents and a loss of one line."""
+    """Return a function that runs forward and backward passes over fixed micro batches with a trivial loss."""
     from mmfm.infra.precision import autocast
 
     micros = [inputs.latent for _, inputs in feed.batches(0, 1)]
@@ -117,7 +117,7 @@ def bare_pass(trainer: training.Trainer, forward: torch.nn.Module, feed: Any) ->
 
 
 def parts_of_steps(trainer: training.Trainer, forward: Any, batches: Iterator, steps: int) -> dict[str, float]:
-    """Seconds by part over ``steps`` steps."""
+    """Return the seconds of each part over ``steps`` steps."""
     parts, division = Parts(), trainer.division
 
     def latents() -> Iterator:
@@ -141,7 +141,7 @@ def parts_of_steps(trainer: training.Trainer, forward: Any, batches: Iterator, s
 
 
 def hijack(files: list[str], folder: Path, overrides: list[str], steps: int) -> dict[str, Any]:
-    """Start ``mmfm train`` and measure in the place of its loop."""
+    """Start ``mmfm train`` and measure instead of running its loop."""
     found: dict[str, Any] = {}
 
     def run(self: training.Trainer, target: int, feed: Any) -> None:
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--overrides", nargs="*", default=[], help="section.key=value of the training run")
+    parser.add_argument("--overrides", nargs="*", default=[], help="section.key=value for the training run")
     parser.add_argument("--out", type=Path, default=runs.RESULTS)
     options = parser.parse_args(arguments)
     variants = ([], ["train.compile=true"]) if DEVICE.type == "cuda" else ([],)

@@ -1,25 +1,33 @@
 """Configuration, names and resources that the rules share."""
 
 import atexit
+import logging
 import re
 import shlex
+import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
 
 from mmfm import config as mmfm_config
+from mmfm.config.choices import DETECTORS
 from mmfm.infra.store import MODEL_FILES
-from mmfm.workflow import garbage, jobs, locks, targets
+from mmfm.workflow import checks, facts, failure, jobs, last_run, locks, outlook, targets
 from mmfm.workflow.resources import Estimator
 
+CONFIGURATION, IMAGES, RUNS = "config/README.md", "docs/your-own-data.md", "README.md#changing-stopping-resuming"
+"""The documents that explain errors of the configuration, of the images and of runs."""
 
-def checked(function, *arguments):
-    """Call a function of the package; what the user can mend becomes one line instead of a traceback."""
+
+def checked(function, *arguments, document=CONFIGURATION):
+    """Call a function; a ValueError becomes a message that ends with a document, without a traceback."""
     try:
         return function(*arguments)
     except ValueError as error:
-        raise WorkflowError(str(error)) from None
+        raise WorkflowError(f"{error} (see {document})") from None
 
 
 C = checked(mmfm_config.build, mmfm_config.Config, config)
@@ -34,30 +42,37 @@ pathvars:
 
 ENCODERS = list(C.encoders)
 SETTINGS = list(mmfm_config.SETTINGS)
+# The settings that need neither classes nor a second model.
+COMPARED = ["uncond", "gmm", "mode"]
 # Autoguidance: the suffix of a setting's name.
 GUIDED = ["", "_ag"]
 
-# Stages run `python`: that of the environment Snakemake itself runs in, also when it was not activated.
+# Jobs run the Python of Snakemake's own environment, even if that is not activated.
 jobs.prepare_environment()
 
-# Ctrl-C and schedulers signal all processes of a job: `tee` must outlive its stage, whose last words say what was saved.
-# Here and not in the rules, because changed commands rerun everything.
-shell.prefix("set -euo pipefail; tee() {{ trap '' HUP INT TERM USR1; exec tee \"$@\"; }}; ")
+# Ctrl-C and schedulers signal all processes of a job. `tee` ignores signals so that the stage's last messages reach the
+# log; it also locks the log for `refuse_logs_in_use`. This is set here because changing the rules' commands would rerun
+# everything.
+shell.prefix(
+    "set -euo pipefail; tee() {{ trap '' HUP INT TERM USR1; exec 9>> \"$1\"; flock -n 9 2> /dev/null || true; "
+    'exec tee "$@"; }}; '
+)
 
 _gpu_limit = workflow.global_resources.get("gpu")
 GPUS = checked(jobs.gpus_per_job, C.gpus, _gpu_limit.value if _gpu_limit is not None else None)
 ALL_CORES = max(1, workflow.cores or 1)
-# Stages that can run beside others leave them half of the cores.
+# Stages that can run in parallel take half of the cores each.
 SHARED_CORES = max(1, ALL_CORES // 2)
 
-# What a job of each stage takes, for the schedulers that enforce it; `mmfm scale` prints the same numbers. The first
-# encoder stands for all: they differ little.
+# Estimated resources by stage, which some schedulers enforce; `mmfm scale` prints the same numbers. They use the first
+# encoder, since encoders differ little.
 PROCESSES = GPUS or C.processes
-NEEDS = Estimator(C, ENCODERS[0], PROCESSES, GPUS > 0).stages()
-MEM_MB = {stage: need.mem_mb(PROCESSES, GPUS > 0) for stage, need in NEEDS.items()}
+FACTS = facts.gather(C, RESULTS)
+RESOURCES = Estimator(C, ENCODERS[0], PROCESSES, GPUS > 0, FACTS).stages()
+MEM_MB = {stage: estimate.mem_mb(PROCESSES, GPUS > 0) for stage, estimate in RESOURCES.items()}
 
-# Operation keys by stage, as `section.key=value`. They reach the commands as resources, which are not compared between
-# runs as `params` are: they change no number, so changing them reruns nothing.
+# Operation keys by stage, as `section.key=value`. They are passed as `resources`, which Snakemake does not compare
+# between runs as it does `params`, so changing them reruns nothing.
 OPERATION = {
     stage: " ".join(mmfm_config.StageConfig.of(C, stage, encoder=ENCODERS[0]).operation())
     for stage in mmfm_config.STAGES
@@ -69,6 +84,7 @@ if workflow.is_main_process:
 
 wildcard_constraints:
     encoder="|".join(map(re.escape, ENCODERS)),
+    features="|".join(map(re.escape, ENCODERS)),
     setting="|".join(SETTINGS),
     ag="|".join(GUIDED),
     k=r"\d+",
@@ -77,15 +93,15 @@ wildcard_constraints:
     training=rf"seed\d+\.{targets.any_of(C.models)}(\.k\d+)?(\.guide)?",
 
 
-# A result's name: encoder, setting, autoguidance, and the variant as far as it is named (see mmfm.workflow.targets.Variant).
+# A result's name: encoder, setting, autoguidance, and a variant of which any part may be missing.
 NAME = rf"{targets.any_of(ENCODERS)}_{targets.any_of(SETTINGS)}(_ag)?({targets.variant_pattern(C.models)})"
 COMPLETE_NAME = rf"{targets.any_of(ENCODERS)}_{targets.complete_pattern(C)}"
 
 
 def parameter(stage, named=lambda wildcards: {}):
-    """Return a function for `params`: the stage's settings as canonical JSON, the only thing that Snakemake compares.
+    """Return a function for `params` that gives a job's parameter, the only value that Snakemake compares.
 
-    `named` gives the keys that the wildcards set, by section, and the model.
+    `named` returns the keys set by the wildcards, by section, and the model.
     """
 
     def value(wildcards):
@@ -96,53 +112,82 @@ def parameter(stage, named=lambda wildcards: {}):
 
 
 def remember_unstarted():
-    """Record the configuration of a call that was no dry run, also if everything is made already."""
+    """Record the configuration of a run that had nothing to do. Dry runs do not count."""
     executed = workflow.executor_plugin is not None and not workflow.dryrun and not workflow.touch
     if workflow.is_main_process and executed and Path(RESULTS).is_dir():
         remember_configuration()
 
 
 def remember_configuration():
-    """Record the configuration and the folders of the stages, by which `mmfm clean` judges."""
+    """Record the configuration and the stages' folders for `mmfm clean` and the Python API."""
     outputs = [Path(output) for rule in workflow.rules for output in rule.output]
-    garbage.remember(
-        C, RESULTS, (path.relative_to(RESULTS).parts[0] for path in outputs if path.is_relative_to(RESULTS))
-    )
+    folders = (path.relative_to(RESULTS).parts[0] for path in outputs if path.is_relative_to(RESULTS))
+    last_run.save(C, RESULTS, folders)
 
 
-def encoder_folder(wildcards):
-    """Return the folder with the weights of a job's encoder: the configured one, or where it is fetched to."""
-    weights = C.encoders[wildcards.encoder].weights
-    return f"{RESULTS}/fetched/{wildcards.encoder}" if weights.startswith("hf:") else weights
+def feature_encoder(wildcards):
+    """Return the name of the encoder whose tokens are the features: the configured one, or the job's own."""
+    return C.fid.encoder or getattr(wildcards, "features", None) or wildcards.encoder
+
+
+def reference_file(wildcards):
+    """Return the reference that a job's images are compared with."""
+    names = {"features": feature_encoder(wildcards)} if C.fid.detector == "encoder" else {}
+    return REFERENCE.replace("<results>", RESULTS).format(**names)
+
+
+def encoder_folder(name):
+    """Return an encoder's folder: the configured one, or the one it is downloaded to."""
+    weights = C.encoders[name].weights
+    return f"{RESULTS}/fetched/{name}" if weights.startswith("hf:") else weights
 
 
 def encoder_files(wildcards):
-    """Return the files of the encoder as declared inputs."""
-    folder = encoder_folder(wildcards)
+    """Return the files of a job's encoder."""
+    folder = encoder_folder(wildcards.encoder)
     if folder == C.encoders[wildcards.encoder].weights:
-        given(f"encoders.{wildcards.encoder}.weights", folder, "set it to such a folder, or to `hf:` and a model id")
+        checked(checks.encoder, wildcards.encoder, C.encoders[wildcards.encoder])
     return [f"{folder}/{name}" for name in MODEL_FILES]
 
 
 def given(key, path, remedy):
-    """Return a path that the configuration names; one line instead of Snakemake's list of rules if it is not there."""
+    """Return a configured path; if it does not exist, fail with one line that names the key."""
     if not Path(path).exists():
-        raise WorkflowError(f"'{key}' is '{path}', but nothing is there; {remedy}")
+        raise WorkflowError(f"'{key}' is '{path}', which does not exist; {remedy} (see {CONFIGURATION})")
     return path
 
 
+def given_decoder(wildcards):
+    """Return the configured decoder file."""
+    path = C.decoder.weights.format(encoder=wildcards.encoder)
+    given("decoder.weights", path, "set it to a decoder's file, or to `train`")
+    checked(checks.decoder, wildcards.encoder, C, Path(path))
+    return path
+
+
+def own_images(wildcards):
+    """Check the folder of images before it is first listed; it is no declared input (see the rule list_images)."""
+    if not Path(LISTING.replace("<results>", RESULTS)).exists():
+        checked(checks.images, C.data.root, document=IMAGES)
+    return []
+
+
 def detector_weights(wildcards):
-    """Return the detector's weights."""
-    return given("fid.weights", C.fid.weights, "see 'mmfm fid_reference --help' for how to get them")
+    """Return the weights file of the detector: the configured one, or that of the encoder that gives the features."""
+    checked(checks.detector, C)
+    if C.fid.detector == "encoder":
+        return f"{encoder_folder(feature_encoder(wildcards))}/model.safetensors"
+    return given("fid.weights", C.fid.weights, "see 'mmfm fid_reference --help' for how to get it")
 
 
 def training_variant(wildcards):
-    """Return the complete variant behind the `training` wildcard."""
-    return checked(targets.parse_variant, f".{wildcards.training.removesuffix('.guide')}", wildcards.setting, C)
+    """Return the variant in the `training` wildcard."""
+    text = f".{wildcards.training.removesuffix('.guide')}"
+    return checked(targets.parse_variant, text, wildcards.setting, C, document=targets.DOCUMENT)
 
 
 def trained_model(wildcards):
-    """Return the keys of `train` and the model that a job's wildcards set; a guide has its own budget."""
+    """Return the keys of `train` and the model set by a job's wildcards; a guide has its own budget."""
     complete = training_variant(wildcards)
     keys = {"seed": complete.seed, "model": complete.model}
     if wildcards.training.endswith(".guide"):
@@ -151,7 +196,7 @@ def trained_model(wildcards):
 
 
 def mixture_inputs(wildcards):
-    """Return the mixture's files of a job; empty for a setting without a mixture."""
+    """Return the mixture files of a job; empty for a setting without a mixture."""
     k = training_variant(wildcards).k
     if k is None:
         return {"gmm": [], "spatial_gmm": []}
@@ -163,10 +208,9 @@ def mixture_inputs(wildcards):
 
 
 def guide_weights(wildcards):
-    """Return the weights of the weaker model of an autoguidance job: given, or trained by the rule `train`.
+    """Return the weights of the guide of an autoguidance job: a configured file, or an output of the rule `train`.
 
-    The folder of a trained guide is called `.guide`: with the main model's size and another budget it would meet the
-    main model's weights otherwise.
+    A trained guide's folder ends in `.guide`, because a guide may differ from the main model only in its budget.
     """
     if not wildcards.ag:
         return []
@@ -179,28 +223,34 @@ def guide_weights(wildcards):
 
 
 def sampled(wildcards):
-    """Return the keys of `sample` that a job's wildcards set."""
+    """Return the keys of `sample` set by a job's wildcards."""
     text = f".{wildcards.training}.t{wildcards.t}{wildcards.g}"
-    complete = checked(targets.parse_variant, text, wildcards.setting, C, bool(wildcards.ag))
+    complete = checked(targets.parse_variant, text, wildcards.setting, C, bool(wildcards.ag), document=targets.DOCUMENT)
     guidance = targets.guidance_of(complete.g, bool(wildcards.ag), C)
     return {"sample": {"time_points": complete.t, "guidance": guidance}}
 
 
-def sample_operation(wildcards):
-    """Return the operation keys of `sample`, and the detector whose features it writes beside the images.
+def detector_file(wildcards):
+    """Return the weights file of the detector for a shell command; it may be missing."""
+    own = f"{encoder_folder(feature_encoder(wildcards))}/model.safetensors"
+    return shlex.quote(own if C.fid.detector == "encoder" else C.fid.weights)
 
-    The detector is no input, because it changes no image; its file need not be there.
+
+def sample_operation(wildcards):
+    """Return the operation keys of `sample`, and the detector if its features are wanted.
+
+    The detector is not an input, because it does not change the images. Its file may be missing.
     """
     if not C.sample.features:
         return OPERATION["sample"]
-    return f"{OPERATION['sample']} --detector {C.fid.detector} --detector-weights {shlex.quote(C.fid.weights)}"
+    return f"{OPERATION['sample']} --detector {C.fid.detector} --detector-weights {detector_file(wildcards)}"
 
 
 def preview_decoder(wildcards):
-    """Return the decoder for previews during training: given, or the pipeline's own once it is there.
+    """Return the decoder for previews during training: the configured file, or the one trained here, once it exists.
 
-    No input of `train`, because it changes no weight. (`ancient` would not do: Snakemake 9.27 then forgets a job whose
-    output is missing or whose parameter changed if the ancient input is made in the same run.)
+    It is not an input of `train`, because it does not affect the weights. (`ancient` does not work: if an ancient input
+    is made in the same run, Snakemake 9.27 skips jobs whose output is missing or whose parameter has changed.)
     """
     given = C.decoder.weights.format(encoder=wildcards.encoder)
     own = f"{RESULTS}/decoder/{wildcards.encoder}/decoder.safetensors"
@@ -208,31 +258,88 @@ def preview_decoder(wildcards):
 
 
 def train_operation(wildcards):
-    """Return the operation keys of `train`, the decoder of its previews, and by what it measures distances.
+    """Return the operation keys of `train`, the decoder for previews, and the files for Frechet distances.
 
-    Detector and reference change no weight, so they are no inputs, as the decoder is none; the rule of the reference
-    has a priority, by which it normally comes first.
+    Like the decoder, detector and reference are not inputs, because they do not affect the weights. The priority of
+    `fid_reference` makes it normally run first.
     """
     words = f"{OPERATION['train']} --decoder {preview_decoder(wildcards)}"
     if not C.train.preview.fid_every:
         return words
-    weights, reference = shlex.quote(C.fid.weights), shlex.quote(REFERENCE.replace("<results>", RESULTS))
-    return f"{words} --detector {C.fid.detector} --detector-weights {weights} --fid-reference {reference}"
+    detector, reference = detector_file(wildcards), shlex.quote(reference_file(wildcards))
+    return f"{words} --detector {C.fid.detector} --detector-weights {detector} --fid-reference {reference}"
 
 
 def complete_name(wildcards, kind):
-    """Return the file with the complete name behind a short one; `kind` is txt or json."""
+    """Return the file with the complete name that a short name stands for; `kind` is txt or json."""
     encoder, setting, ag, text = re.fullmatch(NAME, wildcards.request).group(1, 2, 3, 4)
-    complete = checked(targets.parse_variant, text, setting, C, ag is not None)
+    complete = checked(targets.parse_variant, text, setting, C, ag is not None, document=targets.DOCUMENT)
     return f"{RESULTS}/fid/{encoder}_{setting}{ag or ''}.{complete}.{kind}"
 
 
+def compared(template):
+    """Return a file for every encoder and setting of the comparison; `template` may use the parts of its name."""
+    found = []
+    for encoder in ENCODERS:
+        for setting in COMPARED:
+            variant = checked(targets.parse_variant, "", setting, C)
+            names = {"encoder": encoder, "setting": setting, "variant": variant, "k": variant.k}
+            names["training"] = replace(variant, t=None, g=None)
+            if variant.k is not None or "{k}" not in template:
+                found.append(f"{RESULTS}/{template}".format(**names))
+    return list(dict.fromkeys(found))
+
+
 def unknown_target(wildcards):
-    """Refuse a mistyped result with the list of the valid ones; otherwise Snakemake says only that no rule makes it."""
-    names = [f"{RESULTS}/fid/{e}_{setting}{ag}.txt" for e in ENCODERS for setting in SETTINGS for ag in GUIDED]
-    target = f"{RESULTS}/fid/{wildcards.name}"
-    raise WorkflowError(
-        f"no target '{target}'{mmfm_config.did_you_mean(target, names)}. Valid targets:\n  "
-        + "\n  ".join(names)
-        + f"\nwith any of .seedN .MODEL ({', '.join(C.models)}) .kN .tN .gN before .txt, in this order."
-    )
+    """Fail with what is wrong with the name; Snakemake would only say that no rule makes it."""
+    folder = getattr(wildcards, "folder", RESULTS)
+    raise WorkflowError(targets.explain_unknown(f"{folder}/fid/{wildcards.name}", RESULTS, C))
+
+
+FAILED = failure.Record()
+logger.addFilter(FAILED.keep)
+
+
+def refuse_logs_in_use():
+    """Fail if a job of another run is still at work on a job of this one."""
+    if workflow.is_main_process:
+        checked(
+            locks.refuse_logs_in_use, [log for job in workflow.dag.needrun_jobs() for log in job.log], document=RUNS
+        )
+
+
+def shorten_errors():
+    """Leave the commands of failed jobs to Snakemake's own log, unless they are asked for."""
+    asked = workflow.output_settings
+    if workflow.is_main_process and not (asked.verbose or asked.show_failed_logs or asked.printshellcmds):
+        for handler in logger.handlers:
+            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                handler.addFilter(FAILED.passes)
+                handler.setFormatter(failure.Brief(handler.formatter))
+
+
+def summarise_failure(log):
+    """Print what a failed run ends with; `log` holds the paths of Snakemake's own log."""
+    every = Counter(job.rule.name for job in workflow.dag.jobs if job.rule.output)
+    missing = Counter(job.rule.name for job in workflow.dag.needrun_jobs())
+    counts = {rule.name: (every[rule.name] - missing[rule.name], every[rule.name]) for rule in workflow.rules}
+    paths = [str(Path(path).relative_to(Path.cwd())) for path in log]
+    lines = failure.summary(FAILED.failures(), counts, MEM_MB, ", ".join(paths), FAILED.stopped)
+    if workflow.is_main_process and lines:
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+        FAILED.summarised = True
+
+
+def say_what_comes():
+    """Say what a run without a named target makes, and how long that takes."""
+    if workflow.is_main_process and not workflow.dag_settings.targets and not workflow.touch:
+        needed = workflow.dag.needrun_jobs(exclude_finished=False)  # a dry run finishes them all
+        count = Counter(job.rule.name for job in needed if job.rule.output)
+        seconds = {stage: estimate.seconds for stage, estimate in RESOURCES.items()} if FACTS.known else None
+        print(outlook.outlook(rules.all.input, count, seconds), file=sys.stderr, flush=True)
+
+
+def say_what_would_come():
+    """Say so at the end of a dry run, which has no `onstart`."""
+    if workflow.dryrun and workflow.dag is not None and any(workflow.dag.needrun_jobs(exclude_finished=False)):
+        say_what_comes()

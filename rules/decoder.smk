@@ -1,4 +1,4 @@
-"""The decoder: trained here, or given."""
+"""The decoder: trained here, or copied from the configured file."""
 
 DECODER = "<results>/decoder/{encoder}/decoder.safetensors"
 
@@ -27,7 +27,7 @@ if C.decoder.weights == "train":
             "<logs>/train_decoder.{encoder}.log",
         benchmark:
             "<benchmarks>/train_decoder.{encoder}.tsv"
-        # `train` can show images as it goes if the decoder is there.
+        # If the decoder exists, `train` can show previews.
         priority: 1
         conda:
             "../envs/mmfm.yaml"
@@ -37,8 +37,8 @@ if C.decoder.weights == "train":
             gpu=GPUS,
             processes=C.processes,
             mem_mb=MEM_MB["train_decoder"],
-            runtime=NEEDS["train_decoder"].minutes,
-            disk_mb=NEEDS["train_decoder"].disk_mb,
+            runtime=RESOURCES["train_decoder"].minutes,
+            disk_mb=RESOURCES["train_decoder"].disk_mb,
         params:
             settings=parameter("train_decoder"),
         shell:
@@ -51,11 +51,7 @@ else:
 
     rule given_decoder:
         input:
-            lambda wildcards: given(
-                "decoder.weights",
-                C.decoder.weights.format(encoder=wildcards.encoder),
-                "set it to a decoder's file, or to `train`",
-            ),
+            given_decoder,
         output:
             decoder=DECODER,
         log:

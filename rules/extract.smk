@@ -1,11 +1,11 @@
-"""Encoder: fetched where it is not a local folder; one pass over the images; latent statistics."""
+"""The encoder, downloaded if it is not a local folder; one pass over the images; latent statistics."""
 
 
 localrules:
     fetch_encoder,
 
 
-# The only rules with network access are the fetching ones: eight ranks never race to download.
+# The only rule with network access, so that ranks never race to download.
 rule fetch_encoder:
     output:
         config="<results>/fetched/{encoder}/config.json",
@@ -50,8 +50,8 @@ rule extract:
         gpu=GPUS,
         processes=C.processes,
         mem_mb=MEM_MB["extract"],
-        runtime=NEEDS["extract"].minutes,
-        disk_mb=NEEDS["extract"].disk_mb,
+        runtime=RESOURCES["extract"].minutes,
+        disk_mb=RESOURCES["extract"].disk_mb,
     params:
         settings=parameter("extract"),
     shell:
@@ -76,8 +76,8 @@ rule latent_stats:
     threads: 1
     resources:
         mem_mb=MEM_MB["latent_stats"],
-        runtime=NEEDS["latent_stats"].minutes,
-        disk_mb=NEEDS["latent_stats"].disk_mb,
+        runtime=RESOURCES["latent_stats"].minutes,
+        disk_mb=RESOURCES["latent_stats"].disk_mb,
     params:
         settings=parameter("latent_stats"),
     shell:

@@ -1,6 +1,11 @@
-"""Frechet distance: the reference, the distance of each variant, and the short names."""
+"""Frechet distances: the reference, one result per variant, and short names for results."""
 
-REFERENCE = "<results>/fid_reference/reference.safetensors"
+# With the detector `encoder` there is a reference for each encoder whose tokens are the features.
+_FEATURES = "{features}/" if C.fid.detector == "encoder" else ""
+_DOTTED = ".{features}" if C.fid.detector == "encoder" else ""
+REFERENCE = f"<results>/fid_reference/{_FEATURES}reference.safetensors"
+# On a CPU, a slow detector must not keep the other stages waiting for cores: it runs when nothing else can.
+_SLOW = not GPUS and bool(DETECTORS[C.fid.detector].cpu_rate)
 
 
 rule fid_reference:
@@ -17,21 +22,21 @@ rule fid_reference:
     output:
         REFERENCE,
     log:
-        "<logs>/fid_reference.log",
+        f"<logs>/fid_reference{_DOTTED}.log",
     benchmark:
-        "<benchmarks>/fid_reference.tsv"
-    # `train` can measure distances as it goes if the reference is there.
-    priority: 1
+        f"<benchmarks>/fid_reference{_DOTTED}.tsv"
+    # If the reference exists, `train` can measure distances.
+    priority: -1 if _SLOW else 1
     conda:
         "../envs/mmfm.yaml"
-    threads: SHARED_CORES
+    threads: ALL_CORES if _SLOW else SHARED_CORES
     resources:
         operation=OPERATION["fid_reference"],
         gpu=GPUS,
         processes=C.processes,
         mem_mb=MEM_MB["fid_reference"],
-        runtime=NEEDS["fid_reference"].minutes,
-        disk_mb=NEEDS["fid_reference"].disk_mb,
+        runtime=RESOURCES["fid_reference"].minutes,
+        disk_mb=RESOURCES["fid_reference"].disk_mb,
     params:
         settings=parameter("fid_reference"),
     shell:
@@ -45,7 +50,7 @@ rule fid:
     input:
         images=rules.sample.output.images,
         about=rules.sample.output.about,
-        reference=REFERENCE,
+        reference=reference_file,
         detector=detector_weights,
     output:
         text="<results>/fid/{encoder}_{setting}{ag}.{training}.t{t}{g}.txt",
@@ -62,8 +67,8 @@ rule fid:
         gpu=GPUS,
         processes=C.processes,
         mem_mb=MEM_MB["fid"],
-        runtime=NEEDS["fid"].minutes,
-        disk_mb=NEEDS["fid"].disk_mb,
+        runtime=RESOURCES["fid"].minutes,
+        disk_mb=RESOURCES["fid"].disk_mb,
     params:
         settings=parameter("fid"),
     shell:
@@ -78,11 +83,11 @@ localrules:
     short_name,
 
 
-# Both match a name that says all but a scale of guidance; it is a short one.
+# Both match a name that lacks only the guidance scale; such a name is short.
 ruleorder: short_name > fid
 
 
-# results/fid/dinov2_mode.txt and results/fid/dinov2_mode.k512.txt stand for what the configuration says of the rest.
+# Short names, such as results/fid/dinov2_mode.txt and results/fid/dinov2_mode.k512.txt; the rest is as configured.
 rule short_name:
     input:
         text=lambda wildcards: complete_name(wildcards, "txt"),
@@ -126,17 +131,18 @@ rule unknown_target:
         "false 2> {log:q}"
 
 
-# With `run` set, results lie one folder deeper: whoever forgets it gets the list, too.
-if C.run:
-
-    rule unknown_run:
-        input:
-            unknown_target,
-        output:
-            "results/fid/{name}",
-        log:
-            "<logs>/unknown_run.{name}.log",
-        conda:
-            "../envs/mmfm.yaml"
-        shell:
-            "false 2> {log:q}"
+# The results of a configuration with another `run`, or with none.
+rule unknown_run:
+    input:
+        unknown_target,
+    output:
+        "{folder}/fid/{name}",
+    log:
+        "<logs>/unknown_run.{folder}.{name}.log",
+    wildcard_constraints:
+        folder=rf"(?!{RESULTS}/fid/)results(/[^/]+)?",
+        name=r"[^/]+",
+    conda:
+        "../envs/mmfm.yaml"
+    shell:
+        "false 2> {log:q}"

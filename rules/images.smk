@@ -1,4 +1,4 @@
-"""Images: the embedded ones unpacked, and the listing that numbers them."""
+"""The demo's images, unpacked, and the listing that numbers the images."""
 
 DEMO_IMAGES = "<results>/images/fashion-mnist"
 LISTING = "<results>/list_images/listing.train.safetensors"
@@ -24,11 +24,11 @@ rule demo_images:
         'python -m mmfm.cli demo_images --source "$(dirname {input.images:q})" --out {output:q} 2>&1 | tee {log:q}'
 
 
-# A folder of one's own is no declared input: walking it on every dry run would take minutes at ImageNet's size.
-# After adding or removing images: snakemake TARGET --cores all -R list_images
+# The image folder is not a declared input: Snakemake would scan it at every start, which takes minutes for ImageNet.
+# After adding or removing images, run: snakemake TARGET --cores all -R list_images
 rule list_images:
     input:
-        branch(C.data.root == "demo", then=DEMO_IMAGES, otherwise=[]),
+        DEMO_IMAGES if C.data.root == "demo" else own_images,
     output:
         train=LISTING,
         heldout=HELDOUT,

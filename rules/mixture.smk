@@ -40,8 +40,8 @@ rule fit_gmm:
         gpu=GPUS,
         processes=C.processes,
         mem_mb=MEM_MB["fit_gmm"],
-        runtime=NEEDS["fit_gmm"].minutes,
-        disk_mb=NEEDS["fit_gmm"].disk_mb,
+        runtime=RESOURCES["fit_gmm"].minutes,
+        disk_mb=RESOURCES["fit_gmm"].disk_mb,
     params:
         settings=parameter("fit_gmm", lambda wildcards: {"gmm": {"n_components": int(wildcards.k)}}),
     shell:
@@ -73,8 +73,8 @@ rule spatial_gmm:
         gpu=GPUS,
         processes=C.processes,
         mem_mb=MEM_MB["spatial_gmm"],
-        runtime=NEEDS["spatial_gmm"].minutes,
-        disk_mb=NEEDS["spatial_gmm"].disk_mb,
+        runtime=RESOURCES["spatial_gmm"].minutes,
+        disk_mb=RESOURCES["spatial_gmm"].disk_mb,
     params:
         settings=parameter("spatial_gmm"),
     shell:
@@ -84,7 +84,7 @@ rule spatial_gmm:
         " --assignment {input.assignment:q} --out {output.mixture:q} {resources.operation} 2>&1 | tee {log:q}"
 
 
-# The fits share the tokens; a spatial mixture each is needed for the coupling cost.
+# The fits share the tokens. Each needs its spatial mixture for the coupling cost.
 rule sweep:
     input:
         fits=expand(rules.fit_gmm.output.about, k=C.sweep.modes, allow_missing=True),

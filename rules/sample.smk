@@ -1,4 +1,4 @@
-"""Generation."""
+"""Image generation."""
 
 
 rule sample:
@@ -36,8 +36,8 @@ rule sample:
         gpu=GPUS,
         processes=C.processes,
         mem_mb=MEM_MB["sample"],
-        runtime=NEEDS["sample"].minutes,
-        disk_mb=NEEDS["sample"].disk_mb,
+        runtime=RESOURCES["sample"].minutes,
+        disk_mb=RESOURCES["sample"].disk_mb,
     params:
         settings=parameter("sample", sampled),
     shell:

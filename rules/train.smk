@@ -1,4 +1,4 @@
-"""Flow matching in the latent space."""
+"""Training of the flow-matching model."""
 
 
 rule train:
@@ -29,8 +29,8 @@ rule train:
         gpu=GPUS,
         processes=C.processes,
         mem_mb=MEM_MB["train"],
-        runtime=NEEDS["train"].minutes,
-        disk_mb=NEEDS["train"].disk_mb,
+        runtime=RESOURCES["train"].minutes,
+        disk_mb=RESOURCES["train"].disk_mb,
     params:
         settings=parameter("train", trained_model),
     shell:

@@ -1,9 +1,10 @@
-"""Write what documents say of configuration and stages: all of it stands in mmfm.config.
+"""Generate documentation of the configuration and the stages from mmfm.config.
 
-config/README.md, workflow/schemas/config.schema.json, the table of stages in docs/stages.md, their graph in README.md.
+This writes config/README.md, workflow/schemas/config.schema.json, the table of stages in docs/stages.md, and their
+graph in README.md.
 
 python tools/config_docs.py            write them
-python tools/config_docs.py --check    exit with 1 if one is out of step
+python tools/config_docs.py --check    exit with status 1 if one is out of date
 """
 
 import argparse
@@ -26,43 +27,46 @@ FRONT = ROOT / "README.md"
 SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.json"
 
 NOT_RERUN = {("gmm", "n_components"): "sweep"} | {("guide", key): "train" for key in ("weights", "scale", "interval")}
-"""Stages that a section's other keys rerun, but not this one: the sweep has numbers of modes of its own."""
+"""By section and key: a stage that the key does not rerun although the other keys of its section do."""
 
 INTRODUCTION = """\
 # Configuration
 
-`config/config.yaml` holds every key with the value of the embedded demo. Put what you want otherwise into a file of
-your own and lay it over: `snakemake results/fid/dinov2_mode.txt --cores all --configfile my.yaml`. A key that does not
-exist or a value of the wrong type is an error that names it. (`--config key=value` turns nested numbers into text; use
-a file.)
+Put your values into a file and lay it over `config/config.yaml`, which holds the defaults:
+`snakemake results/fid/dinov2_mode.txt --cores all --configfile mine.yaml`. Keys that depend on the images have no
+default: `mmfm init FOLDER` looks at yours and writes such a file. The demo's values, `config/demo.yaml`, apply exactly
+when `data.root` is `demo`. A key that does not exist, or a value of the wrong type, is an error that names it.
+(`--config key=value` turns nested numbers into text; use a file.)
 
-The kinds of keys:
+Every key has one of three kinds:
 
 * **identity**: changes the numbers. The stages under "reruns" run again.
-* **budget**: how far to go. The same stages run again, but the first goes on from where it stood when the value is
+* **budget**: how far to go. The same stages run again, but the first continues from its last state if the value is
   raised.
 * **operation**: speed, memory, logging. Nothing runs again.
 
-The keys of `encoders`, `models` and `decoder` count where they are used: those of another encoder or model rerun
-nothing, and of `decoder` only `weights` does unless that is `train`. Without a mixture (`uncond`) those of `gmm` count
-for nothing. Nor does what only another setting looks at: `label_dropout` and `label_draw` are of `class`, `class_gmm`,
-`mode_dropout` is of `mode`, `assignment`, `means_precision` and `mode_draw` of settings with a mixture; the other keys
-of `loss_weighting` count where there is a `rule`, `rtol` and `atol` where the solver chooses its steps.
+A key counts only where it is used:
 
-A target's name can carry `seed`, model, `k` (modes), `t` (time points) and `g` (guidance scale) instead, which is the
-way to sweep: everything that two variants share is made once.
+* The keys of another encoder or model rerun nothing, nor do those of `gmm` in `uncond` and `class`.
+* Unless `decoder.weights` is `train`, the other keys of `decoder` rerun nothing.
+* `label_dropout` and `label_draw` count only in `class` and `class_gmm`; `mode_dropout` only in `mode`; `assignment`,
+  `means_precision` and `mode_draw` only in settings with a mixture.
+* The other keys of `loss_weighting` count only with a `rule`; `rtol` and `atol` only with an adaptive solver.
+
+To sweep over values, put them into the target's name, which can carry `seed`, the model, `k` (modes), `t` (time points)
+and `g` (guidance scale). Variants share the steps they have in common:
 
     snakemake --cores all results/fid/dinov2_mode.seed{0,1,2}.txt results/fid/dinov2_gmm.k{16,256}.t4.txt
 
-This page and `workflow/schemas/config.schema.json` are written by `python tools/config_docs.py`.
+`python tools/config_docs.py` generates this page and `workflow/schemas/config.schema.json`.
 """
 
 TABLE_HEAD = ["| key | meaning | unit | default | kind | reruns |", "|---|---|---|---|---|---|"]
 
 
 def reruns(section: str) -> list[str]:
-    """Return the stages that run again when an identity key of ``section`` changes, in the order of the workflow."""
-    # The rule train makes the guide from the keys of `train`, with those of `guide` in their places.
+    """Return the stages that run again if an identity key of ``section`` changes, in workflow order."""
+    # The rule `train` trains the guide, with some keys of `train` replaced by those of `guide`.
     first = ["train"] if section == "guide" else registry.readers(section)
     found = {name for stage in first for name in registry.below(stage)}
     return [stage for stage in config.STAGES if stage in found]
@@ -78,41 +82,44 @@ def readme(values: dict[str, Any]) -> str:
         kind = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else hint
         name = f"{f.name}.*" if kind is not hint else f.name
         section = {"encoders": "encoder", "models": "model"}.get(f.name, f.name)
-        entry = next(iter(values[f.name].values())) if kind is not hint else values[f.name]
+        entry = {} if kind is not hint else values.get(f.name, {})
         again = reruns(section)
         lines += [f"## {name}", "", (kind.__doc__ or "").strip(), ""]
         lines += [*TABLE_HEAD, *rows(kind, entry, section, "", again), ""]
     top = [f for f in dataclasses.fields(config.Config) if f.metadata["kind"] != "section"]
     lines += ["## Top level", "", *TABLE_HEAD]
     lines += [row(f, values[f.name], "", list(config.STAGES)) for f in top]
-    lines += ["", "Changing `run` moves to another folder, where everything is made, and back at no cost.", ""]
+    lines += ["", "Changing `run` starts from scratch in another folder. Changing it back reruns nothing.", ""]
     return "\n".join(lines)
 
 
 def rows(kind: type, values: dict[str, Any], section: str, prefix: str, again: list[str]) -> list[str]:
-    """Return the table rows of a section, nested ones included; ``again`` are the stages that its keys rerun."""
+    """Return the table rows of a section, nested ones included; its keys rerun the stages ``again``."""
     result = []
     for f in dataclasses.fields(kind):
         hint = typing.get_type_hints(kind)[f.name]
         if dataclasses.is_dataclass(hint):
-            result += rows(hint, values[f.name], section, f"{prefix}{f.name}.", again)
+            result += rows(hint, values.get(f.name, {}), section, f"{prefix}{f.name}.", again)
         else:
-            result.append(row(f, values[f.name], prefix, [s for s in again if NOT_RERUN.get((section, f.name)) != s]))
+            rerun = [s for s in again if NOT_RERUN.get((section, f.name)) != s]
+            result.append(row(f, values.get(f.name), prefix, rerun))
     return result
 
 
 def row(f: dataclasses.Field, value: Any, prefix: str, again: list[str]) -> str:
     """Return one table row."""
     choices = f" ({', '.join(f'`{c}`' for c in f.metadata['choices'])})" if f.metadata["choices"] else ""
-    shown = '""' if value == "" else str(value).lower() if isinstance(value, bool) else value
+    shown = '`""`' if value == "" else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    if value is None:
+        shown = "required"
     kind = f.metadata["kind"]
     reran = "nothing" if kind == "operation" else ", ".join(again)
-    cells = (f"`{prefix}{f.name}`", f.metadata["help"] + choices, f.metadata["unit"], f"`{shown}`", kind, reran)
+    cells = (f"`{prefix}{f.name}`", f.metadata["help"] + choices, f.metadata["unit"], shown, kind, reran)
     return f"| {' | '.join(cells)} |"
 
 
 def schema(kind: type) -> dict[str, Any]:
-    """Return the JSON schema of a section: that of a file laid over others, so that no key is required."""
+    """Return the JSON schema of a section; no key is required, because files override others."""
     hints = typing.get_type_hints(kind)
     properties = {f.name: _property(hints[f.name], f.metadata) for f in dataclasses.fields(kind)}
     return {"type": "object", "additionalProperties": False, "properties": properties}
@@ -143,8 +150,8 @@ def _scalar(kinds: list[str], metadata: Any) -> dict[str, Any]:
 
 
 def stage_table() -> str:
-    """Return the table of docs/stages.md."""
-    lines = ["| stage | what it does | reads what these made | writes | unit of resumption |", "|---|---|---|---|---|"]
+    """Return the table for docs/stages.md."""
+    lines = ["| stage | what it does | reads outputs of | writes | unit of resumption |", "|---|---|---|---|---|"]
     for name, stage in config.STAGES.items():
         parents = ", ".join(f"`{parent}`" for parent in stage.parents) or "the image folder"
         outputs = ", ".join(f"`{output}`" for output in stage.outputs)
@@ -155,7 +162,7 @@ def stage_table() -> str:
 
 
 def stage_graph() -> str:
-    """Return the graph of README.md, in Mermaid's language: arrows that another path implies are left out."""
+    """Return the graph for README.md in Mermaid syntax, without arrows that another path implies."""
     lines = ["```mermaid", "flowchart LR"]
     for name, stage in config.STAGES.items():
         for parent in stage.parents:
@@ -165,7 +172,7 @@ def stage_graph() -> str:
 
 
 def between_markers(path: Path, text: str) -> str:
-    """Return a document with the part between its markers replaced."""
+    """Return a document with the text between its markers replaced."""
     before, rest = path.read_text().split("<!-- stages: written by tools/config_docs.py -->\n")
     return (
         f"{before}<!-- stages: written by tools/config_docs.py -->\n{text}\n<!-- end -->{rest.split('<!-- end -->')[1]}"
@@ -173,9 +180,9 @@ def between_markers(path: Path, text: str) -> str:
 
 
 def main() -> int:
-    """Write or compare."""
+    """Write or check the documents."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    parser.add_argument("--check", action="store_true", help="check instead of writing")
     options = parser.parse_args()
     values = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
     head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "MM-FM configuration"}
@@ -188,7 +195,7 @@ def main() -> int:
     stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
     for path in stale:
         if options.check:
-            print(f"{path.relative_to(ROOT)} is out of step with mmfm.config; run python tools/config_docs.py")
+            print(f"{path.relative_to(ROOT)} is out of date; run python tools/config_docs.py")
         else:
             path.write_text(texts[path])
     return 1 if options.check and stale else 0

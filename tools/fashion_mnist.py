@@ -1,4 +1,4 @@
-"""What the demo's training tools share: the splits of Fashion-MNIST, measures, checkpoints and weights files."""
+"""Shared by the tools that train the demo's networks: Fashion-MNIST splits, measures, checkpoints, weights files."""
 
 import argparse
 import json
@@ -21,12 +21,12 @@ DEMO = Path(__file__).resolve().parent.parent / "resources" / "demo"
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the description's lines and shows every default."""
+    """Keeps the line breaks of the description and shows all defaults."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one split as uint8 (N, 3, 32, 32), labels as int64 (N,), and the SHA-256 of the images' file."""
+    """Images (N, 3, 32, 32) uint8, labels (N,) int64, and the SHA-256 of the image file."""
 
     images: Tensor
     labels: Tensor
@@ -34,37 +34,37 @@ class Split:
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
-    """The options that both tools take; ``steps`` is the default number of optimiser steps."""
+    """Add the options of both tools; ``steps`` is the default number of optimiser steps."""
     parser.add_argument(
         "--data",
         type=Path,
         default=Path("/usr/share/datasets/fashion-mnist"),
-        help="folder of the original train-*.gz and t10k-*.gz (the Debian package dataset-fashion-mnist puts them at "
-        "the default); with resources/demo/fashion-mnist, which holds the test images only, the first 8,000 of "
-        "them train and the rest test: enough to try the tool, not to make weights",
+        help="folder with the original train-*.gz and t10k-*.gz files (the default is where the Debian package "
+        "dataset-fashion-mnist installs them); resources/demo/fashion-mnist has only the test images, of which 8,000 "
+        "are then used for training and 2,000 for testing: enough to try the tool",
     )
-    parser.add_argument("--steps", type=int, default=steps, help="optimiser steps; the learning rate ends with them")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights, the batches and augmentations")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU; set OMP_NUM_THREADS to the same")
     parser.add_argument(
-        "--evaluate-every", type=int, default=500, metavar="STEPS", help="measure on the test images every so often"
+        "--steps", type=int, default=steps, help="optimiser steps; also sets the learning-rate schedule"
     )
+    parser.add_argument("--seed", type=int, default=0, help="for initial weights, batches and augmentations")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; set OMP_NUM_THREADS to the same number")
+    parser.add_argument("--evaluate-every", type=int, default=500, metavar="STEPS", help="interval between evaluations")
     parser.add_argument(
         "--checkpoint-every",
         type=int,
         default=100,
         metavar="STEPS",
-        help="the same command started again goes on from the last checkpoint and ends with the same weights",
+        help="interval between checkpoints; the same command resumes from the last one and ends with the same weights",
     )
 
 
 def load_splits(folder: Path) -> tuple[Split, Split]:
-    """The training and the test split found in a folder.
+    """Load the training and test splits from a folder.
 
-    Where the folder lacks the training files, the test images' first 8,000 train and the last 2,000 test.
+    Without training files, the first 8,000 test images are used for training and the last 2,000 for testing.
 
     Raises:
-        FileNotFoundError: the folder holds neither.
+        FileNotFoundError: there are no test files.
         ValueError: a file is malformed, or images and labels differ in number.
     """
     test = _load(folder, "t10k")
@@ -85,9 +85,9 @@ def _load(folder: Path, prefix: str) -> Split:
 
 
 def batch_indices(step: int, batch: int, total: int, seed: int) -> Tensor:
-    """Indices of a step's batch: epochs of whole batches, each epoch its own permutation.
+    """Return the indices of a step's batch. Each epoch is a permutation, cut into whole batches.
 
-    A function of the step alone, so that a resumed run sees what an undisturbed one does.
+    They depend on the step alone, so a resumed run uses the same batches.
     """
     epoch, position = divmod(step, total // batch)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
@@ -102,7 +102,7 @@ def nearest_neighbour_accuracy(
     metric: Literal["cosine", "euclidean"] = "cosine",
     k: int = 20,
 ) -> float:
-    """Accuracy of a majority vote among the k nearest references; float32 (N, C) and (M, C)."""
+    """Return the accuracy of a majority vote among the k nearest references (N, C), for queries (M, C), float32."""
     if metric == "cosine":
         references, queries = (torch.nn.functional.normalize(x, dim=1) for x in (references, queries))
     nearest = torch.cdist(queries, references).topk(k, dim=1, largest=False).indices
@@ -111,7 +111,7 @@ def nearest_neighbour_accuracy(
 
 
 def mixture_purity(features: Tensor, labels: Tensor, components: int = 10) -> float:
-    """Share of the samples that have the commonest label of their component of a diagonal Gaussian mixture."""
+    """Return the share of samples that have the majority label of their component in a diagonal Gaussian mixture."""
     mixture = GaussianMixture(components, covariance_type="diag", reg_covar=1e-4, n_init=3, random_state=0)
     assigned = mixture.fit_predict(features.double().numpy())
     table = np.zeros((components, int(labels.max()) + 1), np.int64)
@@ -120,14 +120,14 @@ def mixture_purity(features: Tensor, labels: Tensor, components: int = 10) -> fl
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     partial = path.with_name(path.name + ".part")
     partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     os.replace(partial, path)
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, object]) -> None:
-    """Write safetensors, floats as float16, whole or not at all; metadata that is not a string is written as JSON."""
+    """Write safetensors atomically, floats as float16; metadata that is not a string is written as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = {k: v if isinstance(v, str) else json.dumps(v, sort_keys=True) for k, v in metadata.items()}
     halves = {name: (x.half() if x.is_floating_point() else x).contiguous() for name, x in tensors.items()}
@@ -137,37 +137,36 @@ def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, obj
     os.replace(partial, path)
 
 
-def describe_settings(options: argparse.Namespace, digest: str) -> dict[str, object]:
-    """What determines the weights: the options that change them, the seed, the steps and the data's SHA-256.
+def describe_run(options: argparse.Namespace, digest: str) -> dict[str, object]:
+    """Return everything that determines the weights: options, seed, number of steps and SHA-256 of the data.
 
-    Two runs of equal descriptions are the same run, so that one may continue the other.
+    A run can be resumed only by one with the same description.
     """
     elsewhere = {"data", "out", "grow", "seed", "steps", "threads", "evaluate_every", "checkpoint_every"}
-    settings = {name: value for name, value in vars(options).items() if name not in elsewhere}
-    return {"settings": settings, "seed": options.seed, "steps": options.steps, "data_sha256": digest}
+    relevant = {name: value for name, value in vars(options).items() if name not in elsewhere}
+    return {"settings": relevant, "seed": options.seed, "steps": options.steps, "data_sha256": digest}
 
 
-def save_checkpoint(path: Path, settings: dict[str, object], done: int, seconds: float, **parts: Stateful) -> None:
-    """Write the parts' states whole or not at all, with the steps done and the seconds they took."""
+def save_checkpoint(path: Path, run: dict[str, object], done: int, seconds: float, **parts: Stateful) -> None:
+    """Write a checkpoint atomically: the states of the parts, the steps done, and the seconds they took."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     states = {name: part.state_dict() for name, part in parts.items()}
-    torch.save({"settings": settings, "done": done, "seconds": seconds, "states": states}, partial)
+    torch.save({"run": run, "done": done, "seconds": seconds, "states": states}, partial)
     os.replace(partial, path)
 
 
-def load_checkpoint(path: Path, settings: dict[str, object], **parts: Stateful) -> tuple[int, float]:
-    """Load the parts' states if a checkpoint is there; returns the steps done and the seconds they took.
+def load_checkpoint(path: Path, run: dict[str, object], **parts: Stateful) -> tuple[int, float]:
+    """Restore the parts from a checkpoint, if there is one; returns the steps done and the seconds they took.
 
     Raises:
-        ValueError: the checkpoint is of other settings.
+        ValueError: the checkpoint belongs to a run with other options or data.
     """
     if not path.exists():
         return 0, 0.0
     checkpoint = torch.load(path, weights_only=True)
-    if checkpoint["settings"] != settings:
-        other = checkpoint["settings"]
-        raise ValueError(f"{path} is of a run with other settings, {other}: finish that run, or delete the file")
+    if checkpoint["run"] != run:
+        raise ValueError(f"{path} belongs to another run ({checkpoint['run']}); finish that run, or delete the file")
     for name, part in parts.items():
         part.load_state_dict(checkpoint["states"][name])
     print(f"resumed from {path} at step {checkpoint['done']}", flush=True)
@@ -175,13 +174,13 @@ def load_checkpoint(path: Path, settings: dict[str, object], **parts: Stateful) 
 
 
 class ProgressLine:
-    """Prints step, measures, rate and the time left; counts the time of interrupted runs too."""
+    """Prints the step, measures, rate and time left; includes the time of interrupted runs."""
 
     def __init__(self, steps: int, start: int, seconds: float) -> None:
         self.steps, self.start, self.before, self.began = steps, start, seconds, time.monotonic()
 
     def seconds(self) -> float:
-        """Seconds since the first step, those of earlier starts included."""
+        """Return the training time in seconds, including interrupted runs."""
         return self.before + time.monotonic() - self.began
 
     def print(self, step: int, **measures: float) -> None:

@@ -19,7 +19,7 @@ from fashion_mnist import (
     Split,
     add_common_arguments,
     batch_indices,
-    describe_settings,
+    describe_run,
     load_checkpoint,
     load_splits,
     mixture_purity,
@@ -33,17 +33,17 @@ from mmfm.data.fashion_mnist import sha256
 DESCRIPTION = """\
 Pretrain a tiny DINOv2-with-registers encoder on the 60,000 training images of Fashion-MNIST, without labels.
 
-Two random views of each image go through the encoder. The global token learns to tell which two views belong together
-(SimCLR); the patch tokens learn to carry the pixels, so that a decoder can draw the image from them.
-Labels serve the evaluation alone: the accuracy of 20 nearest neighbours among the global tokens of 5,000 training
-images, and the purity of a mixture of ten components on those of the test images, both beside the same on pixels.
+The encoder sees two random views of each image. Its global token learns which views belong together (SimCLR); its patch
+tokens learn to reproduce the pixels, so that a decoder can reconstruct the image.
+Labels are only used for evaluation: the accuracy of 20 nearest neighbours among the global tokens of 5,000 training
+images, and the purity of a ten-component mixture fitted to those of the test images, compared with the same on pixels.
 
-The committed weights were made in two runs, of half an hour each on one busy core: six layers, then ten, of which the
-upper four started as the identity.
+The committed weights were made in two runs of half an hour each on one busy core: first six layers, then ten, the upper
+four of which started as the identity.
   python tools/pretrain_encoder.py --depth 6 --out /tmp/base
   python tools/pretrain_encoder.py --depth 10 --grow /tmp/base --steps 1600 --lr 5e-4 --seed 1
 
-To see it work in seconds:
+A quick test, in seconds:
   python tools/pretrain_encoder.py --data resources/demo/fashion-mnist --steps 20 --out /tmp/encoder
 """
 REGISTERS, SIZE, PATCH = 4, 32, 8
@@ -51,9 +51,9 @@ MEAN, STD = 0.5, 0.5
 
 
 def build_encoder(width: int, depth: int) -> Dinov2WithRegistersModel:
-    """An encoder of 32x32 RGB images into 16 patch tokens, whose final layer norm has no affine.
+    """Build an encoder of 32x32 RGB images into 16 patch tokens.
 
-    The pipeline drops that affine, so nothing may be learned in it: weight 1, bias 0, never trained.
+    The affine part of the final layer norm is not trained, because the pipeline drops it.
     """
     config = Dinov2WithRegistersConfig(
         image_size=SIZE,
@@ -72,17 +72,18 @@ def build_encoder(width: int, depth: int) -> Dinov2WithRegistersModel:
 
 
 def grow(encoder: Dinov2WithRegistersModel, folder: Path) -> str:
-    """Start from a shallower encoder: its layers come first, those above them begin as the identity.
+    """Initialize the lower layers from a shallower encoder, and the layers above as the identity.
 
-    A layer whose layer scales are 0 passes its input on, so the deeper encoder computes what the shallower one did and
-    learns on from there (Chen, Goodfellow and Shlens, "Net2Net", ICLR 2016).
+    Layers with layer scales of 0 pass their input on, so training continues from the function of the shallower encoder.
 
     Returns:
-        The SHA-256 of the weights it started from.
+        the SHA-256 of the shallower encoder's weights.
+
+    Source: Chen, Goodfellow and Shlens 2016, "Net2Net".
     """
     base = Dinov2WithRegistersModel.from_pretrained(folder, dtype=torch.float32)
     if base.config.num_hidden_layers > encoder.config.num_hidden_layers:
-        raise SystemExit(f"{folder} has {base.config.num_hidden_layers} layers; give --depth at least that")
+        raise SystemExit(f"{folder} has {base.config.num_hidden_layers} layers; set --depth to at least that")
     encoder.load_state_dict(base.state_dict(), strict=False)
     with torch.no_grad():
         for layer in encoder.encoder.layer[base.config.num_hidden_layers :]:
@@ -92,20 +93,20 @@ def grow(encoder: Dinov2WithRegistersModel, folder: Path) -> str:
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """Grey values in [0, 1], float32 (B, 1, 32, 32), to the encoder's input (B, 3, 32, 32)."""
+    """Turn grey values (B, 1, 32, 32) float32 in [0, 1] into the encoder's input (B, 3, 32, 32)."""
     return ((pixels - MEAN) / STD).expand(-1, 3, -1, -1)
 
 
 def augment(pixels: Tensor, options: argparse.Namespace, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A random view of each image: crop, aspect, rotation and flip in one resampling; tone; an erased rectangle.
+    """Make a random view of each image: crop, aspect, rotation and flip in one resampling; tone; an erased rectangle.
 
-    Aspect and rotation stay small, because a garment's outline tells its class.
+    Aspect and rotation change only a little, because the outline of a garment determines its class.
 
     Args:
-        pixels: float32 (B, 1, 32, 32) in [0, 1].
+        pixels: (B, 1, 32, 32) float32 in [0, 1].
 
     Returns:
-        The views, and the same before erasing, both float32 (B, 1, 32, 32) in [0, 1].
+        the views with and without the erased rectangle, both (B, 1, 32, 32) float32 in [0, 1].
     """
 
     def uniform(low: float, high: float) -> Tensor:
@@ -134,13 +135,13 @@ def augment(pixels: Tensor, options: argparse.Namespace, generator: torch.Genera
 
 
 def _interval(start: Tensor, length: Tensor) -> Tensor:
-    """Which pixel positions lie in [start, start + length): bool (B, 32)."""
+    """Return which pixel positions lie in [start, start + length), (B, 32) bool."""
     position = torch.arange(SIZE)
     return (position >= start[:, None]) & (position < (start + length)[:, None])
 
 
 class Objective(nn.Module):
-    """The contrastive loss of the global token and the pixel loss of the patch tokens, with heads that are dropped.
+    """The contrastive loss of the global token and the pixel loss of the patch tokens; its heads are discarded later.
 
     Source: Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", equation 1.
     """
@@ -154,11 +155,11 @@ class Objective(nn.Module):
         self.pixels = nn.Linear(width, PATCH * PATCH)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Contrastive and pixel loss.
+        """Return the contrastive and the pixel loss.
 
         Args:
-            tokens: float32 (2B, 1 + R + N, C), the first views' tokens above the second views'.
-            targets: float32 (2B, 1, 32, 32) in [0, 1], the views before erasing.
+            tokens: (2B, 1 + R + N, C) float32, first all first views, then all second views.
+            targets: (2B, 1, 32, 32) float32 in [0, 1], the views before erasing.
         """
         projected = functional.normalize(self.projection(tokens[:, 0]), dim=1)
         count = len(projected)
@@ -172,16 +173,16 @@ class Objective(nn.Module):
 
 @torch.no_grad()
 def encode(encoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Global tokens (N, C) and patch tokens (N, 16, C), float32, of uint8 images (N, 3, 32, 32)."""
+    """Return global tokens (N, C) and patch tokens (N, 16, C), float32, of images (N, 3, 32, 32) uint8."""
     tokens = torch.cat([encoder(normalise(x[:, :1] / 255)).last_hidden_state for x in images.split(500)])
     return tokens[:, 0], tokens[:, 1 + REGISTERS :]
 
 
 def evaluate(encoder: nn.Module, train: Split, test: Split) -> dict[str, float]:
-    """Nearest-neighbour accuracy and mixture purity of the global tokens, and how well the patch tokens draw pixels.
+    """Measure nearest-neighbour accuracy and mixture purity of global tokens, and reconstruction from patch tokens.
 
-    ``decoded`` is the share of the test pixels' variance that a least-squares map of each patch token to its own patch,
-    fitted to 2,000 training images, explains.
+    ``decoded`` is the share of the variance of test pixels explained by a least-squares map from patch tokens, fitted
+    to 2,000 training images.
     """
     reference, labels = train.images[:5000], train.labels[:5000]
     (reference_global, reference_patches), (test_global, test_patches) = (
@@ -208,14 +209,14 @@ def _patch_pixels(images: Tensor) -> Tensor:
 
 
 def evaluate_pixels(train: Split, test: Split) -> dict[str, float]:
-    """The same measures of the grey pixels themselves, by Euclidean distance, which suits them better than cosine."""
+    """Measure the same on grey pixels, with Euclidean distances, which suit them better than cosine."""
     reference, queries = (split.images[:, 0].float().flatten(1) / 255 for split in (train, test))
     knn = nearest_neighbour_accuracy(reference[:5000], train.labels[:5000], queries, test.labels, metric="euclidean")
     return {"pixel_knn": knn, "pixel_purity": mixture_purity(queries, test.labels)}
 
 
 def publish(encoder: Dinov2WithRegistersModel, folder: Path, metadata: dict[str, object]) -> None:
-    """Write an encoder in the Hugging Face layout; the weights come last, so that a folder with weights is whole."""
+    """Write an encoder in the Hugging Face layout, weights last, so that a folder with weights is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {**encoder.config.to_diff_dict(), "architectures": [type(encoder).__name__], "dtype": "float16"}
     write_json(folder / "config.json", config)
@@ -238,25 +239,25 @@ def publish(encoder: Dinov2WithRegistersModel, folder: Path, metadata: dict[str,
 
 
 def parse_options() -> argparse.Namespace:
-    """Options of the command line; the defaults are those of the committed weights."""
+    """Parse the command line; the defaults are those of the committed weights."""
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=HelpFormatter)
     add_common_arguments(parser, steps=3600)
-    parser.add_argument("--out", type=Path, default=DEMO / "encoder", help="folder of the weights and both configs")
-    parser.add_argument("--width", type=int, default=96, help="of the tokens, in multiples of 32 (one head each)")
+    parser.add_argument("--out", type=Path, default=DEMO / "encoder", help="output folder (weights and configurations)")
+    parser.add_argument("--width", type=int, default=96, help="token width, a multiple of 32 (the width of a head)")
     parser.add_argument("--depth", type=int, default=6, help="transformer layers")
     parser.add_argument("--grow", type=Path, help="folder of a shallower encoder to start from")
-    parser.add_argument("--batch", type=int, default=128, help="images a step, two views each")
+    parser.add_argument("--batch", type=int, default=128, help="images per step, two views each")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--temperature", type=float, default=0.2, help="of the contrastive loss")
-    parser.add_argument("--pixel-weight", type=float, default=1.0, help="of the pixel loss beside the contrastive one")
-    parser.add_argument("--min-area", type=float, default=0.6, help="smallest share of the image that a crop shows")
-    parser.add_argument("--tone", type=float, default=0.28, help="strength of the changes of gain and gamma")
-    parser.add_argument("--erase", type=float, default=0.25, help="share of the views that lose a rectangle")
+    parser.add_argument("--pixel-weight", type=float, default=1.0, help="pixel loss relative to the contrastive loss")
+    parser.add_argument("--min-area", type=float, default=0.6, help="smallest share of the image in a crop")
+    parser.add_argument("--tone", type=float, default=0.28, help="strength of gain and gamma changes")
+    parser.add_argument("--erase", type=float, default=0.25, help="share of views with an erased rectangle")
     return parser.parse_args()
 
 
 def build_optimiser(modules: list[nn.Module], lr: float) -> torch.optim.Optimizer:
-    """AdamW that decays matrices alone."""
+    """Return AdamW with weight decay on matrices only."""
     trained = [p for module in modules for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05},
@@ -266,7 +267,7 @@ def build_optimiser(modules: list[nn.Module], lr: float) -> torch.optim.Optimize
 
 
 def learning_rate(step: int, options: argparse.Namespace) -> float:
-    """Linear warmup over a twentieth of the steps, then half a cosine to zero."""
+    """Return the learning rate: linear warm-up over the first 5 % of the steps, then cosine decay to zero."""
     warm = max(1, options.steps // 20)
     if step < warm:
         return options.lr * (step + 1) / warm
@@ -278,15 +279,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     train, test = load_splits(options.data)
-    settings = describe_settings(options, train.digest)
+    run = describe_run(options, train.digest)
     encoder = build_encoder(options.width, options.depth)
     if options.grow:
-        settings["grown_from"] = grow(encoder, options.grow)
+        run["grown_from"] = grow(encoder, options.grow)
     objective = Objective(options.width, options.temperature)
     optimiser = build_optimiser([encoder, objective], options.lr)
     checkpoint = options.out / "checkpoint.pt"
     parts = {"encoder": encoder, "objective": objective, "optimiser": optimiser}
-    start, seconds = load_checkpoint(checkpoint, settings, **parts)
+    start, seconds = load_checkpoint(checkpoint, run, **parts)
     progress = ProgressLine(options.steps, start, seconds)
     for step in range(start, options.steps):
         for group in optimiser.param_groups:
@@ -307,13 +308,13 @@ def main() -> None:
         if done % options.evaluate_every == 0 and done < options.steps:
             print("  " + json.dumps(evaluate(encoder, train, test)), flush=True)
         if done % options.checkpoint_every == 0:
-            save_checkpoint(checkpoint, settings, done, progress.seconds(), **parts)
+            save_checkpoint(checkpoint, run, done, progress.seconds(), **parts)
 
     minutes = round(progress.seconds() / 60, 1)
-    # What is measured is what is stored: the weights after their rounding to float16.
+    # The weights are stored as float16, so evaluate them after rounding.
     encoder.half().float()
     measures = {**evaluate(encoder, train, test), **evaluate_pixels(train, test)}
-    metadata = {"script": "tools/pretrain_encoder.py", **settings, "measures": measures, "minutes": minutes}
+    metadata = {"script": "tools/pretrain_encoder.py", **run, "measures": measures, "minutes": minutes}
     publish(encoder, options.out, metadata)
     checkpoint.unlink(missing_ok=True)
     parameters = sum(p.numel() for p in encoder.parameters())

@@ -14,7 +14,7 @@ from fashion_mnist import (
     Split,
     add_common_arguments,
     batch_indices,
-    describe_settings,
+    describe_run,
     load_checkpoint,
     load_splits,
     save_checkpoint,
@@ -23,16 +23,16 @@ from fashion_mnist import (
 from mmfm.evaluation.detectors.fashion import FashionDetector
 
 DESCRIPTION = """\
-Train the small classifier whose 64 features the demo's Frechet distance is taken in, on the 60,000 labelled training
-images of Fashion-MNIST (about five minutes on one core), then check it as a detector: the distance between two halves
-of the test images must be far below that of blurred, noisy or class-poor images.
+Train the small classifier whose 64 features define the demo's Fréchet distance, on the 60,000 labelled training images
+of Fashion-MNIST (about five minutes on one core). Then check it as a detector: the distance between two halves of the
+test images must be far below the distances of blurred images, noisy images, and images of fewer classes.
 """
 
 
 def train_step(
     detector: FashionDetector, optimiser: torch.optim.Optimizer, train: Split, step: int, options: argparse.Namespace
 ) -> float:
-    """One step of AdamW on a batch of which random halves are flipped; returns the loss."""
+    """Take one AdamW step on a batch with random horizontal flips, and return the loss."""
     torch.manual_seed(options.seed * 1_000_003 + step)
     chosen = batch_indices(step, options.batch, len(train.images), options.seed)
     images, labels = train.images[chosen], train.labels[chosen]
@@ -51,7 +51,7 @@ def train_step(
 
 @torch.no_grad()
 def accuracy(detector: FashionDetector, split: Split) -> float:
-    """Share of the split's images that the detector classifies rightly."""
+    """Return the share of the images that the detector classifies correctly."""
     detector.eval()
     predicted = torch.cat([detector(images).argmax(1) for images in split.images.split(500)])
     detector.train()
@@ -59,7 +59,7 @@ def accuracy(detector: FashionDetector, split: Split) -> float:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Frechet distance between Gaussians fitted to float64 features (N, D) and (M, D), by symmetric eigenvalues.
+    """Return the Fréchet distance between Gaussians fitted to features (N, D) and (M, D), float64.
 
     Source: Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule", equation 6.
     """
@@ -71,7 +71,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def check(detector: FashionDetector, test: Split) -> dict[str, float]:
-    """Distances of the test images' second half, whole and spoiled, to the first half, and the features' spread."""
+    """Measure distances of the second half of the test images, intact and degraded, from the first half, and the
+    spread of the features.
+    """
     detector.eval()
 
     def features(images: Tensor) -> Tensor:
@@ -98,11 +100,11 @@ def check(detector: FashionDetector, test: Split) -> dict[str, float]:
 
 
 def parse_options() -> argparse.Namespace:
-    """Options of the command line; the defaults are those of the committed weights."""
+    """Parse the command line; the defaults are those of the committed weights."""
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=HelpFormatter)
     add_common_arguments(parser, steps=2400)
     parser.add_argument("--out", type=Path, default=DEMO / "detector" / "detector.safetensors", help="weights file")
-    parser.add_argument("--batch", type=int, default=128, help="images a step")
+    parser.add_argument("--batch", type=int, default=128, help="images per step")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     return parser.parse_args()
 
@@ -112,11 +114,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     train, test = load_splits(options.data)
-    settings = describe_settings(options, train.digest)
+    run = describe_run(options, train.digest)
     detector = FashionDetector()
     optimiser = torch.optim.AdamW(detector.parameters(), lr=options.lr, weight_decay=0.02)
     checkpoint = options.out.with_suffix(".checkpoint.pt")
-    start, seconds = load_checkpoint(checkpoint, settings, detector=detector, optimiser=optimiser)
+    start, seconds = load_checkpoint(checkpoint, run, detector=detector, optimiser=optimiser)
     progress = ProgressLine(options.steps, start, seconds)
     for step in range(start, options.steps):
         loss = train_step(detector, optimiser, train, step, options)
@@ -126,13 +128,13 @@ def main() -> None:
         if done % options.evaluate_every == 0:
             print(f"  accuracy on the test images {accuracy(detector, test):.4f}", flush=True)
         if done % options.checkpoint_every == 0:
-            save_checkpoint(checkpoint, settings, done, progress.seconds(), detector=detector, optimiser=optimiser)
+            save_checkpoint(checkpoint, run, done, progress.seconds(), detector=detector, optimiser=optimiser)
 
-    # What is measured is what is stored: the weights after their rounding to float16.
+    # The weights are stored as float16, so evaluate them after rounding.
     detector.half().float()
     measures = {"accuracy": accuracy(detector, test), **check(detector, test)}
     minutes = round(progress.seconds() / 60, 1)
-    metadata = {"script": "tools/train_detector.py", **settings, "measures": measures, "minutes": minutes}
+    metadata = {"script": "tools/train_detector.py", **run, "measures": measures, "minutes": minutes}
     save_weights(options.out, detector.state_dict(), metadata)
     for name, value in measures.items():
         print(f"{name} {value:.4g}")

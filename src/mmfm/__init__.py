@@ -1,10 +1,12 @@
 """MM-FM: flow matching in the latent space of a frozen vision encoder, with a Gaussian mixture as the source.
 
+Open a target that the workflow has finished, and use its model:
+
 >>> import mmfm
 >>> model = mmfm.open("results/fid/dinov2_mode.txt", device="cpu")
 >>> images = model.generate(16)
 
-docs/python.md is the guide. PyTorch is imported when one of the names is first used.
+The guide is docs/python.md. PyTorch is imported only when one of the names is first used.
 """
 
 import importlib

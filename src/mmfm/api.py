@@ -1,6 +1,7 @@
-"""The Python API: open what the workflow finished; encode, decode, generate, interpolate, compare.
+"""The Python API: open a finished target; generate, interpolate, encode, decode and compare images.
 
-``import mmfm`` hands these names on and imports PyTorch only when one of them is used. docs/python.md is the guide.
+All names are available from ``import mmfm``, which imports PyTorch only when one of them is used. The guide is
+docs/python.md.
 """
 
 from functools import cached_property
@@ -20,61 +21,59 @@ from mmfm.evaluation import contact_sheet
 from mmfm.evaluation.detector import Detector, load_detector
 from mmfm.evaluation.frechet import frechet_distance
 from mmfm.evaluation.reference import Reference
-from mmfm.flow.solver import VelocityFn
 from mmfm.generation import batches
-from mmfm.generation.between import between
-from mmfm.generation.generator import Draw
 from mmfm.generation.images import ImageInput, Images, pixels
-from mmfm.generation.options import Numbers, Sampling, changed, given
+from mmfm.generation.options import Numbers, Request, Sampling, given
 from mmfm.generation.sampler import Sampler
 from mmfm.generation.trajectory import Trajectory, trajectory
 from mmfm.mixture.gaussian import Mixture
 from mmfm.stages import provenance
-from mmfm.workflow import finished
+from mmfm.workflow import description
+from mmfm.workflow.finished import Finished
 
 __all__ = ["Detector", "Encoded", "Images", "Mixture", "Model", "Trajectory", "distance", "load_detector", "open"]
 
-_Fixed = tuple[Tensor | None, Tensor | None]
-
 
 def open(target: str | Path, device: torch.device | str | None = None) -> "Model":
-    """Open a finished target: a result, or the folder of a sampling or a training.
+    """Open a finished target: a result, a sample set or trained weights.
+
+    The model samples as the target was sampled; trained weights are sampled as configured in the last run of the
+    workflow.
 
     Args:
-        target: ``results/fid/NAME.txt``, ``results/sample/NAME/VARIANT`` or ``results/train/NAME/VARIANT``. Weights of
-            a training are sampled as the last run's configuration says.
-        device: where to compute; None: on a GPU if there is one.
+        target: ``results/fid/NAME.txt``, ``results/sample/NAME/VARIANT`` or ``results/train/NAME/VARIANT``.
+        device: where to compute, for example ``"cuda:1"``. None: a GPU if there is one, else the CPU.
 
     Raises:
-        FileNotFoundError: the target, or a file that it was made from, is not there; the message names it and the
+        FileNotFoundError: the target or a file that it was made from is missing; the message names the file and the
             command that makes it.
-        ValueError: it is no target, or files do not belong together.
+        ValueError: the path is no finished target, or a file was made again since.
 
     >>> model = mmfm.open("results/fid/dinov2_mode.txt", device="cpu")
     >>> model
     <mmfm.Model: dinov2, setting mode, ... modes, images of 32 pixels, on cpu>
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Model(finished.find(target), device)
+    return Model(description.read(target), device)
 
 
 class Model:
-    """A trained model with encoder, decoder and mixture; made by :func:`open`.
+    """A trained model with its encoder, decoder and mixture, opened by :func:`open`.
 
     Attributes:
         setting: ``uncond``, ``gmm``, ``mode``, ``class`` or ``class_gmm``.
-        num_modes: K, modes of the source; 0 for a Gaussian source.
-        num_labels: modes or classes that the model can be given; 0 for none.
+        num_modes: K, the number of modes of the source; 0 for a Gaussian source.
+        num_labels: number of modes or classes that the model is conditioned on; 0 for an unconditional model.
         latent_shape: (C, H, W).
-        image_size: S, pixels.
-        device: where everything is computed.
+        image_size: side S of the images, in pixels.
+        device: where the model computes.
     """
 
-    def __init__(self, found: finished.Finished, device: torch.device) -> None:
+    def __init__(self, found: Finished, device: torch.device) -> None:
         self._found, self.device = found, device
         self.setting: str = found.names["setting"]
         self._sampler = Sampler(
-            found.sample_files(), found.settings, found.encoder, found.image_size, found.seed, device, self.setting
+            found.sample_files(), found.sample, found.encoder, found.image_size, found.seed, device, self.setting
         )
         self.num_modes: int = self._sampler.source.num_modes
         self.num_labels: int = self._sampler.model.config.num_classes
@@ -87,65 +86,68 @@ class Model:
 
     @cached_property
     def mixture(self) -> Mixture:
-        """The mixture of the global tokens: ``posterior(tokens)``, ``sample(n)``, ``weights``, ``means``, ...
+        """The mixture of the global tokens, with ``weights``, ``means``, ``posterior(tokens)``, ``sample(n)``, ...
 
         Raises:
-            ValueError: the setting has none.
+            ValueError: the setting has no mixture.
 
         >>> model.mixture.posterior(model.encode(images).global_token).argmax(1).shape
         torch.Size([4])
         """
         if not self.num_modes:
-            raise ValueError(f"the setting '{self.setting}' has a Gaussian source; open a target with a mixture")
+            raise ValueError(f"setting '{self.setting}' has a Gaussian source; open a target with a mixture")
         return Mixture.load(self._found.file("gmm"), self.device)
 
     @cached_property
     def detector(self) -> Detector:
-        """The configured detector, for :func:`distance`."""
+        """The detector of the target's configuration, for :func:`distance`."""
         kind, weights = self._found.detector()
         return load_detector(kind, weights, self.device)
 
     @cached_property
     def reference(self) -> Reference:
-        """Moments of the real images' features in the configured detector, for :func:`distance`."""
+        """The reference, moments of the real images' features in :attr:`detector`, for :func:`distance`."""
         path, images = self._found.file("reference"), f"the images of '{self._found.target}'"
         listing = self._sampler.weights.get("listing_digest")
         return provenance.reference_for(path, self.detector, self.image_size, images, listing)
 
     @cached_property
     def _encoder(self) -> rae.RAE:
-        about, folder = self._found.encoder, self._found.encoder_folder()
-        encoder = load_encoder(about.family, folder, about.input_size, self.device)
+        section, folder = self._found.encoder, self._found.encoder_folder()
+        encoder = load_encoder(section.family, folder, section.input_size, self.device)
         return rae.RAE(encoder, None, *rae.load_statistics(self._found.file("stats"), self.latent_shape))
 
     def encode(self, images: ImageInput) -> Encoded:
-        """Encode images.
+        """Encode images to latents and global tokens.
 
         Args:
-            images: PIL images, which are resized and cropped as the training images were, or a tensor (n, 3, S, S),
-                uint8 or float in [0, 1]; also a single image.
+            images: one image or several: PIL images, which are resized and cropped like the training images, or a
+                tensor (n, 3, S, S), uint8 or float in [0, 1].
 
         Returns:
-            latents (n, C, H, W), normalised, and global tokens (n, C); float32 on the model's device.
+            ``latent`` (n, C, H, W), normalised, and ``global_token`` (n, C), float32 on the model's device.
 
         Raises:
-            ValueError: images of another shape, dtype or range.
+            ValueError: the images have the wrong shape, dtype or range.
 
         >>> latent, token = model.encode(images)
         >>> latent.shape == (4, *model.latent_shape) and token.shape == (4, model.latent_shape[0])
         True
         """
         parts = []
-        for batch in pixels(images, self.image_size).split(self._sampler.settings.batch_size):
+        for batch in pixels(images, self.image_size).split(self._sampler.config.batch_size):
             is_uint8 = batch.dtype == torch.uint8
             parts.append(self._encoder.encode(data.to_float(batch, self.device) if is_uint8 else batch.to(self.device)))
         return Encoded(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
     def decode(self, latents: Tensor) -> Images:
-        """Decode normalised latents, (n, C, H, W) or a single one, on any device.
+        """Decode latents to images.
+
+        Args:
+            latents: (n, C, H, W) or (C, H, W), normalised as :meth:`encode` returns them, on any device.
 
         Raises:
-            ValueError: latents of another shape, or values that are not finite.
+            ValueError: the latents have the wrong shape, or contain NaN or Inf.
 
         >>> model.decode(model.encode(images).latent)
         <4 images of 32 x 32 pixels>
@@ -155,29 +157,38 @@ class Model:
             wanted = ", ".join(map(str, self.latent_shape))
             raise ValueError(f"latents are {tuple(latents.shape)}; this model's are (n, {wanted}), at least one")
         if not latents.isfinite().all():
-            raise ValueError("latents have NaN or Inf, which would become black images")
-        parts = latents.split(self._sampler.settings.batch_size)
+            raise ValueError("latents contain NaN or Inf, which would decode to black images")
+        parts = latents.split(self._sampler.config.batch_size)
         return Images(torch.cat([self._sampler.generator.decode(part.to(self.device).float()).cpu() for part in parts]))
 
     def generate(
-        self, n: int, *, seed: int | None = None, first: int = 0, modes: Numbers | None = None,
-        labels: Numbers | None = None, progress: bool = True, **sampling: Unpack[Sampling],
-    ) -> Images:  # fmt: skip
-        """Generate images number ``first`` to ``first + n``: those of ``mmfm sample`` with the same seed and settings.
+        self,
+        n: int,
+        *,
+        seed: int | None = None,
+        first: int = 0,
+        modes: Numbers | None = None,
+        labels: Numbers | None = None,
+        progress: bool = True,
+        **sampling: Unpack[Sampling],
+    ) -> Images:
+        """Generate n images, numbers ``first`` to ``first + n - 1``.
 
-        Image i depends on the seed and i alone, so more images, or later ones, leave the others as they are: bit for
-        bit in the same batches, and to rounding (now and then one level of a pixel) in others.
+        These are the images that ``mmfm sample`` makes with the same seed and options. Image i depends only on the
+        seed and i, not on n or ``first``: it is identical bit for bit if generated in the same batches, and otherwise
+        equal up to rounding (an occasional pixel differs by one level).
 
         Args:
-            seed: of noise, modes and labels; None: that of the target.
-            modes: where paths start, in [0, K), one for all or one for each; None: drawn. In the setting ``mode`` it is
-                what the model sees, too.
-            labels: classes in [0, L), one for all or one for each; None: drawn.
-            progress: show a bar if it takes longer than a second.
-            sampling: ``guidance``, ``solver``, ``time_points``, ...; see :class:`mmfm.generation.options.Sampling`.
+            seed: of noise, modes and labels. None: the target's seed.
+            modes: modes of the source to start from, in [0, K): one for all images or one for each. None: draw them.
+                In the setting ``mode`` the model is conditioned on them too.
+            labels: classes, in [0, L): one for all images or one for each. None: draw them.
+            progress: show a progress bar if generation takes longer than a second.
+            sampling: sampling options to change, for example ``guidance``, ``solver`` or ``time_points``; see
+                :class:`mmfm.generation.options.Sampling`. The others are the target's.
 
         Raises:
-            ValueError: settings that do not exist or that these weights can't do; modes or labels that do not exist.
+            ValueError: an option, mode or label does not exist or is not possible with these weights.
 
         >>> images = model.generate(4)
         >>> images
@@ -187,33 +198,32 @@ class Model:
         >>> model.generate(4, seed=1, modes=3, solver="heun", time_points=4).modes.tolist()
         [3, 3, 3, 3]
         """
-        sampler, fixed = self._asked(n, seed, modes, labels, sampling)
-        own: list[Tensor] = []
-
-        def start(batch: range) -> tuple[Tensor, VelocityFn]:
-            drawn = _draw(sampler, batch, first, fixed)
-            if drawn.modes is not None:
-                own.append(drawn.modes)
-            return sampler.source.draw(drawn.modes, drawn.noise), sampler.field(drawn.labels)
-
-        tensor = batches.generate(sampler, range(first, first + n), start, progress)
-        return Images(tensor, torch.cat(own) if own else None)
+        request = Request.of(self._sampler, range(first, first + n), sampling, seed, modes, labels)
+        return batches.generate(request, progress)
 
     def interpolate(
-        self, n: int, *, seeds: tuple[int, int] | None = None, modes: tuple[int, int] | None = None,
-        labels: tuple[int, int] | None = None, number: int = 0, progress: bool = True, **sampling: Unpack[Sampling],
-    ) -> Images:  # fmt: skip
-        """Generate n images on the way from one to another, both included.
+        self,
+        n: int,
+        *,
+        seeds: tuple[int, int] | None = None,
+        modes: tuple[int, int] | None = None,
+        labels: tuple[int, int] | None = None,
+        number: int = 0,
+        progress: bool = True,
+        **sampling: Unpack[Sampling],
+    ) -> Images:
+        """Generate n images that interpolate between two images, both included.
 
-        The ends are ``generate(1, seed=..., modes=..., labels=..., first=number)``. Between them noise moves on the
-        sphere and the modes' means and standard deviations on straight lines; the velocities for two labels (in the
-        setting ``mode`` the modes) are blended.
+        The two images are ``generate(1, seed=seeds[i], modes=modes[i], labels=labels[i], first=number)`` for i = 0, 1.
+        Noise is interpolated spherically, the means and standard deviations of the modes linearly. Labels (in the
+        setting ``mode`` the modes) are discrete, so the velocities for the two labels are interpolated linearly.
 
         Args:
-            seeds: of the ends; None: the target's for both.
-            modes: of the ends; None: those that are drawn.
-            labels: classes of the ends; None: those that are drawn.
-            number: of the image.
+            n: number of images; 1 gives only the first of the two.
+            seeds: of the two images. None: the target's seed for both.
+            modes: of the two images. None: draw them.
+            labels: classes of the two images. None: draw them.
+            number: number of both images.
             progress, sampling: as in :meth:`generate`.
 
         Raises:
@@ -222,80 +232,78 @@ class Model:
         >>> walk = model.interpolate(6, modes=(0, 3))
         >>> other = model.interpolate(6, seeds=(0, 1))
         """
-        sampler, fixed = self._asked(2, None, modes, labels, sampling)
-        ends = []
-        for place, seed in enumerate(seeds or (sampler.seed, sampler.seed)):
-            end, one = sampler.varied(sampler.settings, seed), range(number, number + 1)
-            ends.append(_draw(end, one, number - place, fixed))
-        shares = torch.linspace(0, 1, n, device=self.device)
-
-        def start(batch: range) -> tuple[Tensor, VelocityFn]:
-            return between(sampler.source, sampler.field, ends[0], ends[1], shares[batch.start : batch.stop])
-
-        return Images(batches.generate(sampler, range(n), start, progress))
+        drawn, one = (None, None), range(number, number + 1)
+        start, end = (
+            Request.of(self._sampler, one, sampling, seed, mode, label)
+            for seed, mode, label in zip(seeds or drawn, modes or drawn, labels or drawn, strict=True)
+        )
+        return batches.interpolate(start, end, n, progress)
 
     def trajectory(
-        self, n: int, *, seed: int | None = None, first: int = 0, modes: Numbers | None = None,
-        labels: Numbers | None = None, **sampling: Unpack[Sampling],
-    ) -> Trajectory:  # fmt: skip
-        """Follow images from source to data and keep all states; arguments and errors as in :meth:`generate`.
+        self,
+        n: int,
+        *,
+        seed: int | None = None,
+        first: int = 0,
+        modes: Numbers | None = None,
+        labels: Numbers | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Trajectory:
+        """Generate n images in one batch and return their latents at every time point, from source to data.
+
+        Arguments and errors are those of :meth:`generate`; ``time_points`` must be at least 2.
 
         >>> path = model.trajectory(2)
         >>> path.states.shape == (len(path.times), 2, *model.latent_shape), path.straightness().shape
         (True, torch.Size([2]))
         >>> steps = model.decode(path.states[:, 0])
         """
-        sampler, fixed = self._asked(n, seed, modes, labels, sampling)
-        drawn = _draw(sampler, range(first, first + n), first, fixed)
+        request = Request.of(self._sampler, range(first, first + n), sampling, seed, modes, labels)
+        sampler, drawn = request.sampler, request.draw(request.numbers)
         return trajectory(sampler.generator, sampler.field(drawn.labels), sampler.source.draw(drawn.modes, drawn.noise))
 
     def nearest_images(self, mode: int, n: int = 8) -> Images:
-        """Return the training images of a mode that are likeliest under it, nearest first; all if it has fewer than n.
+        """Return the n training images of a mode with the highest density under it, highest first.
+
+        Fewer are returned if the mode has fewer images. Reads the training images, their tokens and the assignment.
 
         Raises:
-            ValueError: the mode does not exist or has no images, or the files do not belong together.
+            FileNotFoundError: one of these files is missing.
+            ValueError: the mode does not exist or has no images, or the files do not match.
 
         >>> model.nearest_images(3, 2)
         <2 images of 32 x 32 pixels>
         """
         given(mode, 1, self.num_modes, "modes", self.device)
-        places = {name: self._found.file(name) for name in ("listing", "tokens", "gmm", "assignment")}
-        tokens, labels = TokenStore.open(places["tokens"]), provenance.labels(places["assignment"])
+        files = {name: self._found.file(name) for name in ("listing", "tokens", "gmm", "assignment")}
+        tokens, assignment = TokenStore.open(files["tokens"]), provenance.labels(files["assignment"])
         provenance.belong_together(
-            provenance.listing(places["listing"]), provenance.tokens(tokens),
-            provenance.mixture(places["gmm"], self.mixture), provenance.assignment(places["assignment"]),
-        )  # fmt: skip
-        if not (labels == mode).any():
-            raise ValueError(f"mode {mode} has no images; take another one")
-        block, listing = 16 * tokens.tokens.chunks[0], data.Listing.open(places["listing"])
-        numbers = contact_sheet.nearest_images(tokens.read, labels, self.mixture, [mode], block, n)[mode].tolist()
-        read = [data.read_image(listing.path(number)) for number in numbers]
-        return Images(pixels(read, self.image_size), torch.full((len(read),), mode))
-
-    def _asked(
-        self, n: int, seed: int | None, modes: Numbers | None, labels: Numbers | None, sampling: Sampling
-    ) -> tuple[Sampler, _Fixed]:
-        """Return a sampler of the settings asked for, and the modes and classes (n,) that are not to be drawn."""
-        sampler = self._sampler.varied(changed(self._sampler.settings, sampling), seed)
-        classes = self.num_labels if sampler.setting.condition == "class" else 0
-        fixed = (
-            given(modes, n, self.num_modes, "modes", self.device),
-            given(labels, n, classes, "labels", self.device),
+            provenance.listing(files["listing"]),
+            provenance.tokens(tokens),
+            provenance.mixture(files["gmm"], self.mixture),
+            provenance.assignment(files["assignment"]),
         )
-        return sampler, fixed
+        if not (assignment == mode).any():
+            raise ValueError(f"mode {mode} has no images; choose another one")
+        block, listing = 16 * tokens.tokens.chunks[0], data.Listing.open(files["listing"])
+        nearest = contact_sheet.nearest_images(tokens.read, assignment, self.mixture, [mode], block, n)[mode]
+        images = [data.read_image(listing.path(number)) for number in nearest.tolist()]
+        return Images(pixels(images, self.image_size), torch.full((len(images),), mode))
 
 
 def distance(a: ImageInput, b: ImageInput | Reference, detector: Detector, batch_size: int = 250) -> float:
-    """Return the squared Frechet distance between two sets of images in a detector's features.
+    """Return the squared Frechet distance between two sets of images; with Inception as the detector, the FID.
+
+    With fewer images than the detector has features, the distance is far too large.
 
     Args:
-        a: images of one size, at least 2; with fewer images than the detector has features it is far too large.
-        b: other images, or ``model.reference``, the real ones.
-        detector: ``model.detector``, or one of :func:`load_detector`.
+        a: at least 2 images, all of the same size.
+        b: other images, or ``model.reference`` for the real images.
+        detector: ``model.detector``, or a detector from :func:`load_detector`.
         batch_size: images per call of the detector.
 
     Raises:
-        ValueError: fewer than two images, images that the detector does not take, or a reference of another detector.
+        ValueError: fewer than 2 images, images that the detector cannot process, or a reference of another detector.
 
     >>> there_and_back = model.decode(model.encode(images).latent)
     >>> mmfm.distance(images, there_and_back, model.detector) > 0
@@ -306,18 +314,15 @@ def distance(a: ImageInput, b: ImageInput | Reference, detector: Detector, batch
 
 
 def _moments(images: ImageInput | Reference, detector: Detector, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and unbiased covariance (D, D) of features, float64."""
+    """Return the mean (D,) and unbiased covariance (D, D) of the features, float64."""
     if isinstance(images, Reference):
         if images.about["detector_digest"] != detector.digest:
-            raise ValueError(f"the reference is of another detector ({images.about['detector']}) than {detector.name}")
+            raise ValueError(
+                f"the reference belongs to the detector {images.about['detector']}, not to {detector.name}; pass "
+                "model.detector"
+            )
         return torch.tensor(images.mu), torch.tensor(images.sigma)
     moments = CovarianceMoments.zeros(detector.dimension, detector.device)
     for batch in pixels(images).split(batch_size):
         moments.update(detector.features(batch if batch.dtype == torch.uint8 else rae.to_uint8(batch)))
     return moments.mean, moments.covariance()
-
-
-def _draw(sampler: Sampler, batch: range, first: int, fixed: _Fixed) -> Draw:
-    """Draw a batch; row 0 of the fixed modes and labels belongs to image ``first``."""
-    rows = slice(batch.start - first, batch.stop - first)
-    return sampler.generator.draw(batch, *(None if each is None else each[rows] for each in fixed))

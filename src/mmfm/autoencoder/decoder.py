@@ -1,4 +1,4 @@
-"""ViT decoder: latent tokens -> images, in the layout of the MAE decoder (He et al. 2022), as RAE trains it."""
+"""ViT decoder from latent tokens to images, with the layout of the MAE decoder (He et al. 2022), as in RAE."""
 
 import json
 from collections.abc import Mapping
@@ -27,9 +27,9 @@ class DecoderConfig:
     Attributes:
         latent_dim: channels C of a latent token.
         hidden_size, intermediate_size, num_heads, num_layers: width, inner width of the MLP, attention heads, blocks.
-        patch_size: side in pixels of the image patch that a token becomes.
-        num_patches: tokens N of an image, a square number.
-        layer_norm_eps: epsilon of every layer norm.
+        patch_size: side in pixels of the patch decoded from each token.
+        num_patches: number of tokens N per image, a square.
+        layer_norm_eps: epsilon of all layer norms.
     """
 
     latent_dim: int
@@ -43,13 +43,13 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         if isqrt(self.num_patches) ** 2 != self.num_patches:
-            raise ValueError(f"num_patches = {self.num_patches} is not a square number; latents are square grids")
+            raise ValueError(f"num_patches = {self.num_patches} is not a square; latents are square grids")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
 
 
 class _QueryKeyValue(nn.Module):
-    """Multi-head attention without its output map; (B, N, D) -> (B, N, D)."""
+    """Multi-head attention without the output projection; (B, N, D) -> (B, N, D)."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class _QueryKeyValue(nn.Module):
 
 
 class _Dense(nn.Module):
-    """A linear map under the name `dense`, as published weights have it."""
+    """A linear layer named `dense`, as in the published weights."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -103,11 +103,11 @@ class _Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Decoder of latent tokens into images in the encoder processor's normalised pixel space.
+    """Decodes latent tokens into images normalised like the encoder's input.
 
     Args:
         config: sizes.
-        generator: source of the initial weights (CPU); None means the global one.
+        generator: CPU generator for the initial weights; None uses the global one.
     """
 
     def __init__(self, config: DecoderConfig, *, generator: torch.Generator | None = None) -> None:
@@ -124,7 +124,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialize_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw N(0, 0.02^2) maps and CLS token, zero biases; sine-cosine positions, 0 for the CLS token."""
+        """Initialize weights and CLS token N(0, 0.02^2), biases 0, positions sine-cosine (0 for the CLS token)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02, generator=generator)
@@ -138,19 +138,19 @@ class Decoder(nn.Module):
         """Decode tokens.
 
         Args:
-            tokens: (B, N, C), row by row, before latent statistics.
+            tokens: (B, N, C) in row-major order, not normalised by the latent statistics.
 
         Returns:
-            images (B, 3, sqrt(N) * patch_size, sqrt(N) * patch_size), to be multiplied by the processor's standard
-            deviation and shifted by its mean.
+            images (B, 3, sqrt(N) * patch_size, sqrt(N) * patch_size); multiply by the image processor's standard
+            deviation and add its mean to get pixels.
 
         Raises:
-            ValueError: another number of tokens or channels than the decoder was built for.
+            ValueError: the number of tokens or channels is not that of the decoder.
         """
         expected = (self.config.num_patches, self.config.latent_dim)
         if tokens.shape[1:] != expected:
             raise ValueError(
-                f"tokens are {tuple(tokens.shape)}, but the decoder takes (B, {expected[0]}, {expected[1]}); "
+                f"tokens have shape {tuple(tokens.shape)}, but the decoder takes (B, {expected[0]}, {expected[1]}); "
                 "use the decoder of this encoder and image size"
             )
         x = self.decoder_embed(tokens)
@@ -165,10 +165,10 @@ class Decoder(nn.Module):
 
 
 def save_decoder(decoder: Decoder, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
-    """Write weights (safetensors) with the configuration as JSON metadata; the file appears only whole.
+    """Write weights atomically as safetensors, with the configuration as JSON metadata.
 
     Args:
-        provenance: JSON-serialisable values on how the weights came about, kept as metadata.
+        provenance: JSON-serialisable record of how the weights were made, stored as metadata.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in decoder.state_dict().items()}
     metadata = {METADATA_KEY: json.dumps(asdict(decoder.config), sort_keys=True)}
@@ -179,22 +179,22 @@ def save_decoder(decoder: Decoder, path: str | Path, provenance: Mapping[str, An
 
 
 def load_decoder(path: str | Path, device: torch.device | str = "cpu", *, latent_dim: int | None = None) -> Decoder:
-    """Read a decoder written by `save_decoder`; float32, evaluation mode.
+    """Load a decoder written by `save_decoder`, in float32 and evaluation mode.
 
     Args:
         path: the safetensors file.
         device: where to put it.
-        latent_dim: channels that the caller's latents have; None accepts any.
+        latent_dim: number of channels that the caller's latents have; None accepts any.
 
     Raises:
         FileNotFoundError: no file at `path`.
-        ValueError: a damaged file, one without the configuration, one whose tensors do not fit it, or a decoder for
+        ValueError: the file is damaged, its configuration is missing or doesn't match the tensors, or the decoder takes
             latents of another width.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no decoder at {path}; train one or import a published one")
-    remedy = "delete it and make it again (train_decoder or the import of the published decoder)"
+    remedy = "delete it and make it again (run train_decoder, or import the published decoder)"
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -204,7 +204,7 @@ def load_decoder(path: str | Path, device: torch.device | str = "cpu", *, latent
     config = _parse_config(path, metadata, remedy)
     if latent_dim is not None and config.latent_dim != latent_dim:
         raise ValueError(
-            f"the decoder {path} takes latents of {config.latent_dim} channels, the encoder gives {latent_dim}; "
+            f"the decoder {path} takes latents with {config.latent_dim} channels, but the encoder gives {latent_dim}; "
             "use the decoder trained for this encoder"
         )
     with torch.device("meta"):
@@ -212,14 +212,14 @@ def load_decoder(path: str | Path, device: torch.device | str = "cpu", *, latent
     try:
         decoder.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"the tensors in {path} do not fit its own configuration ({error}); {remedy}") from error
+        raise ValueError(f"the tensors in {path} don't match its configuration ({error}); {remedy}") from error
     return decoder.to(device).eval()
 
 
 def _parse_config(path: Path, metadata: dict[str, str], remedy: str) -> DecoderConfig:
     if METADATA_KEY not in metadata:
         raise ValueError(
-            f"the decoder file {path} has no {METADATA_KEY!r} metadata, so its sizes are unknown; {remedy}"
+            f"the decoder file {path} has no {METADATA_KEY!r} in its metadata, so its sizes are unknown; {remedy}"
         )
     values = json.loads(metadata[METADATA_KEY])
     names = {field.name for field in fields(DecoderConfig)}

@@ -1,6 +1,6 @@
-"""Representation autoencoder: frozen encoder, latent statistics and decoder in one place (Zheng et al. 2025).
+"""Representation autoencoder: frozen encoder, latent statistics and decoder (Zheng et al. 2025).
 
-Every stage encodes and decodes through this module, so that all of them see the same latents.
+All stages encode and decode through this module, so they all use the same latents.
 """
 
 import pickle
@@ -24,18 +24,21 @@ class Encoded(NamedTuple):
 
 
 class RAE(nn.Module):
-    """Encoder and decoder around latents normalised per position.
+    """Encoder and decoder for latents that are normalised per position.
 
     Args:
         encoder: the frozen encoder.
-        decoder: its decoder; None where only `encode` is used.
-        mean, var: latent statistics (C, H, W); a missing mean counts as 0 and a missing variance as 1; with neither,
-            latents are left as they are.
+        decoder: its decoder; None if only `encode` is used.
+        mean, var: latent statistics (C, H, W); mean 0 and variance 1 by default. Without either, latents are not
+            normalised.
         eps: added to the variance.
 
     Raises:
-        ValueError: statistics or a decoder that do not fit the encoder's latents.
+        ValueError: the statistics or the decoder don't match the encoder's latents.
     """
+
+    latent_mean: Tensor
+    latent_std: Tensor
 
     def __init__(
         self,
@@ -51,7 +54,7 @@ class RAE(nn.Module):
             if value is not None and tuple(value.shape) != latent_shape:
                 raise ValueError(
                     f"the latent {name} is {tuple(value.shape)}, but the {encoder.family} encoder's latents are "
-                    f"{latent_shape}; use the statistics of this encoder and input size"
+                    f"{latent_shape}; use the statistics for this encoder and input size"
                 )
         if decoder is not None:
             _check_decoder(decoder, latent_shape)
@@ -65,66 +68,74 @@ class RAE(nn.Module):
         self.register_buffer("latent_std", (var.detach().to(device, torch.float32) + eps).sqrt())
 
     def encode(self, images: Tensor) -> Encoded:
-        """Images (B, 3, h, w) float in [0, 1] -> normalised latent (z - mean) / sqrt(var + eps) and global token."""
-        latent, global_token = self.encoder(images)
+        """Encode images (B, 3, h, w) float in [0, 1] as latents (z - mean) / sqrt(var + eps) and global tokens."""
+        return self.normalise(*self.encoder(images))
+
+    def normalise(self, latent: Tensor, global_token: Tensor) -> Encoded:
+        """Normalise latents (B, C, H, W) from the encoder; global tokens stay as they are."""
         if self.normalised:
             latent = (latent - self.latent_mean) / self.latent_std
         return Encoded(latent, global_token)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Normalised latents (B, C, H, W) -> images (B, 3, H', W'), nominally in [0, 1] but not clamped.
+        """Decode normalised latents (B, C, H, W) into images (B, 3, H', W'), nominally in [0, 1] but not clamped.
 
         Raises:
             ValueError: the module has no decoder.
         """
-        if self.decoder is None:
-            raise ValueError("this RAE was built without a decoder; give one to decode")
+        decoder = self._require_decoder()
         if self.normalised:
             latent = latent * self.latent_std + self.latent_mean
-        images = self.decoder(latent.flatten(2).transpose(1, 2))
+        images = decoder(latent.flatten(2).transpose(1, 2))
         return images * self.encoder.image_std[:, None, None] + self.encoder.image_mean[:, None, None]
 
     def require_image_size(self, expected: int, file: str | Path) -> int:
-        """Return the pixels a side of the images that the decoder makes.
+        """Check and return the side in pixels of decoded images.
 
         Args:
             expected: ``image.size``.
-            file: the decoder's, for the message.
+            file: of the decoder, for the error message.
 
         Raises:
-            ValueError: the size is another one.
+            ValueError: images have another size, or the module has no decoder.
         """
-        size = self.encoder.grid[0] * self.decoder.config.patch_size
+        size = self.encoder.grid[0] * self._require_decoder().config.patch_size
         if size != expected:
             raise ValueError(
                 f"the decoder {file} makes images of {size} pixels, but image.size is {expected}; "
-                "set image.size or give the decoder for it"
+                "change image.size, or use a decoder for that size"
             )
         return size
 
+    def _require_decoder(self) -> Decoder:
+        if self.decoder is None:
+            raise ValueError("this RAE was built without a decoder; build it with one to decode")
+        return self.decoder
+
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [0, 1] -> uint8 of the same shape: clamp, times 255, truncate (the reference's rounding)."""
+    """Convert images in [0, 1] to uint8: clamp, multiply by 255, truncate, as in the reference implementation."""
     return (images.float().clamp(0, 1) * 255).to(torch.uint8)
 
 
 def load_statistics(path: str | Path, latent_shape: tuple[int, int, int] | None = None) -> tuple[Tensor, Tensor]:
-    """Read per-position latent statistics, a `.pt` file with a dictionary of "mean" and "var".
+    """Read latent statistics from a `.pt` file that holds a dictionary with "mean", "var" or both.
 
     Args:
         path: the file.
-        latent_shape: (C, H, W) that they must have; None accepts any.
+        latent_shape: required shape (C, H, W); None accepts any.
 
     Returns:
-        mean and variance, each (C, H, W) float32 on the CPU; an absent mean is 0, an absent variance 1.
+        mean and variance, each (C, H, W) float32 on the CPU; by default 0 and 1.
 
     Raises:
         FileNotFoundError: no file at `path`.
-        ValueError: an unreadable file, one with neither entry, wrong shapes, or negative or non-finite values.
+        ValueError: the file can't be read or has neither entry, a shape is wrong, a value is not finite, or a variance
+            is negative.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no latent statistics at {path}; run latent_stats or fetch the published ones")
+        raise FileNotFoundError(f"no latent statistics at {path}; run latent_stats, or fetch the published ones")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -133,7 +144,7 @@ def load_statistics(path: str | Path, latent_shape: tuple[int, int, int] | None 
     mean, var = content.get("mean"), content.get("var")
     present = mean if mean is not None else var
     if present is None:
-        raise ValueError(f'{path} has neither "mean" nor "var"; latent statistics are a dictionary of the two')
+        raise ValueError(f'{path} has neither "mean" nor "var"; run latent_stats, or fetch the published statistics')
     mean = torch.zeros_like(present) if mean is None else mean
     var = torch.ones_like(present) if var is None else var
     expected = tuple(mean.shape) if latent_shape is None else tuple(latent_shape)
@@ -142,7 +153,7 @@ def load_statistics(path: str | Path, latent_shape: tuple[int, int, int] | None 
             wanted = expected if len(expected) == 3 else "(C, H, W)"
             raise ValueError(
                 f"{name} in {path} is {tuple(value.shape)}, expected {wanted}; "
-                "the statistics belong to another encoder or input size"
+                "use the statistics for this encoder and input size"
             )
         if not value.isfinite().all() or (name == "var" and (value < 0).any()):
             raise ValueError(f"{name} in {path} has negative or non-finite values; run latent_stats again")
@@ -154,5 +165,5 @@ def _check_decoder(decoder: Decoder, latent_shape: tuple[int, int, int]) -> None
     if (decoder.config.latent_dim, decoder.config.num_patches) != (channels, height * width):
         raise ValueError(
             f"the decoder takes {decoder.config.num_patches} tokens of {decoder.config.latent_dim} channels, but the "
-            f"encoder gives {height * width} of {channels}; use the decoder trained for this encoder and input size"
+            f"encoder gives {height * width} of {channels}; use a decoder trained for this encoder and input size"
         )

@@ -1,1 +1,1 @@
-"""The commands of ``mmfm``: one thin module per stage, each parses, builds its settings, and calls."""
+"""The commands of ``mmfm``: one thin module per stage, which parses arguments and calls the stage."""

@@ -1,4 +1,4 @@
-"""``mmfm STAGE ...``: run one stage by hand, or a tool. ``mmfm STAGE --help`` explains it."""
+"""``mmfm COMMAND ...``: run one stage by hand, or a tool. ``mmfm COMMAND --help`` explains it."""
 
 import importlib
 import sys
@@ -8,37 +8,43 @@ from mmfm.infra.disk import explain
 from mmfm.infra.launch import join_gpus
 
 GROUPS: dict[str, dict[str, str]] = {
-    "Look: before a run, and when something is odd": {
-        "doctor": "say what this installation can and can't do",
+    "Before a run, and for troubleshooting": {
+        "init": "look at a folder of images and write a configuration for it",
+        "doctor": "check this installation",
         "scale": "estimate what a configuration costs",
     },
-    "Run: the stages, in the order of the workflow": {
-        "demo_images": "unpack the embedded images into an ImageFolder",
+    "Stages, in workflow order": {
+        "demo_images": "unpack the demo's images into a folder",
         **{name: stage.summary for name, stage in STAGES.items()},
     },
-    "Mend: when disk runs short": {
-        "clean": "remove unfinished work that no target refers to",
+    "Results": {
+        "compare": "compare finished results in a table and a picture",
+    },
+    "To free disk space": {
+        "clean": "remove state that no target uses, or latent caches",
     },
 }
 COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in commands.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; what the user can mend is one line on standard error and exit status 2."""
+    """Run one command; a mistake of the user is reported in one line on standard error, with exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         print("usage: mmfm COMMAND [ARGUMENTS]\n")
+        print("Image generation by flow matching from a Gaussian mixture. Usually you do not run the stages yourself:")
+        print("name a result, and Snakemake runs every stage that it needs.\n")
+        print("  snakemake results/fid/dinov2_mode.txt\n")
         for title, commands in GROUPS.items():
-            print(f"{title}\n")
+            print(f"{title}:")
             print("".join(f"  {command:<15}{summary}\n" for command, summary in commands.items()))
-        print("`mmfm COMMAND --help` explains one. Snakemake runs every stage that a target needs:")
-        print("  snakemake results/fid/dinov2_mode.txt --cores all")
+        print("`mmfm COMMAND --help` explains a command and lists the configuration keys that it reads.")
         return 0
     if name not in COMMANDS:
         from mmfm.config.choices import did_you_mean
 
-        print(f"mmfm: error: no command '{name}'{did_you_mean(name, COMMANDS)}; see mmfm --help", file=sys.stderr)
+        print(f"mmfm: error: unknown command '{name}'{did_you_mean(name, COMMANDS)}; see mmfm --help", file=sys.stderr)
         return 2
     _gpu_locks = join_gpus()
     module = importlib.import_module(f"mmfm.cli.{name}")
@@ -46,10 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
         return module.main(arguments[1:]) or 0
     except (ValueError, OSError) as error:
         message = error if isinstance(error, ValueError) or error.errno is None else explain(error)
-        print(f"{name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+        see = f" (see {STAGES[name].document})" if name in STAGES else ""
+        print(f"{name}: error: {' '.join(str(message).split())}{see}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"{name}: {str(stop) or 'stopped; the same command goes on from here'}", file=sys.stderr)
+        print(f"{name}: {str(stop) or 'stopped; run the same command to resume'}", file=sys.stderr)
         return 130
 
 

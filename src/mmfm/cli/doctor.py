@@ -1,4 +1,4 @@
-"""``mmfm doctor``: what this installation can and can't do."""
+"""``mmfm doctor``: check this installation."""
 
 import argparse
 import importlib.metadata
@@ -18,11 +18,13 @@ def _version(package: str) -> str | None:
 
 
 def main(arguments: list[str]) -> int:
-    """Print versions, devices and disk; exit 1 if something would stop the pipeline."""
+    """Print versions, devices and free disk space; return 1 if something would stop the workflow."""
     parser = argparse.ArgumentParser(
-        prog="mmfm doctor", description="Check this installation: versions, faiss builds, GPUs, threads, free disk."
+        prog="mmfm doctor",
+        description="Check this installation: package versions, faiss build, GPUs, free disk space. "
+        "The exit status is 1 if something would stop the workflow.",
     )
-    parser.add_argument("--threads", action="store_true", help="print only the threads this process was given")
+    parser.add_argument("--threads", action="store_true", help="print only the thread settings of this process")
     options = parser.parse_args(arguments)
     if options.threads:
         print(*(f"{name}={os.environ.get(name, '')}" for name in _THREADS), sep="\n")
@@ -33,19 +35,19 @@ def main(arguments: list[str]) -> int:
         version = _version(package)
         print(f"{package:<16}{version or 'missing'}")
         if version is None:
-            problems.append(f"{package} is missing: pip install -e .")
+            problems.append(f"{package} is missing; run pip install -e .")
     from mmfm.mixture.initial import faiss_wheels
 
     builds = faiss_wheels()
     print(f"{'faiss':<16}{', '.join(f'{b} {_version(b)}' for b in builds) or 'missing'}")
     if len(builds) != 1:
         problems.append(
-            f"exactly one build of faiss must be installed, found {builds or 'none'}: pip uninstall the others"
+            f"exactly one build of faiss must be installed, found {builds or 'none'}; pip uninstall the others"
         )
     from mmfm.infra import torchvision_ops
 
     if torchvision_ops._declared is not None:
-        print("torchvision was built for another PyTorch; its missing operators are declared (harmless here)")
+        print("torchvision was built for another PyTorch; its missing operators are stubbed (harmless here)")
     import torch
 
     if torch.cuda.is_available():
@@ -57,5 +59,5 @@ def main(arguments: list[str]) -> int:
     print(f"free disk here: {shutil.disk_usage('.').free / 1e9:.0f} GB")
     for problem in problems:
         print(f"problem: {problem}")
-    print("problems found" if problems else "all is well")
+    print("problems found" if problems else "no problems found")
     return 1 if problems else 0

@@ -1,30 +1,30 @@
-"""``mmfm fid``: Frechet distance of generated images."""
+"""``mmfm fid``: compute the Frechet distance of generated images."""
 
 from pathlib import Path
 
 from mmfm.cli.parser import StageParser
 
 DESCRIPTION = """\
-Measure generated images: mean and covariance of the detector's features over images.npz, and their Frechet distance
-from the reference. The text names detector, reference, sampler, guidance, seed, number of images and weights; a number
-of the demo's detector says in its first lines that it is no ImageNet FID. The JSON says the same for machines.
+Compute mean and covariance of the detector's features of the generated images, and their Frechet distance from the
+reference. The text result names detector, reference, sampler, guidance, seed, number of images and weights, and says so
+if the number is from the demo's detector and therefore not an ImageNet FID. The JSON result has the same content.
 
   mmfm fid --config config/config.yaml --images images.npz --samples samples.json --reference reference.safetensors \\
       --detector-weights resources/demo/detector/detector.safetensors --out-txt fid.txt --out-json fid.json
 
-The images are memory-mapped, whatever their number. There is nothing to resume: a killed run starts again. Torchrun
-shares the images among processes."""
+The images are memory-mapped, so their number is not limited by memory. There is nothing to resume: after an
+interruption, start again. torchrun shares the images among processes."""
 
 
 def main(arguments: list[str]) -> int:
-    """Parse, measure, write and print the result."""
+    """Parse the arguments, run the stage, and print the result."""
     parser = StageParser("fid", DESCRIPTION)
-    parser.add_argument("--images", type=Path, required=True, help="images.npz from sample")
-    parser.add_argument("--samples", type=Path, required=True, help="samples.json from sample")
-    parser.add_argument("--reference", type=Path, required=True, help="reference from fid_reference")
-    parser.add_argument("--detector-weights", type=Path, help="weights of the detector (default: fid.weights)")
-    parser.add_argument("--out-txt", type=Path, required=True, help="result for people (output)")
-    parser.add_argument("--out-json", type=Path, required=True, help="result for machines (output)")
+    parser.add_argument("--images", type=Path, required=True, help="images.npz, from sample")
+    parser.add_argument("--samples", type=Path, required=True, help="samples.json, from sample")
+    parser.add_argument("--reference", type=Path, required=True, help="reference, from fid_reference")
+    parser.add_argument("--detector-weights", type=Path, help="weights file of the detector (default: fid.weights)")
+    parser.add_argument("--out-txt", type=Path, required=True, help="result as text (output)")
+    parser.add_argument("--out-json", type=Path, required=True, help="result as JSON (output)")
     options, config = parser.parse(arguments)
     from mmfm.evaluation.detector import load_detector
     from mmfm.infra.distributed import process_group

@@ -1,40 +1,41 @@
-"""``mmfm fit_gmm``: the mixture of the global tokens."""
+"""``mmfm fit_gmm``: fit the mixture of the global tokens."""
 
 from pathlib import Path
 
 from mmfm.cli.parser import StageParser
 
 DESCRIPTION = """\
-Fit a Gaussian mixture of gmm.n_components modes to the global tokens by expectation-maximisation, and give every image
-to its likeliest mode. The modes become the source of the flow: each image is coupled to noise of its own mode.
+Fit a Gaussian mixture of gmm.n_components modes to the global tokens by expectation-maximisation (EM), and assign every
+image to its most likely mode. Flow matching then starts from these modes: each image is paired with noise of its mode.
 
   mmfm fit_gmm --config config/config.yaml --tokens cls_tokens.zarr --listing listing.train.safetensors \\
       --out-dir gmm/ gmm.n_components=64
 
 reads   cls_tokens.zarr         from `extract`
-        the listing and some of its images, for the picture modes.png alone: without --listing there is none
+        the listing             and a few of its images, only for modes.png, which is left out without --listing
 writes  gmm.safetensors         weights, means, variances (float64)
         assignment.safetensors  mode of every image, images of every mode
         report.json             log-likelihood by iteration, used and empty modes, BIC, separation of the modes,
                                 agreement with the classes
-        likelihood.png, weights.png
+        likelihood.png          log-likelihood by iteration
+        weights.png             weights of the modes
         modes.png               the images nearest to some modes
 
-Start: k-means (gmm.init=kmeans), k-means++, random images, or the means of a file (gmm.init_means). Stops when the mean
-log-likelihood changes by less than gmm.tol, or after gmm.max_iter iterations. gmm.e_step=truncated lets images meet the
-modes near their last one only, which is faster on a CPU from about a thousand modes on. Tokens are streamed in chunks;
-gmm.cache_gb of them stay in memory. docs/mixture.md explains the engine.
+EM starts from k-means (gmm.init=kmeans), k-means++, random images, or means in a file (gmm.init_means). It stops when
+the mean log-likelihood improves by less than gmm.tol, or after gmm.max_iter iterations. With gmm.e_step=truncated, each
+image is compared only with modes near its previous mode, which is faster on a CPU from about 1,000 modes. Tokens are
+read in chunks; up to gmm.cache_gb of them stay in memory. docs/mixture.md has the details.
 
-Resumes by iteration: killed at any instant, the same command goes on from the newest whole one. Raising gmm.max_iter
-continues a finished fit. Under torchrun, or `python -m mmfm.infra.launch --gpus N -- fit_gmm ...`, the processes share
-the tokens; the result is the same to rounding for any number of them."""
+After an interruption, the same command resumes at the last complete iteration. A larger gmm.max_iter continues a
+finished fit. To share the tokens among N processes, use torchrun or `python -m mmfm.infra.launch --gpus N -- fit_gmm
+...`; the result is the same up to rounding."""
 
 
 def main(arguments: list[str]) -> int:
-    """Parse, fit."""
+    """Parse the arguments, run the stage, and print a summary."""
     parser = StageParser("fit_gmm", DESCRIPTION)
-    parser.add_argument("--tokens", type=Path, required=True, help="token store from extract (zarr)")
-    parser.add_argument("--listing", type=Path, help="listing of the training images, to draw modes.png")
+    parser.add_argument("--tokens", type=Path, required=True, help="token store (zarr), from extract")
+    parser.add_argument("--listing", type=Path, help="listing of the training images, for modes.png")
     parser.add_argument("--out-dir", type=Path, required=True, help="folder of the outputs")
     options, config = parser.parse(arguments)
     from mmfm.infra.distributed import process_group

@@ -1,25 +1,25 @@
-"""``mmfm latent_stats``: the latents' mean and variance per position."""
+"""``mmfm latent_stats``: compute the mean and variance of the latents per position."""
 
 from pathlib import Path
 
 from mmfm.cli.parser import StageParser
 
 DESCRIPTION = """\
-Turn the latent moments that `extract` took into the statistics that normalise the latents: exact mean and population
-variance per position, float32 (C, H, W), as a PyTorch file {"mean", "var"} that other implementations of RAE read too.
+Compute the statistics that normalise the latents: exact mean and population variance at every position, float32
+(C, H, W). They are written as a PyTorch file {"mean", "var"}, which other implementations of RAE can read.
 
   mmfm latent_stats --config config/config.yaml --moments latent_moments.safetensors --out stats.pt \\
       --out-json stats.json
 
-Takes milliseconds; there is nothing to resume."""
+This takes milliseconds; there is nothing to resume."""
 
 
 def main(arguments: list[str]) -> int:
-    """Parse, write statistics."""
+    """Parse the arguments, run the stage, and print a summary."""
     parser = StageParser("latent_stats", DESCRIPTION)
-    parser.add_argument("--moments", type=Path, required=True, help="latent moments from extract")
-    parser.add_argument("--out", type=Path, required=True, help="statistics (output, .pt)")
-    parser.add_argument("--out-json", type=Path, required=True, help="their provenance and ranges (output)")
+    parser.add_argument("--moments", type=Path, required=True, help="latent moments, from extract")
+    parser.add_argument("--out", type=Path, required=True, help="statistics (.pt, output)")
+    parser.add_argument("--out-json", type=Path, required=True, help="provenance and ranges of the statistics (output)")
     options, _ = parser.parse(arguments)
     from mmfm.stages.latent_stats import latent_stats
 

@@ -1,15 +1,25 @@
-"""``mmfm scale``: what a configuration costs, before it is run."""
+"""``mmfm scale``: estimate what a configuration costs."""
 
 import argparse
+from collections.abc import Mapping
 
 from mmfm import config
-from mmfm.workflow.resources import table
+from mmfm.workflow import facts, targets
+from mmfm.workflow.costs import Resources
+from mmfm.workflow.outlook import duration
+from mmfm.workflow.resources import CACHE_LIMIT, Estimator, for_target
 
 DESCRIPTION = """\
-Print, for every stage of a configuration, what it reads and writes, the memory of every process, its arithmetic and its
-time, as docs/scale.md explains. These are estimates from stated rates, not measurements.
+Estimate, for every stage of a configuration, the bytes it reads and writes, its disk space, the memory of each process,
+its operations and its time. Nothing is run and nothing was measured: docs/scale.md lists the assumptions.
 
-  mmfm scale --config config/imagenet256.yaml --gpus 1 8"""
+  mmfm scale --config config/imagenet256.yaml --gpus 1 8
+  mmfm scale --config config/small.yaml --config mine.yaml --gpus 0
+  mmfm scale results/fid/dinov2_mode.k16.t10.txt
+
+With the name of a result, only the stages that it needs are shown, with the modes, model and time points in its name.
+The number of images is that of the run's listing. Before there is one, the images in data.root are counted, if that
+takes less than a second."""
 
 
 def main(arguments: list[str]) -> int:
@@ -17,15 +27,54 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="mmfm scale", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("target", nargs="?", help="name of a result, as given to Snakemake (default: all stages)")
     parser.add_argument(
-        "--config", metavar="YAML", action="append", default=[], help="files laid over config/config.yaml"
+        "--config",
+        metavar="YAML",
+        action="append",
+        default=[],
+        help="file that overrides config/config.yaml; repeat it for several",
     )
-    parser.add_argument("--encoder", default="dinov2", help="name in `encoders` (default dinov2)")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8], help="numbers of GPUs; 0: one CPU core")
-    parser.add_argument("--images", type=int, help="training images (default: ImageNet's 1,281,167, or the demo's)")
+    parser.add_argument("--encoder", help="entry of `encoders` (default: the target's, or the first)")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8], help="numbers of GPUs; 0 for one CPU core")
+    parser.add_argument("--images", type=int, help="number of training images (default: see above)")
     options = parser.parse_args(arguments)
     loaded = config.load(["config/config.yaml", *options.config])
-    loaded.section("encoder", options.encoder)
+    target = targets.parse_target(options.target, loaded) if options.target else None
+    encoder = options.encoder or (target.encoder if target else next(iter(loaded.encoders)))
+    loaded.section("encoder", encoder)
+    known = facts.gather(loaded, f"results/{loaded.run}" if loaded.run else "results", options.images)
+    print(f"{known.n_images:,} training images ({known.origin})\n")
     for gpus in options.gpus:
-        print(f"{gpus or 'No'} GPU{'' if gpus == 1 else 's'}\n\n{table(loaded, options.encoder, gpus, options.images)}")
+        machine = (gpus or 1, gpus > 0, known)
+        found = for_target(loaded, target, *machine) if target else Estimator(loaded, encoder, *machine).stages()
+        print(f"{gpus or 'No'} GPU{'' if gpus == 1 else 's'}\n\n{_table(found)}")
+    print(_cache(loaded, Estimator(loaded, encoder, 1, False, known)))
     return 0
+
+
+def _cache(loaded: config.Config, estimator: Estimator) -> str:
+    """Return a line on the latent cache."""
+    size = estimator.cached(2 if loaded.train.flip else 1)
+    if size:
+        return f"The latent cache in {loaded.latents.folder}/ takes {_bytes(size)}, which the stages' disk includes."
+    limit = f"they would take more than {_bytes(CACHE_LIMIT)}"
+    reason = limit if loaded.latents.cache == "auto" else "latents.cache is off"
+    return f"Latents are not kept: {reason}. Images are encoded at every use."
+
+
+def _table(found: Mapping[str, Resources]) -> str:
+    """Return the resources by stage as a Markdown table."""
+    rows = ["| stage | reads | writes | disk | host / rank | GPU / rank | FLOPs | time |", "|---|" + "--:|" * 7]
+    for name, taken in found.items():
+        sizes = (taken.work.reads, taken.work.writes, taken.disk, taken.host + taken.main, taken.device)
+        cells = [f"`{name}`", *map(_bytes, sizes), f"{taken.flops:.1e}", duration(taken.seconds)]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _bytes(size: float) -> str:
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1e3:.0f} kB"

@@ -1,13 +1,14 @@
-"""``mmfm spatial_gmm``: mean latent and variance of every mode."""
+"""``mmfm spatial_gmm``: compute the mean latent and variance of every mode."""
 
 from pathlib import Path
 
 from mmfm.cli.parser import StageParser
 
 DESCRIPTION = """\
-For every mode of the mixture: the mean latent of its images and their horizontal flips, and one variance for the whole
-latent (spatial_gmm.covariance_type=spherical, as published) or one for every position (diag). This is the source of the
-flow in the settings `gmm` and `mode`. The images are encoded once, sorted by mode; latents are never stored.
+For every mode of the mixture, compute the mean latent of its images and their horizontal flips, and one variance for
+the whole latent (spatial_gmm.covariance_type=spherical, as published) or one per element (diag). This spatial mixture
+is the source of flow matching in the settings gmm, mode and class_gmm. The images are taken sorted by
+mode; latents come from the latent cache, unless latents.cache says otherwise.
 
   mmfm spatial_gmm --config config/config.yaml --listing listing.train.safetensors \\
       --encoder-weights resources/demo/encoder --stats stats.pt --gmm gmm/gmm.safetensors \\
@@ -19,20 +20,19 @@ writes  spatial_gmm.zarr  means (K, C, H, W), variances, weights, counts
 
 A mode without images gets the average of the others. Inputs that were not made from one another are refused.
 
-Resumes by mode: killed at any instant, the same command goes on with the unfinished ones. Under torchrun, or
-`python -m mmfm.infra.launch --gpus N -- spatial_gmm ...`, the processes take whole modes and the result does not depend
-on their number."""
+After an interruption, the same command resumes with the unfinished modes. To share the modes among N processes, use
+torchrun or `python -m mmfm.infra.launch --gpus N -- spatial_gmm ...`; the result does not depend on N."""
 
 
 def main(arguments: list[str]) -> int:
-    """Parse, run."""
+    """Parse the arguments, run the stage, and print a summary."""
     parser = StageParser("spatial_gmm", DESCRIPTION)
     parser.add_argument("--listing", type=Path, required=True, help="listing of the training images")
     parser.add_argument("--encoder-weights", type=Path, required=True, help="folder of the encoder")
-    parser.add_argument("--stats", type=Path, required=True, help="latent statistics (.pt)")
-    parser.add_argument("--gmm", type=Path, required=True, help="gmm.safetensors from fit_gmm")
-    parser.add_argument("--assignment", type=Path, required=True, help="assignment.safetensors from fit_gmm")
-    parser.add_argument("--out", type=Path, required=True, help="spatial mixture (output, zarr)")
+    parser.add_argument("--stats", type=Path, required=True, help="latent statistics (.pt), from latent_stats")
+    parser.add_argument("--gmm", type=Path, required=True, help="gmm.safetensors, from fit_gmm")
+    parser.add_argument("--assignment", type=Path, required=True, help="assignment.safetensors, from fit_gmm")
+    parser.add_argument("--out", type=Path, required=True, help="spatial mixture (zarr, output)")
     options, config = parser.parse(arguments)
     from mmfm.infra.distributed import process_group
     from mmfm.stages.spatial_gmm import SpatialFiles, spatial_gmm

@@ -1,18 +1,18 @@
-"""Configuration: YAML read by OmegaConf into frozen dataclasses, one per section, strictly.
+"""Configuration: YAML files, read by OmegaConf and checked strictly, as one frozen dataclass per section.
 
-The values live in ``config/config.yaml`` alone. The dataclasses have no defaults, so a new key never changes a number
-behind anybody's back. Every key has one of three kinds:
+Values live only in ``config/config.yaml``. The dataclasses have no defaults, so a new key cannot silently change
+results. Every key has one of three kinds:
 
-* ``identity``: changes the numbers; part of a stage's parameter and of the fingerprint of its state.
-* ``budget``: how far to go; part of the parameter, not of the fingerprint, so that raising it continues.
-* ``operation``: speed, memory, logging; in neither.
+* ``identity``: changes results; part of the stage's parameter and of the fingerprint of its state.
+* ``budget``: how far to go; part of the parameter but not of the fingerprint, so raising it continues a finished run.
+* ``operation``: speed, memory, logging; part of neither.
 
-:mod:`~mmfm.config.registry` has the stages, :mod:`~mmfm.config.choices` what keys can be set to,
-:mod:`~mmfm.config.sections` the keys, and :class:`StageConfig` is what one stage reads of them.
+:mod:`~mmfm.config.registry` lists the stages, :mod:`~mmfm.config.sections` the keys, and :mod:`~mmfm.config.choices`
+the values they accept. :class:`StageConfig` holds what one stage reads.
 """
 
 from mmfm.config.choices import SETTINGS, did_you_mean
-from mmfm.config.reading import build, load, parse_overrides
+from mmfm.config.reading import build, demo_layer, load, parse_overrides
 from mmfm.config.registry import STAGES
 from mmfm.config.sections import (
     Config,
@@ -25,6 +25,7 @@ from mmfm.config.sections import (
     Guidance,
     Guide,
     Image,
+    Latents,
     LossWeighting,
     Model,
     Preview,
@@ -51,6 +52,7 @@ __all__ = [
     "Guidance",
     "Guide",
     "Image",
+    "Latents",
     "LossWeighting",
     "Model",
     "Preview",
@@ -61,6 +63,7 @@ __all__ = [
     "Train",
     "build",
     "declared",
+    "demo_layer",
     "did_you_mean",
     "effective",
     "keys_of_kind",

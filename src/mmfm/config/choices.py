@@ -1,7 +1,7 @@
-"""The values that keys of the configuration can take: a table each, and where their implementations lie.
+"""The values that configuration keys accept: one table per key, with the code that implements each value.
 
-To add an encoder family, a detector, a metric or a solver, write it into a file of its own and name it here. Schema,
-error messages, estimates and documents read the tables, so nothing here imports PyTorch.
+To add an encoder family, detector, metric or solver, write it in its own file and add a line here. The schema, error
+messages, estimates and documentation are built from these tables, so this module must not import PyTorch.
 """
 
 import difflib
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `` (did you mean ...?)`` for the likeliest of the known words, or an empty string."""
+    """Return `` (did you mean '...'?)`` for the closest known word; an empty string if none is close."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean '{match[0]}'?)" if match else ""
 
@@ -22,7 +22,7 @@ class Choice:
     """One value of a key.
 
     Attributes:
-        implementation: ``module:name``; empty where the value names no code of its own.
+        implementation: ``module:name``; empty if the value has no code of its own.
     """
 
     implementation: str = ""
@@ -37,14 +37,14 @@ C = TypeVar("C", bound=Choice)
 
 
 class Choices(dict[str, C]):
-    """The values of a key by name; to ask for another one is a ValueError that names the nearest."""
+    """The values of a key, by name. Looking up an unknown name raises ValueError and suggests the closest one."""
 
     def __init__(self, what: str, values: dict[str, C]) -> None:
         super().__init__(values)
         self.what = what
 
     def require(self, name: str) -> None:
-        """Raise ValueError unless there is such a value."""
+        """Raise ValueError unless ``name`` is one of the values."""
         self[name]
 
     def __missing__(self, name: str) -> C:
@@ -52,19 +52,27 @@ class Choices(dict[str, C]):
 
 
 def plain(what: str, *names: str) -> Choices[Choice]:
-    """Return values that a stage tells apart by name."""
+    """Return values without implementations, which stages handle by name."""
     return Choices(what, {name: Choice() for name in names})
+
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class EncoderFamily(Choice):
-    """An architecture of frozen encoders, implemented by a :class:`mmfm.autoencoder.encoders.Family`.
+    """An encoder architecture, implemented by a :class:`mmfm.autoencoder.encoders.Family`.
 
     Attributes:
-        patch: pixels a side of a token of the base model, for estimates before its config.json is fetched.
+        patch: patch size of the base model in pixels, for estimates made before its config.json is downloaded.
+        model_types: accepted values of `model_type` in config.json.
+        image_mean, image_std: normalisation of the usual weights.
     """
 
     patch: int = 16
+    model_types: tuple[str, ...] = ()
+    image_mean: tuple[float, float, float] = _IMAGENET_MEAN
+    image_std: tuple[float, float, float] = _IMAGENET_STD
 
 
 @dataclass(frozen=True)
@@ -72,21 +80,25 @@ class DetectorKind(Choice):
     """A feature network, implemented by (path, digest, device) -> :class:`mmfm.evaluation.detector.Detector`.
 
     Attributes:
-        features: numbers that describe an image.
+        features: dimension of an image's features.
         flops: operations per image.
         weight_bytes: size of the weights.
-        remedy: how to get them.
+        remedy: how to get the weights, for error messages.
+        size: side of the images it takes, in pixels; 0 for any.
+        cpu_rate: images per second and CPU core, measured, if that is slow; 0 if it is not.
     """
 
     features: int = 0
     flops: float = 0.0
     weight_bytes: float = 0.0
     remedy: str = ""
+    size: int = 0
+    cpu_rate: float = 0.0
 
 
 @dataclass(frozen=True)
 class Metric(Choice):
-    """A measure of generated images, implemented by (moments of their features, reference) -> float.
+    """A quality metric of generated images, implemented by (moments of their features, reference) -> float.
 
     Attributes:
         title: its name in results.
@@ -97,39 +109,37 @@ class Metric(Choice):
 
 @dataclass(frozen=True)
 class Solver(Choice):
-    """A rule of integration; see :mod:`mmfm.flow.solver`.
+    """An ODE solver; see :mod:`mmfm.flow.solver`.
 
     Attributes:
-        evaluations: of the velocity per step; None where the solver chooses its steps.
+        evaluations: velocity evaluations per step; None for adaptive solvers.
     """
 
     evaluations: int | None = None
 
     @property
     def adaptive(self) -> bool:
-        """Whether it chooses its steps between the first and the last time point."""
+        """Whether the solver chooses its own steps between the first and the last time point."""
         return self.evaluations is None
 
 
 @dataclass(frozen=True)
 class Covariance(Choice):
-    """A shape of covariances, which the mixture's own code tells apart.
+    """A shape of covariances, handled by name in the mixture's code.
 
     Attributes:
-        truncatable: whether the E-step can leave components out.
-        spatial: whether a mixture over latents can have it.
+        truncatable: whether the truncated E-step supports it.
     """
 
     truncatable: bool = False
-    spatial: bool = False
 
 
 @dataclass(frozen=True)
 class Start(Choice):
-    """A start of EM.
+    """An initialisation of EM.
 
     Attributes:
-        rows: images per component that it looks at.
+        rows: images per component that it uses.
     """
 
     rows: int = 1
@@ -137,12 +147,12 @@ class Start(Choice):
 
 @dataclass(frozen=True)
 class Setting(Choice):
-    """What distinguishes a training setting.
+    """A training setting: its source and its condition.
 
     Attributes:
         mixture: the source is the spatial mixture, not N(0, I).
-        condition: what the model sees: ``mode`` (the index of the source's mode), ``class`` (the image's class), or
-            None (no label term at all).
+        condition: the label that the model sees: ``mode`` (index of the source's mode), ``class`` (the image's class),
+            or None (no label).
     """
 
     mixture: bool = False
@@ -159,14 +169,16 @@ SETTINGS = Choices(
         "class_gmm": Setting(mixture=True, condition="class"),
     },
 )
-"""The settings that targets and commands name: where paths start, and what the model sees."""
+"""The training settings, by the names used in targets and commands."""
 
 ENCODER_FAMILIES = Choices(
     "encoder family",
     {
-        "dinov2": EncoderFamily("mmfm.autoencoder.families.dinov2:FAMILY", patch=14),
-        "siglip2": EncoderFamily("mmfm.autoencoder.families.siglip2:FAMILY", patch=16),
-        "mae": EncoderFamily("mmfm.autoencoder.families.mae:FAMILY", patch=16),
+        "dinov2": EncoderFamily("mmfm.autoencoder.families.dinov2:FAMILY", 14, ("dinov2", "dinov2_with_registers")),
+        "siglip2": EncoderFamily(
+            "mmfm.autoencoder.families.siglip2:FAMILY", 16, ("siglip", "siglip_vision_model"), (0.5,) * 3, (0.5,) * 3
+        ),
+        "mae": EncoderFamily("mmfm.autoencoder.families.mae:FAMILY", 16, ("vit_mae",)),
     },
 )
 
@@ -177,7 +189,11 @@ DETECTORS = Choices(
     "detector",
     {
         "fashion": DetectorKind(
-            "mmfm.evaluation.detectors.fashion:load", 64, 2e7, 1e6, "make it with tools/train_detector.py"
+            "mmfm.evaluation.detectors.fashion:load", 64, 2e7, 1e6, "make it with tools/train_detector.py", 32
+        ),
+        "encoder": DetectorKind(
+            "mmfm.evaluation.detectors.encoder:load",
+            remedy="needs none: the global tokens of fid.encoder, an entry of encoders, or of the run's own encoder",
         ),
         "inception": DetectorKind(
             "mmfm.evaluation.detectors.inception:load",
@@ -185,12 +201,13 @@ DETECTORS = Choices(
             11.4e9,
             0.1e9,
             f"download {INCEPTION_URL} and set fid.weights to the file ({INCEPTION_FILE}, 95.7 MB)",
+            cpu_rate=1.4,
         ),
     },
 )
 
 METRICS = Choices("metric", {"frechet": Metric("mmfm.evaluation.frechet:from_moments", "Frechet distance")})
-"""All of them are measured by `fid`; the first one is the result's own number."""
+"""`fid` computes all of them; the first is the headline number."""
 
 SOLVERS = Choices(
     "solver",
@@ -203,13 +220,13 @@ SOLVERS = Choices(
         "adaptive_heun": Solver("mmfm.flow.solver:adaptive"),
     },
 )
-"""The adaptive ones are torchdiffeq's by the same names; its fehlberg2 misses its tolerance by far."""
+"""The adaptive solvers are torchdiffeq's. Its fehlberg2 is left out because it misses its tolerance by far."""
 
 COVARIANCES = Choices(
     "covariance_type",
     {
-        "diag": Covariance(truncatable=True, spatial=True),
-        "spherical": Covariance(truncatable=True, spatial=True),
+        "diag": Covariance(truncatable=True),
+        "spherical": Covariance(truncatable=True),
         "tied": Covariance(),
         "full": Covariance(),
     },
@@ -275,6 +292,7 @@ SAMPLING_PRECISIONS = plain("precision", "auto", "float32", "bf16", "reference")
 ASSIGNMENTS = plain("assignment", "soft", "hard")
 E_STEPS = plain("e_step", "exact", "truncated")
 E_STEP_PRECISIONS = plain("precision", "float32", "float64")
+LATENT_CACHES = plain("choice", "auto", "on", "off")
 MEANS_DEVICES = plain("place", "device", "host")
 WEIGHTED_LABELS = plain("label", "mode", "class")
 UNREADABLE = plain("treatment of damaged images", "error", "skip")

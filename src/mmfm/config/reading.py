@@ -1,33 +1,61 @@
-"""From YAML files and ``section.key=value`` arguments to frozen dataclasses, strictly: whatever is wrong is named."""
+"""Read YAML files and ``section.key=value`` arguments into frozen dataclasses; errors name the key at fault."""
 
 import dataclasses
+import functools
 import math
+import sys
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mmfm.config.choices import did_you_mean
 from mmfm.config.sections import NEVER, Config
 
+RETIRED = dict.fromkeys(
+    ("decoder.latent_cache_gb", "train.latent_cache_gb"), "latents.cache says whether latents are kept, now on disk"
+)
+"""Keys that are gone, with what to know instead. They are accepted and have no effect."""
+
+
+def demo_layer(values: Mapping[str, Any], defaults: str | Path) -> list[Path]:
+    """Return the file that goes between the defaults and the user's own values: the demo's, or none.
+
+    Args:
+        values: the whole configuration, merged without it. The demo's values apply exactly when ``data.root`` is
+            ``demo``, so that other images inherit none of them.
+        defaults: config.yaml; demo.yaml lies beside it.
+    """
+    data, layer = values.get("data"), Path(defaults).with_name("demo.yaml")
+    return [layer] if isinstance(data, Mapping) and data.get("root") == "demo" and layer.exists() else []
+
 
 def load(files: Iterable[str | Path], overrides: Iterable[str] = ()) -> Config:
-    """Read YAML files, later ones over earlier ones, then ``section.key=value`` overrides.
+    """Read YAML files, later ones overriding earlier ones, then ``section.key=value`` overrides.
+
+    Args:
+        files: the defaults first, over which the demo's values are laid where they apply; see :func:`demo_layer`.
 
     Raises:
-        ValueError: see :func:`build`; also for a missing file or unreadable YAML.
+        ValueError: a file is missing or not valid YAML; also see :func:`build`.
     """
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
-        loaded = [(file, OmegaConf.load(file)) for file in files]
-        for file, content in loaded:
-            if not isinstance(content, DictConfig):
-                raise ValueError(f"the configuration file '{file}' holds no sections with keys")
-        merged = OmegaConf.merge(*(content for _, content in loaded), parse_overrides(overrides))
-        values = OmegaConf.to_container(merged, resolve=True)
+        files, over = list(files), parse_overrides(overrides)
+
+        def merge(layers: list[str | Path]) -> Any:
+            loaded = [(file, OmegaConf.load(file)) for file in layers]
+            for file, content in loaded:
+                if not isinstance(content, DictConfig):
+                    raise ValueError(f"the configuration file '{file}' must contain sections with keys")
+            return OmegaConf.to_container(OmegaConf.merge(*(content for _, content in loaded), over), resolve=True)
+
+        values = merge(files)
+        if layer := demo_layer(values, files[0]):
+            values = merge([files[0], *layer, *files[1:]])
     except (OSError, OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"cannot read the configuration: {error}") from error
     return build(Config, values)
@@ -37,7 +65,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     """Return ``section.key=value`` arguments as nested mappings.
 
     Raises:
-        ValueError: a value that is no YAML.
+        ValueError: a value is not valid YAML.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -45,35 +73,37 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 
     overrides = list(overrides)
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
+        nested: Any = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
     except (OmegaConfBaseException, YAMLError) as error:
-        raise ValueError(f"cannot read the settings {' '.join(overrides)}: {error}") from error
+        raise ValueError(f"cannot read the keys {' '.join(overrides)}: {error}") from error
+    return nested
 
 
 def build(kind: type, values: Any, where: str = "") -> Any:
-    """Build a frozen dataclass from plain values, strictly.
+    """Build a section's dataclass from plain values, with strict checks.
 
     Args:
-        kind: a section's dataclass.
+        kind: the dataclass.
         values: a mapping of every key to its value.
-        where: dotted name of the section for messages.
+        where: dotted name of the section, for messages.
 
     Raises:
-        ValueError: an unknown, missing, mistyped or out-of-range key; the message names it and the remedy.
+        ValueError: a key is unknown, missing, of the wrong type, or out of range; the message names it.
     """
-    if not isinstance(values, Mapping):
-        raise ValueError(f"'{where}' must be a section with keys, got {values!r}")
+    _require_known(kind, values, where)
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     prefix = f"{where}." if where else ""
-    for name in values:
-        if name not in fields:
-            raise ValueError(f"unknown configuration key '{prefix}{name}'{did_you_mean(str(name), fields)}")
+    if missing := list(_missing(kind, values, prefix)):
+        names = ", ".join(f"'{name}'" for name in missing)
+        verb, have = ("is", "has") if len(missing) == 1 else ("are", "have")
+        raise ValueError(
+            f"{names} {verb} not set and {have} no default; `mmfm init FOLDER` looks at your images and writes a "
+            "configuration for them"
+        )
     built = {}
     for name, f in fields.items():
         value = values.get(name, f.metadata["as_before"])
-        if value is NEVER:
-            raise ValueError(f"configuration key '{prefix}{name}' is missing; config/config.yaml has its usual value")
         built[name] = _value(hints[name], value, prefix + name, f.metadata)
     result = kind(**built)
     if hasattr(result, "check"):
@@ -81,13 +111,46 @@ def build(kind: type, values: Any, where: str = "") -> Any:
     return result
 
 
+def _require_known(kind: type, values: Any, where: str) -> None:
+    """Raise ValueError at what is no section, and at a key that does not exist, in nested sections too."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"'{where}' must be a section with keys, got {values!r}")
+    hints = typing.get_type_hints(kind)
+    for name, value in values.items():
+        path = f"{where}.{name}" if where else name
+        if path in RETIRED:
+            _say_retired(path)
+            continue
+        if name not in hints:
+            raise ValueError(f"unknown configuration key '{path}'{did_you_mean(str(name), hints)}")
+        if dataclasses.is_dataclass(hints[name]):
+            _require_known(hints[name], value, path)
+
+
+@functools.cache
+def _say_retired(path: str) -> None:
+    """Print a hint, once in a process."""
+    print(f"the key {path} has no effect any more and can be removed: {RETIRED[path]}", file=sys.stderr)
+
+
+def _missing(kind: type, values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """Yield the dotted names of keys without a value; of a section that is not there those of its keys."""
+    hints = typing.get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        name, given = prefix + f.name, values.get(f.name, f.metadata["as_before"])
+        if dataclasses.is_dataclass(hints[f.name]) and (given is NEVER or isinstance(given, Mapping)):
+            yield from _missing(hints[f.name], given if isinstance(given, Mapping) else {}, f"{name}.")
+        elif given is NEVER:
+            yield name
+
+
 def _value(hint: Any, value: Any, where: str, metadata: Mapping[str, Any]) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, where)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return build(hint, {} if value is NEVER else value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is dict:
         if not isinstance(value, Mapping) or not value:
-            raise ValueError(f"'{where}' must map at least one name to its keys, got {value!r}")
+            raise ValueError(f"'{where}' must map names to sections, at least one, got {value!r}")
         return {str(k): build(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     if origin is tuple and arguments[-1] is ...:
         if not isinstance(value, (list, tuple)):
@@ -97,7 +160,11 @@ def _value(hint: Any, value: Any, where: str, metadata: Mapping[str, Any]) -> An
         if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
             raise ValueError(f"'{where}' must be a list of {len(arguments)} numbers, got {value!r}")
         return tuple(_value(a, v, where, {}) for a, v in zip(arguments, value, strict=True))
+    if isinstance(value, bool) and "off" in (metadata.get("choices") or ()):
+        value = "on" if value else "off"  # as YAML reads these words
     value = _scalar(hint, value, where)
+    if metadata.get("path"):
+        value = str(Path(value).expanduser()) if value.startswith("~") else value
     if metadata.get("choices") and value not in metadata["choices"]:
         choices = ", ".join(map(str, metadata["choices"]))
         raise ValueError(

@@ -1,7 +1,9 @@
-"""The sections of the configuration and their keys: one table of all there is to set.
+"""The sections of the configuration and their keys, with help, kind and range.
 
-A key's kind (see :mod:`mmfm.config`) says what a change of it means for results that are there.
+A key's kind (see :mod:`mmfm.config`) decides what happens to existing results when the key changes.
 """
+
+# ruff: noqa: RUF009 - `nested` returns a field
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -12,10 +14,10 @@ from mmfm.config import choices
 from mmfm.config.choices import did_you_mean
 
 _LARGEST_GAMMA = 20
-"""The ratio of a label's loss to the mean reaches the number of labels; a power of it must stay below infinity."""
+"""A label's loss can be as large as the mean times the number of labels; this power of the ratio must stay finite."""
 
 NEVER = object()
-"""The value ``as_before`` of a key that was always there."""
+"""``as_before`` of a key that its section has had from the start."""
 
 
 def key(
@@ -25,18 +27,20 @@ def key(
     unit: str = "",
     choices: Mapping[str, Any] | None = None,
     minimum: float | None = None,
+    path: bool = False,
     as_before: Any = NEVER,
 ) -> Any:
-    """Declare a configuration key with what the documentation, the schema and the validation need.
+    """Declare a configuration key, with the metadata for documentation, schema and validation.
 
     Args:
-        kind: ``identity``, ``budget`` or ``operation``, see :mod:`mmfm.config`.
-        choices: table of the values that it takes, in :mod:`mmfm.config.choices`.
-        as_before: of a key that is added to a section later: the value with which the section means what it meant
-            without the key. At that value parameters and fingerprints leave it out, so that nothing is made again, and
-            a configuration without the key has it.
+        kind: ``identity``, ``budget`` or ``operation``; see :mod:`mmfm.config`.
+        choices: table of the accepted values, in :mod:`mmfm.config.choices`.
+        path: whether the value names a file or folder; a leading ``~`` is the home directory.
+        as_before: for a key that is added to an existing section: the value that preserves the old behaviour. It is
+            the key's default, and parameters and fingerprints omit it, so adding the key reruns nothing.
     """
-    about = {"help": help, "kind": kind, "unit": unit, "choices": choices, "minimum": minimum, "as_before": as_before}
+    about = {"help": help, "kind": kind, "unit": unit, "choices": choices, "minimum": minimum, "path": path}
+    about["as_before"] = as_before
     return field(metadata=about)
 
 
@@ -44,9 +48,9 @@ operation = functools.partial(key, kind="operation")
 budget = functools.partial(key, kind="budget")
 
 
-def about(help: str = "") -> dict[str, Any]:
-    """Return the metadata of a section, or of a mapping of names to sections."""
-    return {"help": help, "kind": "section", "as_before": NEVER}
+def nested() -> Any:
+    """Declare a section, or a mapping of names to sections."""
+    return field(metadata={"kind": "section", "as_before": NEVER})
 
 
 def _fraction(value: float, where: str) -> None:
@@ -61,25 +65,25 @@ def _times(interval: tuple[float, float], where: str) -> None:
 
 @dataclass(frozen=True)
 class Data:
-    """Which images, and which of them are held out of training."""
+    """The images, and how many of them are held out of training."""
 
-    root: str = key("ImageFolder with one folder per class; `demo` unpacks the embedded images")
-    holdout: int = key("images kept out of training, chosen by a hash of their path", unit="images", minimum=0)
-    seed: int = key("seed of the choice of held-out images", minimum=0)
+    root: str = key(
+        "folder of images with one subfolder per class; `demo` for the images in this repository", path=True
+    )
+    holdout: int = key("images held out of training, chosen by a hash of their path", unit="images", minimum=0)
+    seed: int = key("seed for choosing the held-out images", minimum=0)
     unreadable: str = key(
-        "a damaged image stops the stage that meets it, or is found when listing (every image is decoded) and left out",
+        "a damaged image stops the stage that reads it, or is left out of the listing (every image is decoded)",
         choices=choices.UNREADABLE,
     )
-    workers: int = operation(
-        "image-decoding processes for `unreadable: skip`; 0 decodes in the stage itself", minimum=0
-    )
+    workers: int = operation("processes decoding images for `unreadable: skip`; 0: the stage itself", minimum=0)
 
 
 @dataclass(frozen=True)
 class Image:
-    """What an image is to every stage."""
+    """Images, as all stages see them."""
 
-    size: int = key("side of the square that images are cropped to (ADM centre crop)", unit="pixels", minimum=8)
+    size: int = key("side of the square to which images are cropped (ADM's centre crop)", unit="pixels", minimum=8)
 
 
 @dataclass(frozen=True)
@@ -87,41 +91,59 @@ class Encoder:
     """A frozen vision encoder."""
 
     family: str = key("architecture", choices=choices.ENCODER_FAMILIES)
-    weights: str = key("folder in the Hugging Face layout, or `hf:` and a model id, which a rule downloads")
-    input_size: int = key("side of the encoder's input; images are resized to it", unit="pixels", minimum=8)
+    weights: str = key(
+        "folder in the Hugging Face layout, or `hf:` followed by the id of a model to download", path=True
+    )
+    input_size: int = key("side of the encoder's input, to which images are resized", unit="pixels", minimum=8)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The latent cache: images are encoded once, for all stages, settings and runs."""
+
+    cache: str = operation(
+        "keep latents on disk: `auto` if they take at most 20 GB and half of what is free",
+        choices=choices.LATENT_CACHES,
+        as_before="auto",
+    )
+    folder: str = operation(
+        "where to keep them; may be shared by several working directories", path=True, as_before="latents"
+    )
 
 
 @dataclass(frozen=True)
 class Extract:
-    """Global tokens and latent moments of the training images, in one pass."""
+    """One pass over the training images for their global tokens and latent moments."""
 
-    shard_size: int = key("images per shard: the unit of resumption", unit="images", minimum=1)
+    shard_size: int = key("images per shard, the unit of resumption", unit="images", minimum=1)
     batch_size: int = operation("images per encoder call", unit="images", minimum=1)
-    workers: int = operation("image-reading processes per rank; 0 reads in the rank itself", minimum=0)
+    workers: int = operation("image-reading processes per rank; 0: the rank itself", minimum=0)
 
 
 @dataclass(frozen=True)
 class Gmm:
-    """The mixture of the global tokens."""
+    """The Gaussian mixture of the global tokens."""
 
     n_components: int = key("number of modes K", minimum=1)
     covariance_type: str = key("shape of the covariances", choices=choices.COVARIANCES)
-    init: str = key("start of EM", choices=choices.STARTS)
+    init: str = key("initialisation of EM", choices=choices.STARTS)
     reg_covar: float = key("added to every variance", minimum=0)
-    tol: float = key("stop when the mean log-likelihood rises by less", unit="nats per image", minimum=0)
-    max_iter: int = budget("at most this many EM iterations", unit="iterations", minimum=1)
-    seed: int = key("seed of the start", minimum=0)
-    precision: str = key("arithmetic of the E-step's products", choices=choices.E_STEP_PRECISIONS)
-    chunk_size: int = operation("images per E-step product", unit="images", minimum=1)
-    n_init: int = budget("starts; the one that ends with the best log-likelihood is kept", minimum=1)
-    init_means: str = key("file of K means to start from instead of `init` (.npy or gmm.safetensors); empty for none")
-    e_step: str = key("`truncated`: images meet the modes near their last one only", choices=choices.E_STEPS)
+    tol: float = key("stop when the mean log-likelihood improves by less than this", unit="nats per image", minimum=0)
+    max_iter: int = budget("largest number of EM iterations", unit="iterations", minimum=1)
+    seed: int = key("seed of the initialisation", minimum=0)
+    precision: str = key("precision of the matrix products in the E-step", choices=choices.E_STEP_PRECISIONS)
+    chunk_size: int = operation("images per matrix product in the E-step", unit="images", minimum=1)
+    n_init: int = budget("number of initialisations; the fit with the best log-likelihood is kept", minimum=1)
+    init_means: str = key(
+        "file of K means (.npy or gmm.safetensors) to start from instead of `init`; empty for none", path=True
+    )
+    e_step: str = key("`truncated` evaluates only the modes near an image's previous mode", choices=choices.E_STEPS)
     cache_gb: float = operation(
-        "tokens that a process keeps in memory, and at most a quarter of what is free", unit="GB", minimum=0
+        "memory per process for caching tokens, at most a quarter of what is free", unit="GB", minimum=0
     )
 
     def check(self, where: str) -> None:
-        """Raise ValueError if keys do not go together."""
+        """Raise ValueError if keys contradict each other."""
         if self.e_step == "truncated" and not choices.COVARIANCES[self.covariance_type].truncatable:
             able = " or ".join(name for name, shape in choices.COVARIANCES.items() if shape.truncatable)
             raise ValueError(
@@ -139,7 +161,7 @@ class SpatialGmm:
     batch_size: int = operation("images per encoder call", unit="images", minimum=1)
     workers: int = operation("image-reading processes per rank", minimum=0)
     covariance_type: str = key(
-        "one variance a mode, as published, or one for every position of its latent",
+        "one variance per mode, as published, or one per element of its latent",
         choices=choices.SPATIAL_COVARIANCES,
     )
 
@@ -148,38 +170,41 @@ class SpatialGmm:
 class Decoder:
     """The ViT decoder that turns latents into images."""
 
-    weights: str = key("a decoder file, `{encoder}` standing for the encoder's name, or `train` to train one's own")
+    weights: str = key(
+        "decoder file, in which `{encoder}` stands for the encoder's name; or `train` to train one", path=True
+    )
     hidden_size: int = key("width", minimum=1)
     intermediate_size: int = key("width of the MLPs", minimum=1)
     num_heads: int = key("attention heads", minimum=1)
-    num_layers: int = key("depth", minimum=1)
-    noise: float = key("tokens get noise of a standard deviation uniform in [0, noise]", minimum=0)
-    global_batch: int = key("images per step over all processes", unit="images", minimum=1)
+    num_layers: int = key("number of blocks", minimum=1)
+    noise: float = key("standard deviation of the noise on tokens, drawn uniformly from [0, noise]", minimum=0)
+    global_batch: int = key("images per step, all processes together", unit="images", minimum=1)
     lr: float = key("peak learning rate (AdamW, cosine to 0 at `horizon`)", minimum=0)
     horizon: int = key("step at which the learning rate reaches 0", unit="steps", minimum=1)
     steps: int = budget("optimiser steps", unit="steps", minimum=1)
     seed: int = key("seed of initialisation, data order and noise", minimum=0)
-    micro_batch: int = operation("images per forward pass and process; 0 for the whole share", unit="images", minimum=0)
+    micro_batch: int = operation("images per forward pass and process; 0 for its whole share", unit="images", minimum=0)
     workers: int = operation("image-reading processes per rank", minimum=0)
-    latent_cache_gb: float = operation("encode once and keep the latents if they fit in this", unit="GB", minimum=0)
     checkpoint_every: int = operation("steps between checkpoints", unit="steps", minimum=1)
 
     def check(self, where: str) -> None:
-        """Raise ValueError if keys do not go together."""
+        """Raise ValueError if keys contradict each other."""
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"'{where}.hidden_size' {self.hidden_size} is no multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"'{where}.hidden_size' {self.hidden_size} must be a multiple of num_heads {self.num_heads}"
+            )
 
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes of a DiTDH: encoder blocks first, head blocks second."""
+    """Sizes of a DiTDH: [encoder blocks, head blocks]."""
 
     hidden_size: tuple[int, int] = key("widths")
     depth: tuple[int, int] = key("numbers of blocks")
     num_heads: tuple[int, int] = key("attention heads")
 
     def check(self, where: str) -> None:
-        """Raise ValueError if keys do not go together."""
+        """Raise ValueError if keys contradict each other."""
         for width, heads in zip(self.hidden_size, self.num_heads, strict=True):
             if width % heads or (width // heads) % 4:
                 raise ValueError(f"'{where}': width {width} over {heads} heads must give a multiple of 4 per head")
@@ -191,34 +216,35 @@ class Preview:
 
     every: int = operation("steps between preview grids; 0 for none", unit="steps", minimum=0)
     n_images: int = operation("images in a grid", unit="images", minimum=1)
-    time_points: int = operation("time points of the solver, of grids and of distances", minimum=2)
+    time_points: int = operation("time points of the solver, for grids and distances", minimum=2)
     fid_every: int = operation(
-        "steps between measurements of the Frechet distance by the detector `fid.detector` from the stage's reference, "
-        "and one at the end; 0 for none",
+        "steps between measurements of the Frechet distance (with `fid.detector`), besides one at the end; 0 for none",
         unit="steps",
         minimum=0,
     )
-    fid_images: int = operation("images generated for it, from the same noise every time", unit="images", minimum=2)
-    fid_batch_size: int = operation("images of it per model and detector call", unit="images", minimum=1)
+    fid_images: int = operation("images per measurement, from the same noise every time", unit="images", minimum=2)
+    fid_batch_size: int = operation("images per model and detector call during a measurement", unit="images", minimum=1)
 
 
 @dataclass(frozen=True)
 class LossWeighting:
-    """Weights of the losses by label, from a running mean of every label's loss."""
+    """Loss weights by label, from a running mean of each label's loss."""
 
     rule: str = key(
         "weight of a label whose running loss is r times the mean: `focal` r^gamma, `sqrt` the root of r, `log` "
-        "ln(1 + r), `inverse` 1/r; scaled to mean 1 over the labels",
+        "ln(1 + r), `inverse` 1/r; weights are scaled to mean 1 over the labels",
         choices=choices.WEIGHTINGS,
     )
-    by: str = key("which label: the mode of the source, or the image's class", choices=choices.WEIGHTED_LABELS)
-    decay: float = key("decay of the running mean at every step in which the label occurs", minimum=0)
+    by: str = key(
+        "what counts as the label: the mode of the source, or the image's class", choices=choices.WEIGHTED_LABELS
+    )
+    decay: float = key("decay of the running mean per step in which the label occurs", minimum=0)
     gamma: float = key("exponent of `focal`", minimum=0)
-    warmup_epochs: int = key("epochs in which all weights are 1", unit="epochs", minimum=0)
+    warmup_epochs: int = key("first epochs, in which all weights are 1", unit="epochs", minimum=0)
     bounds: tuple[float, float] = key("smallest and largest weight")
 
     def check(self, where: str) -> None:
-        """Raise ValueError if keys do not go together."""
+        """Raise ValueError if keys contradict each other."""
         _fraction(self.decay, f"{where}.decay")
         if self.gamma > _LARGEST_GAMMA:
             raise ValueError(f"'{where}.gamma' is {self.gamma}; it must be at most {_LARGEST_GAMMA}")
@@ -228,65 +254,66 @@ class LossWeighting:
 
 @dataclass(frozen=True)
 class Train:
-    """Flow matching."""
+    """Training of the flow-matching model."""
 
     model: str = key("name of an entry of `models`")
-    seed: int = key("seed of initialisation, data order, noise and, when sampling, of the images", minimum=0)
+    seed: int = key("seed of initialisation, data order and noise; also of the sampled images", minimum=0)
     assignment: str = key(
-        "mode of an image: drawn from the posterior of its token, or the likeliest", choices=choices.ASSIGNMENTS
+        "mode of an image: drawn from the posterior given its token, or the most likely one",
+        choices=choices.ASSIGNMENTS,
     )
     flip: bool = key("flip images horizontally with probability 1/2")
-    global_batch: int = key("images per step over all processes", unit="images", minimum=1)
+    global_batch: int = key("images per step, all processes together", unit="images", minimum=1)
     epochs: int = budget("passes over the training images", unit="epochs", minimum=1)
     lr: float = key("learning rate (AdamW) until `constant_epochs`", minimum=0)
     final_lr: float = key("learning rate from `decay_end_epoch` on", minimum=0)
     constant_epochs: int = key("epochs before the learning rate starts to fall", unit="epochs", minimum=0)
-    decay_end_epoch: int = key("epoch at which the linear fall ends", unit="epochs", minimum=1)
-    betas: tuple[float, float] = key("AdamW's decay rates")
+    decay_end_epoch: int = key("epoch at which the learning rate reaches `final_lr`", unit="epochs", minimum=1)
+    betas: tuple[float, float] = key("AdamW's betas")
     weight_decay: float = key("AdamW's weight decay", minimum=0)
-    clip_norm: float = key("largest gradient norm; 0 for no clipping", minimum=0)
-    ema_decay: float = key("decay of the weights' exponential moving average", minimum=0)
+    clip_norm: float = key("gradients are clipped to this norm; 0 for no clipping", minimum=0)
+    ema_decay: float = key("decay of the exponential moving average (EMA) of the weights", minimum=0)
     precision: str = key("`auto`: bf16 autocast on a GPU, float32 on a CPU", choices=choices.PRECISIONS)
-    micro_batch: int = operation("images per forward pass and process; 0 for the whole share", unit="images", minimum=0)
+    micro_batch: int = operation("images per forward pass and process; 0 for its whole share", unit="images", minimum=0)
     workers: int = operation("image-reading processes per rank", minimum=0)
-    latent_cache_gb: float = operation("encode once and keep the latents if they fit in this", unit="GB", minimum=0)
     checkpoint_every: int = operation("steps between checkpoints", unit="steps", minimum=1)
-    keep_checkpoints: int = operation("newest checkpoints that are kept", minimum=1)
-    log_every: int = operation("steps between lines of the history", unit="steps", minimum=1)
+    keep_checkpoints: int = operation("number of newest checkpoints to keep", minimum=1)
+    log_every: int = operation("steps between entries of history.jsonl", unit="steps", minimum=1)
     compile: bool = operation("use torch.compile")
-    preview: Preview = field(metadata=about("sample grids and distances during training"))
-    label_dropout: float = key("probability with which a class label is hidden (settings class, class_gmm)", minimum=0)
-    mode_dropout: float = key("probability with which a mode is hidden from the model (setting mode)", minimum=0)
+    preview: Preview = nested()
+    label_dropout: float = key("probability of hiding the class from the model (settings class, class_gmm)", minimum=0)
+    mode_dropout: float = key("probability of hiding the mode from the model (setting mode)", minimum=0)
     means_precision: str = key(
-        "the source's means in memory; `auto`: bf16 on a GPU, float32 on a CPU", choices=choices.PRECISIONS
+        "precision of the source's means in memory; `auto`: bf16 on a GPU, float32 on a CPU", choices=choices.PRECISIONS
     )
     means_device: str = operation(
-        "where the means lie: on the GPU, or in the host's memory with a gather per batch",
+        "where the source's means are kept: on the GPU, or in host memory and gathered for every batch",
         choices=choices.MEANS_DEVICES,
     )
-    loss_weighting: LossWeighting = field(metadata=about("weights of the losses by label"))
+    loss_weighting: LossWeighting = nested()
     schedule: str = key(
         "how the learning rate falls from `lr` to `final_lr` between `constant_epochs` and `decay_end_epoch`",
         choices=choices.SCHEDULES,
     )
-    checkpoint_activations: bool = operation("recompute the blocks in the backward pass: less memory, a third slower")
+    checkpoint_activations: bool = operation("recompute activations in the backward pass: less memory, a third slower")
     sharding: str = operation(
-        "processes hold the whole model, or shards of weights, optimiser and average (FSDP2)", choices=choices.SHARDINGS
+        "each process holds the whole model, or a shard of weights, optimiser state and EMA (FSDP2)",
+        choices=choices.SHARDINGS,
     )
     milestones: tuple[int, ...] = operation(
-        "epochs whose checkpoints stay, so that `epochs` can be lowered to them", unit="epochs", minimum=1
+        "epochs whose checkpoints are kept, so that `epochs` can be lowered to them later", unit="epochs", minimum=1
     )
-    logger: str = operation("where to watch besides the history", choices=choices.LOGGERS)
+    logger: str = operation("where to log besides history.jsonl", choices=choices.LOGGERS)
 
     def check(self, where: str) -> None:
-        """Raise ValueError if keys do not go together."""
+        """Raise ValueError if keys contradict each other."""
         if self.decay_end_epoch <= self.constant_epochs:
             raise ValueError(f"'{where}.decay_end_epoch' must be above '{where}.constant_epochs'")
         for name in ("ema_decay", "label_dropout", "mode_dropout"):
             _fraction(getattr(self, name), f"{where}.{name}")
 
     def effective(self, setting: choices.Setting) -> "Train":
-        """Return the section with the keys that change nothing in a setting at one value, whatever is configured."""
+        """Return the section with every key that the setting ignores at a fixed value."""
         idle: dict[str, Any] = {}
         if setting.condition != "class":
             idle["label_dropout"] = 0.0
@@ -301,51 +328,51 @@ class Train:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Guidance while sampling: classifier-free, or autoguidance where a guide is given."""
+    """Guidance during sampling: classifier-free, or autoguidance if there is a guide."""
 
-    scale: float = key("of classifier-free guidance; 1 for none (targets `_ag` take `guide.scale`)", minimum=0)
-    interval: tuple[float, float] = key("times (lowest, highest) between which guidance applies")
+    scale: float = key("guidance scale; 1 for none (targets with `_ag` take `guide.scale`)", minimum=0)
+    interval: tuple[float, float] = key("lowest and highest time at which guidance applies")
 
     def check(self, where: str) -> None:
-        """Raise ValueError if keys do not go together."""
+        """Raise ValueError if keys contradict each other."""
         _times(self.interval, where)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Generation."""
+    """Generation of images."""
 
     n_images: int = key("images to generate", unit="images", minimum=1)
     time_points: int = key("points of the time grid, one more than steps; 1 decodes the source itself", minimum=1)
     solver: str = key(
-        "integration rule; from `dopri5` on with steps of its own choice between the first and the last time point",
+        "ODE solver; those from `dopri5` on are adaptive and use only the first and the last time point",
         choices=choices.SOLVERS,
     )
     precision: str = key(
-        "`auto`: bf16 autocast on a GPU, float32 on a CPU; `reference`: bf16 autocast with state and time in bf16 too",
+        "`auto`: bf16 autocast on a GPU, float32 on a CPU; `reference`: bf16 autocast, and state and time in bf16 too",
         choices=choices.SAMPLING_PRECISIONS,
     )
-    shard_size: int = key("images per shard: the unit of resumption", unit="images", minimum=1)
+    shard_size: int = key("images per shard, the unit of resumption", unit="images", minimum=1)
     batch_size: int = operation("images per model call", unit="images", minimum=1)
-    guidance: Guidance = field(metadata=about("guidance while sampling"))
-    rtol: float = key("relative tolerance of the solvers with steps of their own", minimum=0)
-    atol: float = key("absolute tolerance of the solvers with steps of their own", minimum=0)
+    guidance: Guidance = nested()
+    rtol: float = key("relative tolerance of the adaptive solvers", minimum=0)
+    atol: float = key("absolute tolerance of the adaptive solvers", minimum=0)
     mode_draw: str = key("how modes are drawn from the mixture's weights", choices=choices.MODE_DRAWS)
-    label_draw: str = key("class labels in equal numbers, or drawn at random", choices=choices.LABEL_DRAWS)
-    features: bool = operation("write the configured detector's features of every shard, for `fid` to use")
-    means_device: str = operation("where the source's means lie, as in `train`", choices=choices.MEANS_DEVICES)
+    label_draw: str = key("class labels: equally often each, or drawn at random", choices=choices.LABEL_DRAWS)
+    features: bool = operation("also write the features of `fid.detector`, which `fid` then uses")
+    means_device: str = operation("as `train.means_device`", choices=choices.MEANS_DEVICES)
 
     def check(self, where: str) -> None:
-        """Raise ValueError if keys do not go together."""
+        """Raise ValueError if keys contradict each other."""
         if not choices.SOLVERS[self.solver].adaptive:
             return
         if self.precision == "reference":
-            raise ValueError(f"'{where}.precision' reference has bf16 times, too coarse for {self.solver}: use euler")
+            raise ValueError(f"'{where}.precision' reference has bf16 times, too coarse for {self.solver}; use euler")
         if self.rtol + self.atol <= 0:
-            raise ValueError(f"'{where}.rtol' and '{where}.atol' are both 0; {self.solver} needs one of them")
+            raise ValueError(f"'{where}.rtol' and '{where}.atol' are both 0; {self.solver} needs a positive one")
 
     def effective(self, setting: choices.Setting) -> "Sample":
-        """Return the section with the keys that change nothing in a setting at one value, whatever is configured."""
+        """Return the section with every key that the setting ignores at a fixed value."""
         idle: dict[str, Any] = {}
         if setting.condition != "class":
             idle["label_draw"] = "equal"
@@ -358,16 +385,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Guide:
-    """The weaker model of autoguidance, for the targets `..._ag`; no key touches any other target."""
+    """The weaker model of autoguidance, for targets with `_ag` only."""
 
-    weights: str = key("`train`, or a file of weights, `{encoder}` and `{setting}` standing for the names")
+    weights: str = key(
+        "`train`, or a weights file, in which `{encoder}` and `{setting}` stand for the names", path=True
+    )
     model: str = key("name of an entry of `models`")
     epochs: int = budget("passes over the training images", unit="epochs", minimum=1)
-    scale: float = key("v = v_guide + scale (v - v_guide)", minimum=0)
-    interval: tuple[float, float] = key("times (lowest, highest) between which guidance applies")
+    scale: float = key("guidance scale: v_guide + scale (v - v_guide)", minimum=0)
+    interval: tuple[float, float] = key("lowest and highest time at which guidance applies")
 
     def check(self, where: str) -> None:
-        """Raise ValueError if keys do not go together."""
+        """Raise ValueError if keys contradict each other."""
         _times(self.interval, where)
 
 
@@ -376,47 +405,67 @@ class Fid:
     """Frechet distance between generated and real images."""
 
     detector: str = key("feature network", choices=choices.DETECTORS)
-    weights: str = key("its weights file")
-    reference: str = key("`train` (the training images) or an .npz with `mu` and `sigma`")
+    weights: str = key("weights file of the detector; none for `encoder`", path=True, as_before="")
+    reference: str = key(
+        "what to compare with: `train` (the training images), or an .npz file with `mu` and `sigma`", path=True
+    )
     batch_size: int = operation("images per detector call", unit="images", minimum=1)
     workers: int = operation("image-reading processes per rank", minimum=0)
+    encoder: str = key(
+        "with the detector `encoder`: the entry of `encoders` whose global tokens are the features; empty for the "
+        "run's own encoder, which favours its own mixture",
+        as_before="",
+    )
+
+    def check(self, where: str) -> None:
+        """Raise ValueError if keys contradict each other."""
+        if self.detector != "encoder" and not self.weights:
+            remedy = choices.DETECTORS[self.detector].remedy
+            raise ValueError(f"'{where}.weights' is empty, but the detector {self.detector} has weights: {remedy}")
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Fits with several numbers of modes side by side."""
+    """Mixtures with different numbers of modes, compared."""
 
-    modes: tuple[int, ...] = key("numbers of modes K", minimum=1)
+    modes: tuple[int, ...] = key("numbers of modes to compare", minimum=1)
 
     def check(self, where: str) -> None:
-        """Raise ValueError if keys do not go together."""
+        """Raise ValueError if keys contradict each other."""
         if not self.modes:
-            raise ValueError(f"'{where}.modes' must be a list of at least one number, got an empty one")
+            raise ValueError(f"'{where}.modes' must list at least one number, got an empty list")
 
 
 @dataclass(frozen=True)
 class Config:
     """The whole configuration."""
 
-    run: str = key("folder below `results/` that keeps this configuration's results apart; empty for none")
+    run: str = key("subfolder of `results/` for this configuration; empty for `results/` itself")
     gpus: str | int = operation("GPUs per job: a number, or `auto` for the limit in the Snakemake profile")
     processes: int = operation("processes per job on a CPU", minimum=1)
-    encoders: dict[str, Encoder] = field(metadata=about("encoders by name"))
-    models: dict[str, Model] = field(metadata=about("model sizes by name"))
-    data: Data = field(metadata=about())
-    image: Image = field(metadata=about())
-    extract: Extract = field(metadata=about())
-    gmm: Gmm = field(metadata=about())
-    spatial_gmm: SpatialGmm = field(metadata=about())
-    decoder: Decoder = field(metadata=about())
-    train: Train = field(metadata=about())
-    sample: Sample = field(metadata=about())
-    fid: Fid = field(metadata=about())
-    sweep: Sweep = field(metadata=about())
-    guide: Guide = field(metadata=about())
+    encoders: dict[str, Encoder] = nested()
+    models: dict[str, Model] = nested()
+    data: Data = nested()
+    image: Image = nested()
+    latents: Latents = nested()
+    extract: Extract = nested()
+    gmm: Gmm = nested()
+    spatial_gmm: SpatialGmm = nested()
+    decoder: Decoder = nested()
+    train: Train = nested()
+    sample: Sample = nested()
+    fid: Fid = nested()
+    sweep: Sweep = nested()
+    guide: Guide = nested()
+
+    def check(self, where: str) -> None:
+        """Raise ValueError if a key names an entry of `models` or `encoders` that does not exist."""
+        self.section("model")
+        if self.fid.encoder:
+            self.section("encoder", self.fid.encoder)
 
     def section(self, name: str, encoder: str = "", model: str = "") -> Any:
-        """Return a section; ``encoder`` and ``model`` pick the entry of those that are configured by name."""
+        """Return a section; ``encoder`` and ``model`` name the entry of ``encoders`` and ``models``."""
         if name == "encoder":
             return _named(self.encoders, encoder, "encoders")
         if name == "model":
@@ -431,7 +480,7 @@ def _named(mapping: Mapping[str, Any], name: str, where: str) -> Any:
 
 
 def declared(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """Yield dotted name, type and metadata of every key of a section's dataclass, nested sections included."""
+    """Yield the dotted name, type and metadata of every key of a section, nested sections included."""
     hints = get_type_hints(kind)
     for f in fields(kind):
         if is_dataclass(hints[f.name]):
@@ -441,9 +490,9 @@ def declared(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[s
 
 
 def keys_of_kind(values: Any, *kinds: str) -> dict[str, Any]:
-    """Return the keys of a built section that are of the given kinds as plain JSON values, nested sections included.
+    """Return the keys of a section that are of the given kinds, nested sections included, as plain JSON values.
 
-    A key that was added later is left out at the value that means "as before".
+    Keys at their ``as_before`` value are omitted.
     """
     result: dict[str, Any] = {}
     for f in fields(values):

@@ -1,4 +1,4 @@
-"""What one stage reads of the configuration."""
+"""The part of the configuration that one stage reads."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -14,11 +14,11 @@ _UNREAD: Any = None
 
 @dataclass(frozen=True)
 class StageConfig:
-    """The sections that a stage reads, built and checked; those that it does not read are None.
+    """The sections that a stage reads, built and checked; all others are None.
 
     Attributes:
         stage: name in :data:`mmfm.config.registry.STAGES`.
-        setting: name in :data:`mmfm.config.choices.SETTINGS`, where the stage has one.
+        setting: name in :data:`mmfm.config.choices.SETTINGS`; None for stages without one.
     """
 
     stage: str
@@ -26,6 +26,7 @@ class StageConfig:
     data: sections.Data = _UNREAD
     image: sections.Image = _UNREAD
     encoder: sections.Encoder = _UNREAD
+    latents: sections.Latents = _UNREAD
     extract: sections.Extract = _UNREAD
     gmm: sections.Gmm = _UNREAD
     spatial_gmm: sections.SpatialGmm = _UNREAD
@@ -43,27 +44,27 @@ class StageConfig:
         """Take a stage's sections from the whole configuration.
 
         Args:
-            encoder, model: entries of the sections that are configured by name; an empty model is that of `train`.
+            encoder, model: entries of ``encoders`` and ``models``; an empty model means ``train.model``.
         """
         read = {name: config.section(name, encoder, model) for name in STAGES[stage].sections}
         return cls(stage, setting, **read)
 
     @classmethod
     def build(cls, stage: str, values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> "StageConfig":
-        """Build a stage's sections from plain values, such as those of a rule's parameter, and single keys over them.
+        """Build a stage's sections from plain values, such as a rule's parameter, with overrides for single keys.
 
         Raises:
-            ValueError: a key is unknown, missing, mistyped or out of range, or the stage does not read its section.
+            ValueError: the stage does not read a section; also see :func:`mmfm.config.reading.build`.
         """
         names = STAGES[stage].sections
         for name in overrides or {}:
             if name not in names:
-                raise ValueError(f"{stage} reads no section '{name}'{did_you_mean(name, names)}")
+                raise ValueError(f"{stage} does not read the section '{name}'{did_you_mean(name, names)}")
         merged = {name: _merge(values.get(name, {}), (overrides or {}).get(name, {})) for name in names}
         return cls(stage, **{name: reading.build(SECTIONS[name], merged[name], name) for name in names})
 
     def with_keys(self, **keys: Mapping[str, Any]) -> "StageConfig":
-        """Return this with some keys of sections at other values."""
+        """Return a copy with other values for some keys, given by section."""
         return dataclasses.replace(
             self, **{name: dataclasses.replace(getattr(self, name), **values) for name, values in keys.items()}
         )
@@ -71,23 +72,25 @@ class StageConfig:
     def values(self, *kinds: str) -> dict[str, Any]:
         """Return the keys of the given kinds by section, as plain JSON values.
 
-        Keys without effect, because only another setting looks at them, have one value whatever is configured.
+        Keys that the setting ignores have a fixed value, so changing them reruns nothing. Sections without such keys
+        are left out.
         """
-        return {
+        found = {
             name: sections.keys_of_kind(effective(getattr(self, name), self.setting), *kinds)
             for name in STAGES[self.stage].sections
         }
+        return {name: keys for name, keys in found.items() if keys}
 
     def identity(self) -> dict[str, Any]:
-        """Return the keys that change the numbers: what the fingerprint of the stage's state covers."""
+        """Return the identity keys, which the fingerprint of the stage's state covers."""
         return self.values("identity")
 
     def parameter(self) -> dict[str, Any]:
-        """Return what Snakemake compares: identity, budget, and the stage's VERSION, which commands pass over."""
+        """Return what Snakemake compares between runs: identity and budget keys, and the stage's version."""
         return {**self.values("identity", "budget"), "version": STAGES[self.stage].version}
 
     def operation(self) -> list[str]:
-        """Return the operation keys as ``section.key=value``, without spaces, because they go through a shell."""
+        """Return the operation keys as ``section.key=value``, without spaces, so they need no quoting in a shell."""
         flags = []
         for name in STAGES[self.stage].sections:
             for path, value in _flatten(sections.keys_of_kind(getattr(self, name), "operation"), name):
@@ -99,11 +102,11 @@ class StageConfig:
 SECTIONS: dict[str, type] = {
     name: hint for name, hint in get_type_hints(StageConfig).items() if name not in ("stage", "setting")
 }
-"""The sections that stages read."""
+"""The sections that stages read, by name."""
 
 
 def effective(section: Any, setting: str | None) -> Any:
-    """Return a section with the keys that a setting does not use at one value; without a setting as it is."""
+    """Return a section with the keys that a setting ignores at fixed values; unchanged without a setting."""
     return section.effective(SETTINGS[setting]) if setting and hasattr(section, "effective") else section
 
 

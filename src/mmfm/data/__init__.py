@@ -1,11 +1,10 @@
-"""The images: their listing, their pixels, and batches of them."""
+"""Images: their listing, their pixels, and batches of them."""
 
 from mmfm.data.images import as_rgb, center_crop, read_image
-from mmfm.data.listing import EXTENSIONS, Listing, choose_heldout, find_readable, scan, write_listing
+from mmfm.data.listing import Listing, choose_heldout, find_readable, scan, write_listing
 from mmfm.data.loader import image_batches, ranges, to_float
 
 __all__ = [
-    "EXTENSIONS",
     "Listing",
     "as_rgb",
     "center_crop",

@@ -1,4 +1,4 @@
-"""The embedded demo's data: Fashion-MNIST in its original idx files."""
+"""Fashion-MNIST, the data of the embedded demo, read from its original idx files."""
 
 import gzip
 import hashlib
@@ -13,22 +13,22 @@ from mmfm.infra import store
 from mmfm.infra.progress import Progress
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
-"""Names of Fashion-MNIST's labels 0 to 9."""
+"""Class names of the labels 0 to 9."""
 
 _IDX_UINT8 = 0x08
 _BORDER = 2
 
 
 def read_idx(path: str | Path) -> np.ndarray:
-    """Read an idx file of bytes, gzip-compressed or plain.
+    """Read an idx file of unsigned bytes, plain or gzip-compressed.
+
+    The format is described at http://yann.lecun.com/exdb/mnist/.
 
     Returns:
-        uint8 array in the file's shape: (N, H, W) for images, (N,) for labels.
+        uint8 array of the shape in the file's header: (N, H, W) for images, (N,) for labels.
 
     Raises:
-        ValueError: the file is not an idx file of unsigned bytes, or is shorter or longer than its header says.
-
-    Source: the format's description at http://yann.lecun.com/exdb/mnist/.
+        ValueError: the file is damaged, or is not an idx file of unsigned bytes.
     """
     content = Path(path).read_bytes()
     if content[:2] == b"\x1f\x8b":
@@ -41,15 +41,15 @@ def read_idx(path: str | Path) -> np.ndarray:
     dimensions = content[3]
     header = 4 + 4 * dimensions
     if dimensions == 0 or len(content) < header:
-        raise ValueError(f"{path}: the idx header is cut short or names no dimension")
+        raise ValueError(f"{path}: the idx header is truncated or has no dimensions; fetch it again")
     shape = struct.unpack(f">{dimensions}I", content[4:header])
     if len(content) - header != math.prod(shape):
-        raise ValueError(f"{path}: {len(content) - header} bytes of data, but its header says {shape}; fetch it again")
+        raise ValueError(f"{path}: {len(content) - header} bytes of data do not fill shape {shape}; fetch it again")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
 
 
 def pad_to_rgb(images: np.ndarray) -> np.ndarray:
-    """Pad grey images with a black border of two pixels and repeat them to three channels.
+    """Add a black border of two pixels to grey images and repeat them over three channels.
 
     Args:
         images: uint8 (N, 28, 28).
@@ -58,7 +58,7 @@ def pad_to_rgb(images: np.ndarray) -> np.ndarray:
         uint8 (N, 3, 32, 32).
 
     Raises:
-        ValueError: another shape or dtype.
+        ValueError: the images have another shape or dtype.
     """
     if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1:] != (28, 28):
         raise ValueError(f"expected uint8 images (N, 28, 28), got {images.dtype} {images.shape}")
@@ -73,11 +73,11 @@ def sha256(path: str | Path) -> str:
 
 
 def unpack(source: Path, out: Path) -> None:
-    """Write the test images as an ImageFolder of grey 32x32 PNGs with a black border, one folder per class.
+    """Write the 10,000 test images as an ImageFolder of grey 32x32 PNGs with a black border.
 
     Args:
         source: folder with the two t10k idx files.
-        out: folder to make.
+        out: folder to create, with one subfolder per class.
     """
     images = read_idx(source / "t10k-images-idx3-ubyte.gz")
     labels = read_idx(source / "t10k-labels-idx1-ubyte.gz")
@@ -87,7 +87,7 @@ def unpack(source: Path, out: Path) -> None:
         (partial / name).mkdir(parents=True, exist_ok=True)
     with Progress("demo_images", len(images), "images") as progress:
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-            # Small files: the fastest compression is within a few percent of the best.
+            # For images this small, the fastest compression is within a few percent of the best.
             Image.fromarray(image).save(partial / CLASSES[label] / f"{index:05d}.png", compress_level=1)
             progress.advance()
     store.publish_directory(partial, out)

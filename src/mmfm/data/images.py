@@ -1,33 +1,34 @@
-"""One image: read as RGB, cropped to a square."""
+"""Reading an image as RGB and cropping it to a square."""
 
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-# A truncated file is an error that names it, never a picture with a grey half.
+# Pillow would otherwise fill the missing part of a truncated file with grey.
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
-
 UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""Errors that Pillow raises for files it can't decode."""
 
 
 def refuse_float(image: Image.Image) -> None:
+    """Raise ValueError if the pixels are floating-point numbers."""
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; convert it to 8 or 16 bits")
+        raise ValueError("the range of floating-point pixels is unknown; convert the image to 8 or 16 bits")
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Return an image as RGB: EXIF rotation applied, grey, palette, 16-bit, CMYK and transparent images converted.
+    """Convert a grey, palette, 16-bit, CMYK or transparent image to RGB, and apply its EXIF rotation.
 
-    Transparency is laid over white; 16-bit values are divided by 257 and rounded.
+    Transparent images are composited onto white; 16-bit values are divided by 257 and rounded.
 
     Raises:
-        ValueError: floating-point pixels.
+        ValueError: the pixels are floating-point numbers.
     """
     refuse_float(image)
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey, also where the mode has room for more; convert() would clip
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow may open as 32-bit; convert() would clip it
         array = np.asarray(image, np.float32).clip(0, 65535)
         image = Image.fromarray((array / 257).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -40,7 +41,7 @@ def read_image(path: str | Path) -> Image.Image:
     """Read an image as RGB; see :func:`as_rgb`.
 
     Raises:
-        ValueError: the file is missing, truncated, no image, or of floating-point pixels; the message names it.
+        ValueError: the file is missing, truncated, not an image, or has floating-point pixels.
     """
     try:
         with Image.open(path) as image:
@@ -52,10 +53,10 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side to ``size`` pixels and crop the centre square.
+    """Resize the shorter side to ``size`` pixels and crop the central square.
 
-    The rule of ADM (Dhariwal and Nichol, "Diffusion models beat GANs on image synthesis", 2021): halve with a box
-    filter while the shorter side is at least twice the size, then one bicubic resize.
+    As in ADM (Dhariwal and Nichol 2021, "Diffusion models beat GANs on image synthesis"), the image is halved with a
+    box filter while its shorter side is at least twice ``size``, and then resized once with a bicubic filter.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

@@ -1,7 +1,7 @@
-"""Batches of images by global index, on any number of reading processes."""
+"""Batches of images by global index, read by any number of worker processes."""
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from mmfm.data.listing import Listing
 
 
 class _Images(torch.utils.data.Dataset):
-    """Cropped images by index of the listing, which every worker opens itself: it is mapped, not copied."""
+    """Cropped images by listing index. Each worker opens the listing itself, so that it is mapped and not copied."""
 
     def __init__(self, listing: Path, size: int) -> None:
         self.listing_path, self.size = listing, size
@@ -27,7 +27,10 @@ class _Images(torch.utils.data.Dataset):
 
 
 def _check_size(listing: Listing, index: int) -> None:
-    """Refuse a file that was replaced since the images were listed: no digest would tell."""
+    """Raise ValueError if an image's file size has changed since the images were listed.
+
+    The digest covers paths, labels and sizes, not contents, so nothing else would notice a replaced file.
+    """
     path = listing.path(index)
     if path.is_file() and path.stat().st_size != listing.sizes[index]:
         raise ValueError(
@@ -41,29 +44,30 @@ def _collate(items: list[tuple[int, torch.Tensor]]) -> tuple[torch.Tensor, torch
 
 
 def _prepare_worker(worker: int) -> None:
-    """Give a reading process one thread, and leave the answer to signals for the whole group to the main process."""
+    """Limit a worker to one thread, and leave signals sent to the process group to the main process."""
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 def image_batches(
-    listing: str | Path, size: int, batches: Sequence[Sequence[int]], workers: int = 0, pin: bool = False
+    listing: str | Path, size: int, batches: Iterable[Sequence[int]], workers: int = 0, pin: bool = False
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Read images in given batches of global indices, in order.
+    """Read the given batches of images in order.
 
     Args:
-        listing: a listing file.
-        size: side of the crop, pixels.
-        batches: indices of each batch; a lazy sequence will do.
-        workers: reading processes; they are spawned, because forking after a store was opened can deadlock.
+        size: side of the centre crop, pixels.
+        batches: global indices of each batch; may be a generator.
+        workers: worker processes; 0 reads in this one. They are spawned, because forking after a zarr store was opened
+            can deadlock.
+        pin: whether to put the batches into pinned memory.
 
     Yields:
         Indices (B,) int64 and images (B, 3, size, size) uint8.
     """
     loader = torch.utils.data.DataLoader(
         _Images(Path(listing), size),
-        batch_sampler=batches,
+        batch_sampler=batches,  # type: ignore[arg-type]  # the stub asks for lists; any sequence works
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin,
@@ -75,10 +79,10 @@ def image_batches(
 
 
 def to_float(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Move uint8 images to ``device`` as float32 in [0, 1]."""
+    """Move uint8 images to ``device`` and convert them to float32 in [0, 1]."""
     return images.to(device, non_blocking=True).float().div_(255)
 
 
 def ranges(start: int, stop: int, step: int) -> list[range]:
-    """Cut [start, stop) into consecutive ranges of at most ``step``."""
+    """Split [start, stop) into consecutive ranges of ``step``; the last one may be shorter."""
     return [range(first, min(first + step, stop)) for first in range(start, stop, step)]

@@ -1,4 +1,4 @@
-"""A picture of some modes: the images whose tokens are likeliest under the mode."""
+"""A contact sheet of some modes, showing the images whose tokens are most likely under each mode."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,21 +12,24 @@ from mmfm.infra import store
 from mmfm.infra.pictures import image_grid
 from mmfm.mixture.gaussian import Mixture
 
-ROWS, COLUMNS = 3, 12
-"""Modes of each size in a sheet, and images of each mode."""
+ReadTokens = Callable[[int, int], np.ndarray]
+"""(start, stop) -> tokens (stop - start, C) float32."""
 
-_LARGEST_SIDE = 96
-_ROWS_OF_DENSITIES = 1024  # at K = 8192 the densities of so many images are 67 MB
+ROWS, COLUMNS = 3, 12
+"""Modes per group of sizes, and images per mode."""
+
+_MAX_SIDE = 96
+_DENSITY_ROWS = 1024  # the densities of 1024 images take 67 MB at K = 8192
 
 
 def choose_modes(counts: np.ndarray, each: int = ROWS) -> dict[str, list[int]]:
-    """Choose modes with images by size: the largest, those in the middle and the smallest, ``each`` of them.
+    """Choose the largest, median and smallest modes that have images, ``each`` of them.
 
     Args:
-        counts: (K,) images of each mode.
+        counts: (K,) number of images per mode.
 
     Returns:
-        Modes by title, the largest first; one group of all where there are no more than 3 ``each``.
+        modes by title, largest first; a single group if at most 3 ``each`` modes have images.
     """
     order = np.argsort(-counts, kind="stable")
     order = order[counts[order] > 0].tolist()
@@ -41,19 +44,17 @@ def choose_modes(counts: np.ndarray, each: int = ROWS) -> dict[str, list[int]]:
 
 
 def nearest_images(
-    read: Callable[[int, int], np.ndarray], labels: np.ndarray, mixture: Mixture, modes: Sequence[int], block: int,
-    each: int = COLUMNS,
-) -> dict[int, np.ndarray]:  # fmt: skip
-    """Find the images of each mode that are likeliest under it, ``each`` of them or all, nearest first.
+    read: ReadTokens, labels: np.ndarray, mixture: Mixture, modes: Sequence[int], block: int, each: int = COLUMNS
+) -> dict[int, np.ndarray]:
+    """Find up to ``each`` images of each mode that are most likely under it.
 
     Args:
-        read: (start, stop) -> float32 (stop - start, C), the tokens.
-        labels: (N,) mode of every image.
-        modes: which modes.
+        labels: (N,) mode of each image.
+        modes: modes to consider.
         block: tokens in memory at a time; blocks without an image of these modes are not read.
 
     Returns:
-        For every mode image numbers (n,) int64, n <= ``each``.
+        image indices (n,) int64 by mode, most likely first, n <= ``each``.
     """
     images = np.flatnonzero(np.isin(labels, modes))
     found = {k: (np.empty(0), np.empty(0, np.int64)) for k in modes}
@@ -72,27 +73,25 @@ def nearest_images(
 
 
 def _own_density(mixture: Mixture, tokens: np.ndarray, modes: np.ndarray) -> np.ndarray:
-    """Return log w_k N(token; mode k) of tokens (b, C) under the mode of each, (b,) float64."""
+    """Return log w_k N(token; mode k) of each token (b, C) under its own mode, (b,) float64."""
     density = np.empty(len(tokens))
-    for part in data.ranges(0, len(tokens), _ROWS_OF_DENSITIES):
+    for part in data.ranges(0, len(tokens), _DENSITY_ROWS):
         joint = mixture.log_joint(torch.from_numpy(tokens[part.start : part.stop])).cpu().numpy()
         density[part.start : part.stop] = joint[np.arange(len(part)), modes[part.start : part.stop]]
     return density
 
 
 def draw(
-    path: str | Path, listing: Listing, read: Callable[[int, int], np.ndarray], labels: np.ndarray, mixture: Mixture,
-    block: int,
-) -> None:  # fmt: skip
-    """Write the contact sheet as PNG: a row a mode, labelled with size, weight and commonest class.
+    path: str | Path, listing: Listing, read: ReadTokens, labels: np.ndarray, mixture: Mixture, block: int
+) -> None:
+    """Write the contact sheet as PNG: one row per mode, labelled with its size, weight and most common class.
 
     Args:
-        listing: the images; image i has token i.
-        block: tokens in memory at a time.
-        read, labels, mixture: as in :func:`nearest_images`.
+        listing: the images, in the order of the tokens.
+        read, labels, mixture, block: see :func:`nearest_images`.
 
     Raises:
-        ValueError: an image that can't be read.
+        ValueError: an image can't be read.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -102,16 +101,15 @@ def draw(
     nearest = nearest_images(read, labels, mixture, [k for modes in groups.values() for k in modes], block)
     columns = max(map(len, nearest.values()))
     first = next(iter(nearest.values()))[0]
-    side = min(_LARGEST_SIDE, *data.read_image(listing.path(int(first))).size)
+    side = min(_MAX_SIDE, *data.read_image(listing.path(int(first))).size)
     heights = [len(modes) for modes in groups.values()]
     figure = Figure(figsize=(2.3 + 0.6 * columns, 0.45 * len(groups) + 0.63 * sum(heights)), dpi=130)
     figure.set_layout_engine("constrained", h_pad=0.06)
     FigureCanvasAgg(figure)
     rows = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes, (title, modes) in zip(rows[:, 0], groups.items(), strict=True):
-        sheet = np.asarray(
-            image_grid(np.concatenate([_row(listing, nearest[k], columns, side) for k in modes]), columns)
-        )
+        images = np.concatenate([_row(listing, nearest[k], columns, side) for k in modes])
+        sheet = np.asarray(image_grid(images, columns))
         axes.imshow(sheet, interpolation="nearest")
         axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
         centres = (np.arange(len(modes)) + 0.5) * sheet.shape[0] / len(modes)
@@ -124,7 +122,7 @@ def draw(
 
 
 def _row(listing: Listing, images: np.ndarray, columns: int, side: int) -> np.ndarray:
-    """Return images (columns, 3, side, side) uint8, white where a mode has fewer."""
+    """Return images (columns, 3, side, side) uint8, padded with white ones."""
     row = np.full((columns, 3, side, side), 255, np.uint8)
     for i, image in enumerate(images.tolist()):
         cropped = data.center_crop(data.read_image(listing.path(image)), side)

@@ -1,6 +1,7 @@
-"""Feature networks that Frechet distances are taken in."""
+"""Feature networks for Fréchet distances."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -12,45 +13,43 @@ from mmfm.config.choices import DETECTORS
 from mmfm.infra import store
 
 
+@dataclass(frozen=True)
 class Detector:
     """A frozen feature network; built by :func:`load_detector`.
 
     Attributes:
-        name: says in full what network this is and what its distances may be compared with.
-        digest: SHA-256 of the weights file. Features of two detectors compare only if their digests are equal.
-        dimension: D, features of an image.
-        standard: whether these are the weights that published FIDs are computed with.
+        name: description of the network and of what its distances can be compared with.
+        digest: SHA-256 of the weights file; features are comparable only if their digests are equal.
+        dimension: number of features D per image.
+        standard: whether the weights are those of published FIDs.
+        run: images (B, 3, S, S) uint8 on `device` -> features (B, D).
+        device: where to run it.
+        encoder_digest: digest of the encoder whose tokens are the features; None for other networks.
     """
 
-    def __init__(
-        self, name: str, digest: str, dimension: int, standard: bool, run: Callable[[Tensor], Tensor],
-        device: torch.device,
-    ) -> None:  # fmt: skip
-        self.name, self.digest, self.dimension, self.standard = name, digest, dimension, standard
-        self._run = run
-        self.device = device
+    name: str
+    digest: str
+    dimension: int
+    standard: bool
+    run: Callable[[Tensor], Tensor]
+    device: torch.device
+    encoder_digest: str | None = None
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Features of images.
-
-        Args:
-            images: (B, 3, S, S) uint8, any device.
-
-        Returns:
-            (B, D) float32 on the detector's device.
+        """Compute features (B, D) float32, on the detector's device, of images (B, 3, S, S) uint8 on any device.
 
         Raises:
             ValueError: images of another shape or dtype, or features that are not finite.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images are {tuple(images.shape)} {images.dtype}; a detector takes (B, 3, S, S) uint8")
-        # TF32 would change distances in their third digit and from one kind of GPU to another.
+        # TF32 would change the third digit of distances, and make them depend on the GPU model.
         full = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
         with full, torch.autocast(self.device.type, enabled=False):
-            features = self._run(images.to(self.device, non_blocking=True)).float()
+            features = self.run(images.to(self.device, non_blocking=True)).float()
         if not features.isfinite().all():
-            raise ValueError(f"the detector gives NaN or Inf; fetch its weights again ({self.name})")
+            raise ValueError(f"the detector ({self.name}) returned NaN or Inf; fetch its weights again")
         return features
 
 
@@ -64,7 +63,7 @@ def load_detector(kind: str, weights: str | Path, device: torch.device | str = "
 
     Raises:
         FileNotFoundError: no such file; the message says how to get it.
-        ValueError: an unknown kind, or a file that is damaged or of another network.
+        ValueError: the kind is unknown, or the file is damaged or belongs to another network.
     """
     path, device = Path(weights), torch.device(device)
     load, remedy = DETECTORS[kind].load(), DETECTORS[kind].remedy
@@ -75,4 +74,4 @@ def load_detector(kind: str, weights: str | Path, device: torch.device | str = "
         return load(path, digest, device)
     except (RuntimeError, SafetensorError, UnpicklingError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"'{path}' holds no weights of the {kind} detector ({reason}); {remedy}") from error
+        raise ValueError(f"'{path}' is not a weights file of the {kind} detector ({reason}); {remedy}") from error

@@ -1,4 +1,4 @@
-"""A detector's features of generated images: those that `sample` wrote, or computed now."""
+"""Detector features of generated images, read from the output of `sample` or computed."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from mmfm.infra.progress import Progress
 
 
 def sampled_features(images_path: str | Path, images_digest: str, detector: Detector) -> np.ndarray | None:
-    """Return the features (n, D) that sample wrote beside the images; None if there are none of this detector."""
+    """Return the features (n, D) that `sample` wrote next to the images, or None if not made by this detector."""
     path = Path(images_path).with_name("features.safetensors")
     if not path.is_file():
         return None
@@ -27,12 +27,12 @@ def sampled_features(images_path: str | Path, images_digest: str, detector: Dete
 def image_moments(
     images: np.ndarray, detector: Detector, batch_size: int, ranks: Ranks, features: np.ndarray | None = None
 ) -> CovarianceMoments:
-    """Return the moments of the features of images (n, S, S, 3) uint8, on every process.
+    """Return the feature moments of images (n, S, S, 3) uint8, on every process.
 
-    Each process takes a consecutive part; the parts are merged in order.
+    Each process handles a contiguous part; the parts are merged in order.
 
     Args:
-        features: (n, D) of the same images and detector, where they are known; otherwise they are computed.
+        features: (n, D), if already computed by this detector for these images.
     """
     n, own = len(images), own_part(len(images), ranks)
     moments = CovarianceMoments.zeros(detector.dimension, ranks.device)

@@ -1,4 +1,4 @@
-"""Frechet distance between Gaussians."""
+"""Fréchet distance between Gaussians."""
 
 import numpy as np
 import torch
@@ -11,40 +11,39 @@ from mmfm.evaluation.reference import Reference
 def frechet_distance(
     mean_a: np.ndarray | Tensor, cov_a: np.ndarray | Tensor, mean_b: np.ndarray | Tensor, cov_b: np.ndarray | Tensor
 ) -> float:
-    """Squared Frechet (2-Wasserstein) distance between N(mean_a, cov_a) and N(mean_b, cov_b).
+    """Compute the squared Fréchet (2-Wasserstein) distance between N(mean_a, cov_a) and N(mean_b, cov_b).
 
     |mean_a - mean_b|^2 + tr(cov_a) + tr(cov_b) - 2 tr (cov_a^(1/2) cov_b cov_a^(1/2))^(1/2)
 
-    The eigenvalues of the symmetric form under the last root are the squared singular values of A^T B, for any factors
-    cov_a = A A^T and cov_b = B B^T. Taking the singular values keeps all digits where the covariances are singular
-    (fewer images than features): a root of the eigenvalues' rounding errors would leave 1e-8 for every missing
-    dimension.
+    For any factors cov_a = A A^T and cov_b = B B^T, the last trace is the sum of the singular values of A^T B. This
+    is accurate for singular covariances (fewer images than features) too, whereas square roots of eigenvalues turn
+    rounding errors into 1e-8 for each missing dimension.
 
     Args:
         mean_a, mean_b: (D,).
-        cov_a, cov_b: (D, D) symmetric, positive semi-definite; singular ones are fine.
+        cov_a, cov_b: (D, D) symmetric, positive semi-definite, possibly singular.
 
     Returns:
-        The distance, at least 0, computed in float64 on the CPU.
+        the distance, at least 0, computed in float64 on the CPU.
 
     Raises:
-        ValueError: shapes that do not fit, values that are not finite, or a matrix that is no covariance.
+        ValueError: the shapes don't match, a value is not finite, or a matrix is not a covariance.
 
-    Source: Dowson and Landau, "The Frechet distance between multivariate normal distributions", 1982; as a measure of
-    generated images: Heusel et al., "GANs trained by a two time-scale update rule", 2017, equation 6.
+    Source: Dowson and Landau 1982, "The Fréchet distance between multivariate normal distributions"; for generated
+    images, Heusel et al. 2017, "GANs trained by a two time-scale update rule", equation 6.
     """
     mean_a, cov_a, mean_b, cov_b = (_float64(x) for x in (mean_a, cov_a, mean_b, cov_b))
     d = len(mean_a)
     if mean_b.shape != (d,) or mean_a.shape != (d,) or cov_a.shape != (d, d) or cov_b.shape != (d, d):
         shapes = ", ".join(str(tuple(x.shape)) for x in (mean_a, cov_a, mean_b, cov_b))
-        raise ValueError(f"means and covariances are {shapes}; both must be (D,) and (D, D) of the same features")
+        raise ValueError(f"means and covariances have shapes {shapes}; they must be (D,) and (D, D) with the same D")
     cross = torch.linalg.svdvals(_factor(cov_a).T @ _factor(cov_b)).sum()
     distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return max(0.0, distance.item())
 
 
 def from_moments(moments: CovarianceMoments, reference: Reference) -> float:
-    """Squared Frechet distance of generated images from the reference: the metric ``frechet``."""
+    """Return the squared Fréchet distance of generated images from the reference, the metric ``frechet``."""
     return frechet_distance(moments.mean, moments.covariance(), reference.mu, reference.sigma)
 
 
@@ -52,7 +51,7 @@ def _float64(values: np.ndarray | Tensor) -> Tensor:
     tensor = torch.tensor(values) if isinstance(values, np.ndarray) else values
     tensor = tensor.detach().to("cpu", torch.float64)
     if not tensor.isfinite().all():
-        raise ValueError("a mean or covariance has NaN or infinite values; check the images and the detector's weights")
+        raise ValueError("a mean or covariance contains NaN or Inf; check the images and the detector's weights")
     return tensor
 
 
@@ -60,12 +59,12 @@ def _factor(covariance: Tensor) -> Tensor:
     """Return F (D, R) with F F^T = covariance (D, D) of rank R."""
     asymmetry, scale = (covariance - covariance.T).abs().max(), covariance.abs().max()
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-    # Rounding moves eigenvalues by up to this; those of a singular covariance lie within it around 0.
+    # Bound on the rounding error of eigenvalues; zero eigenvalues end up within it.
     tolerance = len(values) * torch.finfo(torch.float64).eps * values.abs().max()
     if asymmetry > 1e-6 * scale or values.min() < -max(1e-6 * values.max(), tolerance):
         raise ValueError(
-            f"a matrix is no covariance: asymmetry {asymmetry:.1e}, smallest eigenvalue {values.min():.1e}; "
-            "make the reference again"
+            f"a matrix is not a covariance: asymmetry {asymmetry:.1e}, smallest eigenvalue {values.min():.1e}; "
+            "run fid_reference again"
         )
     kept = values > tolerance
     return vectors[:, kept] * values[kept].sqrt()

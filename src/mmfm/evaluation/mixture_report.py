@@ -1,35 +1,39 @@
-"""What there is to say about a fitted mixture: numbers for report.json and two pictures."""
+"""Report on a fitted mixture: the numbers in report.json and two plots."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmfm.infra import store
 from mmfm.mixture.gaussian import Mixture
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 def entropy(shares: np.ndarray) -> float:
-    """Return the entropy of non-negative shares (K,), nats: log K where all are equal, 0 where one has everything."""
+    """Return the entropy, in nats, of non-negative shares (K,): log K if they are equal, 0 if only one is positive."""
     p = shares[shares > 0] / shares.sum()
     return float(-(p * np.log(p)).sum())
 
 
 def effective_number(shares: np.ndarray) -> float:
-    """Return exp(entropy) of non-negative shares (K,): K where all are equal, 1 where one has everything."""
+    """Return exp(entropy) of non-negative shares (K,): K if they are equal, 1 if only one is positive."""
     return float(np.exp(entropy(shares)))
 
 
 def agreement_with_classes(labels: np.ndarray, classes: np.ndarray) -> tuple[float, float]:
-    """Compare components (N,) with class labels (N,), both integers from 0.
+    """Compare components (N,) with class labels (N,), both non-negative integers.
 
     Returns:
-        Purity (share of images in the majority class of their component) and normalised mutual information (divided by
-        the mean of the two entropies), both 1 for components that are the classes.
+        purity (share of images in the majority class of their component) and normalised mutual information (divided by
+        the mean of the two entropies). Both are 1 if components and classes coincide.
     """
     width = int(classes.max()) + 1
-    joint = np.bincount(labels.astype(np.int64) * width + classes, minlength=(int(labels.max()) + 1) * width)
-    joint = joint.reshape(-1, width) / len(labels)
+    counts = np.bincount(labels.astype(np.int64) * width + classes, minlength=(int(labels.max()) + 1) * width)
+    joint = counts.reshape(-1, width) / len(labels)
     p_mode, p_class = joint.sum(1), joint.sum(0)
     entropies = [-(p[p > 0] * np.log(p[p > 0])).sum() for p in (p_mode, p_class, joint)]
     mutual = entropies[0] + entropies[1] - entropies[2]
@@ -40,13 +44,13 @@ def agreement_with_classes(labels: np.ndarray, classes: np.ndarray) -> tuple[flo
 def summarise(
     mixture: Mixture, labels: np.ndarray, counts: np.ndarray, log_likelihood: float, classes: np.ndarray
 ) -> dict[str, Any]:
-    """Return the numbers of a fit as JSON values.
+    """Return the statistics of a fit as JSON values.
 
     Args:
-        labels: (N,) component of every row.
-        counts: (K,) rows of every component.
-        log_likelihood: mean over the rows under the final parameters, nats.
-        classes: (N,) class labels; with one class there is nothing to compare with.
+        labels: (N,) component of each image.
+        counts: (K,) number of images per component.
+        log_likelihood: mean over the images under the final parameters, nats.
+        classes: (N,) class labels; with a single class the agreement is left out.
     """
     n, p = len(labels), mixture.n_parameters
     weights = mixture.weights.cpu().numpy()
@@ -57,7 +61,9 @@ def summarise(
         "active_components": len(active),
         "empty_components": int((counts == 0).sum()),
         "images_per_active_component": {
-            "min": int(active.min()), "median": float(np.median(active)), "max": int(active.max())
+            "min": int(active.min()),
+            "median": float(np.median(active)),
+            "max": int(active.max()),
         },
         "entropy_of_weights": entropy(weights),
         "entropy_of_counts": entropy(counts),
@@ -67,16 +73,16 @@ def summarise(
         "parameters": p,
         "bic": -2 * log_likelihood * n + p * float(np.log(n)),
         "aic": -2 * log_likelihood * n + 2 * p,
-    }  # fmt: skip
+    }
     if len(np.unique(classes)) > 1:
         report["class_purity"], report["class_nmi"] = agreement_with_classes(labels, classes)
     return report
 
 
 def plot_likelihood(path: Path, lower_bounds: tuple[float, ...], converged: bool) -> None:
-    """Draw the mean log-likelihood against the iteration.
+    """Plot the mean log-likelihood by iteration.
 
-    The first value of a start from single images is millions of nats below the rest; it is named, not drawn.
+    With a start from single images the first value is millions of nats below the rest; it goes into the title instead.
     """
     axes, save = _figure(path)
     title = "converged" if converged else "stopped at gmm.max_iter"
@@ -85,17 +91,17 @@ def plot_likelihood(path: Path, lower_bounds: tuple[float, ...], converged: bool
         if lower_bounds[0] < low - 10 * (high - low):
             margin = 0.05 * (high - low) or 1.0
             axes.set_ylim(low - margin, high + margin)
-            title += f"; iteration 1, below the picture: {lower_bounds[0]:,.0f}"
+            title += f"; iteration 1 (off scale): {lower_bounds[0]:,.0f}"
     axes.plot(range(1, len(lower_bounds) + 1), lower_bounds, marker="o", markersize=3, linewidth=1.5)
     axes.set_xlabel("EM iteration")
     axes.set_ylabel("mean log-likelihood (nats per image)")
     axes.set_title(title, fontsize=10)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     save()
 
 
 def plot_weights(path: Path, weights: np.ndarray, counts: np.ndarray) -> None:
-    """Draw the components' weights and shares of images, each in descending order, (K,) both."""
+    """Plot the weights (K,) and image counts (K,) of the components, each in descending order."""
     axes, save = _figure(path)
     rank = np.arange(1, len(weights) + 1)
     shares = np.sort(counts)[::-1] / counts.sum()
@@ -115,7 +121,7 @@ def plot_weights(path: Path, weights: np.ndarray, counts: np.ndarray) -> None:
     save()
 
 
-def _figure(path: Path):
+def _figure(path: Path) -> tuple["Axes", Callable[[], None]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

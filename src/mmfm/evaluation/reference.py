@@ -1,4 +1,4 @@
-"""What generated images are compared with: moments of the real images' features."""
+"""The reference of a Fréchet distance: feature moments of real images."""
 
 import json
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Reference:
     Attributes:
         mu: (D,) float64.
         sigma: (D, D) float64, unbiased covariance.
-        about: metadata, see docs/stages.md.
+        about: metadata; see docs/stages.md.
     """
 
     mu: np.ndarray
@@ -26,17 +26,16 @@ class Reference:
 
     @classmethod
     def open(cls, path: str | Path) -> "Reference":
-        """Open what :mod:`mmfm.stages.fid_reference` wrote.
+        """Open a reference written by :mod:`mmfm.stages.fid_reference`.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: the file is truncated or something else.
+            FileNotFoundError: no such file.
+            ValueError: the file is truncated or not a reference.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no reference at '{path}'; run the stage fid_reference")
         try:
             arrays, about = store.map_arrays(path)
-            found = cls(arrays["mu"], arrays["sigma"], about)
+            return cls(arrays["mu"], arrays["sigma"], about)
         except (KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"'{path}' is no reference of the Frechet distance; make it with fid_reference") from error
-        return found
+            raise ValueError(f"'{path}' is not a reference for Frechet distances; run fid_reference") from error

@@ -1,9 +1,10 @@
 """Guidance as velocity fields: v = v_weak + scale * (v - v_weak) where lo <= t <= hi, v elsewhere.
 
-The interval is that of Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval".
+The interval follows Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval".
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,20 +16,21 @@ WHOLE: Interval = (0.0, 1.0)
 
 
 def autoguidance(velocity: VelocityFn, guide: VelocityFn, scale: float, interval: Interval = WHOLE) -> VelocityFn:
-    """Guide a model by a weaker version of itself (Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of
-    Itself").
+    """Guide a model with a weaker version of itself.
 
     Args:
         velocity: the model's field, labels already bound.
         guide: the weaker model's field, labels already bound.
         scale: 1 means no guidance.
-        interval: times (lo, hi) between which guidance applies, ends included.
+        interval: closed interval of times (lo, hi) in which guidance applies.
 
     Returns:
-        the guided field; each network runs once per evaluation on the batch as it is.
+        the guided field; one evaluation runs each network once on the batch.
 
     Raises:
-        ValueError: an empty interval or one outside [0, 1].
+        ValueError: the interval is empty or not within [0, 1].
+
+    Source: Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself".
     """
     _check_interval(interval)
 
@@ -47,20 +49,22 @@ def classifier_free_guidance(
     scale: float,
     interval: Interval = WHOLE,
 ) -> VelocityFn:
-    """Guide a conditional model by its own unconditional prediction (Ho and Salimans 2022).
+    """Guide a conditional model with its own unconditional prediction.
 
     Args:
         velocity: the model, (x, t, y) -> velocity.
         labels: (B,) int64.
-        null_label: the label that means none.
+        null_label: the label that means "no label".
         scale: 1 means no guidance.
-        interval: times (lo, hi) between which guidance applies, ends included.
+        interval: closed interval of times (lo, hi) in which guidance applies.
 
     Returns:
-        the guided field; one run on a batch of 2 B inside the interval and of B outside it.
+        the guided field; one evaluation runs the network once, on a batch of 2 B inside the interval and B outside.
 
     Raises:
-        ValueError: an empty interval or one outside [0, 1].
+        ValueError: the interval is empty or not within [0, 1].
+
+    Source: Ho and Salimans 2022, "Classifier-Free Diffusion Guidance".
     """
     _check_interval(interval)
     both_labels = torch.cat([labels, torch.full_like(labels, null_label)])
@@ -78,18 +82,18 @@ def classifier_free_guidance(
 def _check_interval(interval: Interval) -> None:
     low, high = interval
     if not 0 <= low <= high <= 1:
-        raise ValueError(f"guidance interval ({low}, {high}): give times 0 <= lo <= hi <= 1")
+        raise ValueError(f"guidance interval ({low}, {high}) must satisfy 0 <= lo <= hi <= 1")
 
 
 def _active(t: Tensor, interval: Interval) -> Tensor | bool:
-    """Where guidance applies: True (everywhere), False (nowhere: no weak prediction is needed), or a mask (B,)."""
+    """Return where guidance applies: True (everywhere), False (nowhere), or a mask (B,)."""
     if interval == WHOLE:
         return True
     active = (t >= interval[0]) & (t <= interval[1])
     return active if active.any() else False
 
 
-def _extrapolate(strong: Tensor, weak: Tensor, scale: float, active: Tensor | bool) -> Tensor:
+def _extrapolate(strong: Tensor, weak: Tensor, scale: float, active: Tensor | Literal[True]) -> Tensor:
     strong, weak = strong.float(), weak.float()
     guided = weak + scale * (strong - weak)
     if active is True:

@@ -8,49 +8,55 @@ from torch import Tensor
 
 from mmfm.config.choices import SOLVERS
 
-# (x (B, ...), t (B,)) -> velocity (B, ...)
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
+"""(x (B, ...), t (B,)) -> velocity (B, ...)."""
 
 MAX_STEPS = 2000
-"""Of a solver that chooses its steps; tolerances of 1e-5 take dozens. Below the arithmetic's rounding it never ends."""
+"""Limit for adaptive solvers: tolerances of 1e-5 take dozens, tolerances below rounding error would never end."""
 
 
 def solve(
-    solver: str, velocity_fn: VelocityFn, x: Tensor, times: Tensor, *, dtype: torch.dtype = torch.float32,
-    rtol: float = 0.0, atol: float = 0.0, watch: Callable[[int], None] = lambda evaluations: None,
-) -> tuple[Tensor, int]:  # fmt: skip
+    solver: str,
+    velocity_fn: VelocityFn,
+    x: Tensor,
+    times: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    rtol: float = 0.0,
+    atol: float = 0.0,
+    watch: Callable[[int], None] = lambda evaluations: None,
+) -> tuple[Tensor, int]:
     """Integrate with one of :data:`mmfm.config.choices.SOLVERS`.
 
-    A solver with given steps is implemented by (velocity_fn, x, times, dtype) -> state, as :func:`euler`; one that
-    chooses its steps as :func:`adaptive`.
+    Fixed-step solvers have the signature of :func:`euler`, adaptive ones that of :func:`adaptive`.
 
     Args:
-        dtype: of state and time, where the steps are given.
-        rtol, atol, watch: of a solver that chooses its steps.
+        dtype: of state and time, for fixed-step solvers.
+        rtol, atol, watch: for adaptive solvers.
 
     Returns:
-        state at times[-1], (B, ...), and the evaluations of the velocity.
+        state at times[-1], (B, ...), and the number of velocity evaluations.
     """
-    kind = SOLVERS[solver]
-    if kind.evaluations is None:
-        return kind.load()(velocity_fn, x, times, solver, rtol, atol, watch)
-    return kind.load()(velocity_fn, x, times, dtype), kind.evaluations * (len(times) - 1)
+    choice = SOLVERS[solver]
+    if choice.evaluations is None:
+        return choice.load()(velocity_fn, x, times, solver, rtol, atol, watch)
+    return choice.load()(velocity_fn, x, times, dtype), choice.evaluations * (len(times) - 1)
 
 
 def euler(velocity_fn: VelocityFn, x: Tensor, times: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Integrate with Euler's method: one evaluation a step, len(times) - 1 in all.
+    """Integrate with Euler's method, which evaluates the velocity once per step.
 
     Args:
         velocity_fn: the velocity field.
         x: state at times[0], (B, ...).
         times: (T,) strictly decreasing, from 1 (source) towards 0 (data).
-        dtype: of state and time. bfloat16 rounds both as the published code did; the step's length stays exact.
+        dtype: of state and time. bfloat16 rounds both, as the published code did; step sizes stay exact.
 
     Returns:
         state at times[-1], (B, ...) of ``dtype``.
 
     Raises:
-        ValueError: a grid that is not decreasing or has fewer than two points.
+        ValueError: `times` is not decreasing or has fewer than two points.
     """
 
     def step(x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
@@ -60,9 +66,9 @@ def euler(velocity_fn: VelocityFn, x: Tensor, times: Tensor, dtype: torch.dtype 
 
 
 def heun(velocity_fn: VelocityFn, x: Tensor, times: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Integrate with Heun's second-order method: the mean of the velocities at both ends of a step.
+    """Integrate with Heun's second-order method, which averages the velocities at both ends of a step.
 
-    Two evaluations a step, 2 (len(times) - 1) in all. Arguments, result and errors as for `euler`.
+    Two evaluations per step. Arguments, result and errors as for :func:`euler`.
     """
 
     def step(x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
@@ -74,27 +80,32 @@ def heun(velocity_fn: VelocityFn, x: Tensor, times: Tensor, dtype: torch.dtype =
 
 
 def adaptive(
-    velocity_fn: VelocityFn, x: Tensor, times: Tensor, method: str, rtol: float, atol: float,
+    velocity_fn: VelocityFn,
+    x: Tensor,
+    times: Tensor,
+    method: str,
+    rtol: float,
+    atol: float,
     watch: Callable[[int], None] = lambda evaluations: None,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """Integrate with a solver of torchdiffeq that chooses its steps; the grid gives only the two ends.
+) -> tuple[Tensor, int]:
+    """Integrate with an adaptive solver of torchdiffeq from times[0] to times[-1].
 
-    The error is held per image: a step is taken if that of the worst one is within the tolerance. The steps are shared
-    by the batch, so an image depends on its companions within the tolerances.
+    A step is accepted if the error of the worst image in the batch is within tolerance. The batch shares its steps, so
+    an image depends, within the tolerances, on the rest of its batch.
 
     Args:
         velocity_fn: the velocity field.
         x: state at times[0], (B, ...).
-        times: (T,) strictly decreasing.
-        method: name in torchdiffeq, ``dopri5`` for instance.
+        times: (T,) strictly decreasing; only the ends are used.
+        method: name in torchdiffeq, such as ``dopri5``.
         rtol, atol: tolerances.
-        watch: called with the number of evaluations after each.
+        watch: called after each evaluation with the number so far.
 
     Returns:
         state at times[-1], (B, ...) float32, and the number of evaluations.
 
     Raises:
-        ValueError: a grid that is not decreasing, or tolerances that no step can hold, or none of :data:`MAX_STEPS`.
+        ValueError: `times` is not decreasing, or the tolerances can't be met within :data:`MAX_STEPS` steps.
     """
     from torchdiffeq import odeint
 
@@ -115,9 +126,9 @@ def adaptive(
     options = {"norm": worst_image, "max_num_steps": MAX_STEPS}
     try:
         path = odeint(field, x.float(), ends, rtol=rtol, atol=atol, method=method, options=options)
-    except AssertionError as error:  # torchdiffeq's word for a step that became too short, too many, or for NaN
+    except AssertionError as error:  # torchdiffeq raises it for steps that are too short or too many, and for NaN
         raise ValueError(
-            f"{method} with rtol {rtol:g} and atol {atol:g} does not get to the end ({error}); raise sample.rtol and "
+            f"{method} with rtol {rtol:g} and atol {atol:g} did not reach the end ({error}); raise sample.rtol and "
             "sample.atol, or set sample.solver to euler"
         ) from error
     return path[-1], evaluations
@@ -137,8 +148,8 @@ def _checked(times: Tensor) -> Tensor:
 def _integrate(
     step: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, times: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    # By default state and time stay in float32 even where the network runs in bf16: steps of 0.003 near t = 1 vanish in
-    # bf16. Times are 0-dimensional, so that t_next - t is exact whatever the state's dtype.
+    # The default is float32 even if the network runs in bf16, which can't resolve steps of 0.003 near t = 1. Times are
+    # 0-dimensional, so t_next - t is exact for any dtype of the state.
     times = _checked(times)
     x, times = x.to(dtype), times.to(x.device)
     for t, t_next in itertools.pairwise(times):

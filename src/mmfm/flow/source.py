@@ -1,8 +1,8 @@
-"""Sources of the flow: what x_source (t = 1) is, and which mode of it an image is coupled to.
+"""Sources of the flow, the distributions of x_source (t = 1), and the coupling of images to their modes.
 
-Unconditional flow matching starts from N(0, I). Mixture-modelling flow matching starts from the spatial mixture, one
-Gaussian per mode, and couples every image to noise of its own mode (Luo et al. 2026, "Mixture-Modeling Flow
-Matching"). A source turns modes and standard noise into x_source; who draws the noise decides how it is keyed.
+Standard flow matching starts from N(0, I). Mixture-modeling flow matching starts from the spatial mixture, one Gaussian
+per mode, and couples each image to noise from its own mode (Luo et al. 2026, "Mixture-Modeling Flow Matching"). The
+caller draws standard normal noise, which a source turns into x_source.
 """
 
 from pathlib import Path
@@ -15,19 +15,21 @@ from torch import Tensor
 from mmfm.config.choices import ASSIGNMENTS, SETTINGS
 from mmfm.infra.precision import uses_bf16
 from mmfm.mixture.gaussian import Mixture, draw_from_weights, draw_modes
-from mmfm.mixture.rows import MappedRows
+from mmfm.mixture.mapped_rows import MappedRows
 
 
 class Source(Protocol):
-    """x_source for given modes and noise; ``num_modes`` is 0 for a source without modes."""
+    """A distribution of x_source, with or without modes."""
 
-    num_modes: int
+    @property
+    def num_modes(self) -> int:
+        """Number of modes; 0 for a source without modes."""
 
     def draw_modes(self, uniforms: Tensor) -> Tensor | None:
-        """Modes (B,) int64 for generation from uniforms (B,) in [0, 1); None for a source without modes."""
+        """Draw modes (B,) int64 for generation from uniforms (B,) in [0, 1); None for a source without modes."""
 
     def draw(self, modes: Tensor | None, noise: Tensor) -> Tensor:
-        """x_source (B, C, H, W) float32 from modes (B,) and standard normal noise (B, C, H, W)."""
+        """Return x_source (B, C, H, W) float32 for modes (B,) and standard normal noise (B, C, H, W)."""
 
 
 class GaussianSource:
@@ -36,13 +38,13 @@ class GaussianSource:
     num_modes = 0
 
     def draw_modes(self, uniforms: Tensor) -> None:
-        """No modes."""
+        """Return None: there are no modes."""
         return None
 
     def draw(self, modes: Tensor | None, noise: Tensor) -> Tensor:
         """Return ``noise`` (B, C, H, W); ``modes`` must be None."""
         if modes is not None:
-            raise ValueError("a Gaussian source has no modes, but some were given; pass modes=None")
+            raise ValueError("a Gaussian source has no modes; pass modes=None")
         return noise
 
 
@@ -50,16 +52,16 @@ class MixtureSource:
     """Mixture of spherical or diagonal Gaussians in latent space: x_source = mean_k + sigma_k * noise.
 
     Args:
-        means: (K, C, H, W), any floating dtype. They may lie on another device than the noise (8192 means of
-            [768, 16, 16] are 6.4 GB in float32): the rows of a batch are then moved, from pinned memory one by one
-            beside the GPU's work. That costs a wait for the modes.
-        variances: (K,), one scalar per mode, or (K, C, H, W), one for every position; these may be rows that are read
-            from disk batch by batch.
-        weights: (K,), their probabilities up to a factor.
-        device: where modes are drawn and x_source is made; None: where the means are.
+        means: (K, C, H, W), any floating dtype. They may be on another device than the noise, to save GPU memory (8192
+            means of (768, 16, 16) take 6.4 GB in float32). Each batch then copies the rows that it needs, from pinned
+            memory in parallel with the GPU's work, after waiting for the modes.
+        variances: (K,), one per mode, or (K, C, H, W), one per latent value; the latter may be read from disk for each
+            batch.
+        weights: (K,) probabilities, not necessarily normalised.
+        device: where modes are drawn and x_source is computed; the device of the means by default.
 
     Raises:
-        ValueError: shapes that do not fit, negative or non-finite variances or weights.
+        ValueError: the shapes don't match, or variances or weights are negative or not finite.
     """
 
     def __init__(
@@ -73,59 +75,57 @@ class MixtureSource:
         if means.ndim != 4 or tuple(variances.shape) not in ((k,), tuple(means.shape)) or tuple(weights.shape) != (k,):
             raise ValueError(
                 f"means {tuple(means.shape)}, variances {tuple(variances.shape)} and weights {tuple(weights.shape)} "
-                "must be (K, C, H, W), (K,) or (K, C, H, W), and (K,); make the spatial mixture again"
+                "must be (K, C, H, W), (K,) or (K, C, H, W), and (K,); run spatial_gmm again"
             )
         for name, values in (("variances", variances), ("weights", weights)):
-            # Rows on disk are looked at when they are used: all of them are gigabytes.
+            # Variances on disk are gigabytes, too much to check here.
             if isinstance(values, Tensor) and (not values.isfinite().all() or (values < 0).any()):
-                raise ValueError(f"the spatial mixture has negative or non-finite {name}; make it again")
+                raise ValueError(f"the spatial mixture has negative or non-finite {name}; run spatial_gmm again")
         if weights.sum() <= 0:
-            raise ValueError("the weights of the spatial mixture are all 0; make it again")
+            raise ValueError("the weights of the spatial mixture are all 0; run spatial_gmm again")
         self.device = means.device if device is None else torch.device(device)
         self.means = means
-        self.sigma: Tensor | None = None
-        self.mapped_variances: MappedRows | None = None
+        self.sigma: Tensor | MappedRows = variances  # rows on disk stay variances; _sigma takes their square root
         if isinstance(variances, Tensor):
             self.sigma = variances.double().sqrt().float().to(self.device if variances.ndim == 1 else means.device)
-        else:
-            self.mapped_variances = variances
-        # Drawing cumulates them, and a GPU's parallel scan may round differently from run to run.
+        # On the CPU, because the cumulative sum of a GPU may round differently from run to run.
         self.weights = weights.double().cpu()
 
     @property
     def num_modes(self) -> int:
-        """K."""
+        """Number of modes K."""
         return len(self.means)
 
     def draw_modes(self, uniforms: Tensor) -> Tensor:
-        """Draw k ~ weights by inverse CDF: the first mode whose cumulated weight exceeds the uniform.
+        """Draw k ~ weights by inverse CDF: the first mode whose cumulative weight exceeds the uniform number.
 
         Args:
             uniforms: (B,) in [0, 1).
 
         Returns:
-            (B,) int64 on the source's device; modes of weight 0 are never drawn.
+            modes (B,) int64 on the source's device; modes of weight 0 are never drawn.
         """
         return draw_from_weights(self.weights, uniforms).to(self.device)
 
     def draw(self, modes: Tensor | None, noise: Tensor) -> Tensor:
         """Return mean_k + sigma_k * noise, (B, C, H, W) float32, for modes (B,) int64 and standard normal noise."""
         if modes is None:
-            raise ValueError("a mixture source needs the modes (B,); draw them with draw_modes or couple_modes")
-        means = self._rows(modes, noise.device).float()
+            raise ValueError("a mixture source needs modes (B,); draw them with draw_modes or couple_modes")
+        means = self._means(modes, noise.device).float()
         return torch.addcmul(means, self._sigma(modes).to(noise.device), noise)
 
     def _sigma(self, modes: Tensor) -> Tensor:
         """Standard deviations (B, 1, 1, 1) or (B, C, H, W) float32 of modes (B,)."""
-        if self.sigma is None:
-            rows = self.mapped_variances[modes.cpu()].numpy()
-            # NumPy rounds a root in float32 as well as one in float64, at a third of the memory; PyTorch does not.
+        if isinstance(self.sigma, MappedRows):
+            rows = self.sigma[modes.cpu()].numpy()
+            # NumPy's float32 square root is correctly rounded, so it equals the float64 path above in a third of the
+            # memory; PyTorch's is not.
             return torch.from_numpy(np.sqrt(rows, out=rows))
         sigma = self.sigma.index_select(0, modes.to(self.sigma.device))
         return sigma.view(-1, 1, 1, 1) if sigma.ndim == 1 else sigma
 
-    def _rows(self, modes: Tensor, device: torch.device) -> Tensor:
-        """Means of modes (B,) on ``device``, in the dtype that they are kept in."""
+    def _means(self, modes: Tensor, device: torch.device) -> Tensor:
+        """Means of modes (B,) on ``device``, in the dtype in which they are stored."""
         rows = modes.to(self.means.device)
         if device.type != "cuda" or not self.means.is_pinned():
             return self.means.index_select(0, rows).to(device)
@@ -136,19 +136,19 @@ class MixtureSource:
 
 
 def couple_modes(mixture: Mixture, tokens: Tensor, uniforms: Tensor, assignment: str) -> Tensor:
-    """Choose the mode of every training image from the posterior of its global token.
+    """Choose the mode of each training image from the posterior of its global token.
 
     Args:
-        mixture: the mixture of the global tokens, K modes.
-        tokens: (B, C) float32, of the image as the model sees it (augmented).
-        uniforms: (B,) in (0, 1), keyed by the image's place in the training run.
-        assignment: ``soft`` draws k ~ p(k | token) by inverse CDF, ``hard`` takes the likeliest.
+        mixture: the mixture over global tokens.
+        tokens: (B, C) float32, of the augmented images that the model sees.
+        uniforms: (B,) in (0, 1), keyed by the image's position in the training run.
+        assignment: ``soft`` draws k ~ p(k | token) by inverse CDF, ``hard`` takes the most likely mode.
 
     Returns:
-        (B,) int64.
+        modes (B,) int64.
 
     Raises:
-        ValueError: another assignment.
+        ValueError: unknown assignment.
     """
     ASSIGNMENTS.require(assignment)
     posterior = mixture.posterior(tokens)
@@ -166,20 +166,20 @@ def source_for(
     """Build the source of a setting.
 
     Args:
-        setting: a name in :data:`mmfm.config.choices.SETTINGS`.
-        spatial_gmm: the spatial mixture's store; needed by the settings with a mixture, refused by the others' None.
-        device: where x_source is made.
-        means_device: where the means are kept: ``device``, or ``host``, which spares GPU memory for a transfer per
-            batch.
-        precision: of the means in memory, as a ``means_precision`` key; bf16 halves them and rounds them to 3 digits.
+        setting: name in :data:`mmfm.config.choices.SETTINGS`.
+        spatial_gmm: store of the spatial mixture; ignored by settings without a mixture.
+        device: where x_source is computed.
+        means_device: where the means are kept: ``device``, or ``host``, which saves GPU memory at the cost of a
+            transfer per batch.
+        precision: of the means in memory, a value of ``means_precision``; bf16 halves them and keeps 3 digits.
 
     Raises:
-        ValueError: an unknown setting, or a mixture setting without a spatial mixture.
+        ValueError: unknown setting, or a setting with a mixture but no `spatial_gmm`.
     """
     if not SETTINGS[setting].mixture:
         return GaussianSource()
     if spatial_gmm is None:
-        raise ValueError(f"setting '{setting}' draws its source from a mixture: give --spatial-gmm")
+        raise ValueError(f"setting '{setting}' draws its source from a mixture; give --spatial-gmm")
     from mmfm.mixture.spatial import SpatialMixture
 
     spatial = SpatialMixture.open(spatial_gmm)

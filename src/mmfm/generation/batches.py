@@ -1,4 +1,4 @@
-"""A set of images made batch by batch, with a progress bar."""
+"""Generates images batch by batch, with a progress bar."""
 
 import itertools
 import math
@@ -10,41 +10,66 @@ from tqdm import tqdm
 
 from mmfm import data
 from mmfm.flow.solver import VelocityFn
+from mmfm.generation.between import between
 from mmfm.generation.generator import require_finite
+from mmfm.generation.images import Images
+from mmfm.generation.options import Request
 from mmfm.generation.sampler import Sampler
 
 _BAR = "{l_bar}{bar}| {n:.0f}/{total_fmt} images [{elapsed}<{remaining}]"
 
 
-def cut(numbers: range, shard_size: int, batch_size: int) -> Iterator[range]:
-    """Cut numbers into batches as `sample` does, which does not reach over shards: roundings are then the same."""
-    limits = range((numbers.start // shard_size + 1) * shard_size, numbers.stop, shard_size)
-    for start, stop in itertools.pairwise([numbers.start, *limits, numbers.stop]):
+def split(numbers: range, shard_size: int, batch_size: int) -> Iterator[range]:
+    """Split numbers into batches that do not cross shards: the batches of `sample`, and so the same rounding."""
+    boundaries = range((numbers.start // shard_size + 1) * shard_size, numbers.stop, shard_size)
+    for start, stop in itertools.pairwise([numbers.start, *boundaries, numbers.stop]):
         yield from data.ranges(start, stop, batch_size)
 
 
-def generate(
-    sampler: Sampler, numbers: range, start: Callable[[range], tuple[Tensor, VelocityFn]], progress: bool
-) -> Tensor:
-    """Generate images.
-
-    Args:
-        start: numbers of a batch -> x at t = 1, (B, C, H, W), and the velocity to follow.
-        progress: show a bar if it takes longer than a second.
-
-    Returns:
-        (n, 3, S, S) uint8 on the CPU.
+def generate(request: Request, progress: bool) -> Images:
+    """Generate the requested images; ``progress`` shows a bar if this takes longer than a second.
 
     Raises:
-        ValueError: no numbers, or a flow that ends in values that are not finite.
+        ValueError: no image is requested, or the flow ends in NaN or Inf.
+    """
+    sampler, modes = request.sampler, []
+
+    def start(numbers: range) -> tuple[Tensor, VelocityFn]:
+        drawn = request.draw(numbers)
+        if drawn.modes is not None:
+            modes.append(drawn.modes)
+        return sampler.source.draw(drawn.modes, drawn.noise), sampler.field(drawn.labels)
+
+    images = _follow(sampler, request.numbers, start, progress)
+    return Images(images, torch.cat(modes) if modes else None)
+
+
+def interpolate(start: Request, end: Request, n: int, progress: bool) -> Images:
+    """Generate n images between two requests of one image each, both included; errors as in :func:`generate`."""
+    sampler, ends = start.sampler, (start.draw(start.numbers), end.draw(end.numbers))
+    shares = torch.linspace(0, 1, n, device=sampler.device)
+
+    def start_between(rows: range) -> tuple[Tensor, VelocityFn]:
+        return between(sampler.source, sampler.field, *ends, shares[rows.start : rows.stop])
+
+    return Images(_follow(sampler, range(n), start_between, progress))
+
+
+def _follow(
+    sampler: Sampler, numbers: range, start: Callable[[range], tuple[Tensor, VelocityFn]], progress: bool
+) -> Tensor:
+    """Follow the flow in batches and decode: (n, 3, S, S) uint8 on the CPU.
+
+    Args:
+        start: a batch of ``numbers`` -> x at t = 1, (B, C, H, W), and the velocity field.
     """
     if not numbers:
-        raise ValueError("no images; ask for at least 1")
-    # A solver that chooses its steps says nothing before the end of a batch.
+        raise ValueError("no images requested; ask for at least 1")
+    # With an adaptive solver the bar advances only at the end of a batch.
     share = 1 / (sampler.generator.function_evaluations() or math.inf)
     images, done = [], 0
     with tqdm(total=len(numbers), bar_format=_BAR, disable=not progress, delay=1, leave=False) as bar:
-        for batch in cut(numbers, sampler.settings.shard_size, sampler.settings.batch_size):
+        for batch in split(numbers, sampler.config.shard_size, sampler.config.batch_size):
             x, velocity = start(batch)
             latents, _ = sampler.generator.follow(_watched(velocity, bar, share * len(batch)), x)
             images.append(sampler.generator.decode(require_finite(latents)).cpu())
@@ -54,7 +79,7 @@ def generate(
 
 
 def _watched(velocity: VelocityFn, bar: tqdm, images: float) -> VelocityFn:
-    """Return a velocity that moves the bar by a number of images at every evaluation."""
+    """Return the velocity, advancing the bar by a fraction of a batch's images at every evaluation."""
 
     def watched(x: Tensor, t: Tensor) -> Tensor:
         bar.update(images)

@@ -1,4 +1,4 @@
-"""What lies between two images: between their noises, their modes, and what the model sees of them."""
+"""Interpolation between two images: between their noise, modes and labels."""
 
 import torch
 from torch import Tensor
@@ -9,35 +9,35 @@ from mmfm.generation.generator import Draw, Field
 
 
 def slerp(start: Tensor, end: Tensor, shares: Tensor) -> Tensor:
-    """Interpolate on the sphere: sin((1 - s) w) / sin w start + sin(s w) / sin w end, w the angle between the two.
+    """Interpolate spherically: sin((1 - s) w) / sin w * start + sin(s w) / sin w * end, w the angle between the two.
 
-    Noise on the straight line between two draws would be too short: most draws lie near a sphere.
+    Normal noise lies close to a sphere, so points on a straight line between two draws have too small a norm.
 
     Args:
         start, end: (C, H, W) float32.
-        shares: (B,) s, in [0, 1].
+        shares: (B,) values of s in [0, 1].
 
     Returns:
-        (B, C, H, W); the ends are exactly ``start`` and ``end``.
+        (B, C, H, W), exactly ``start`` at s = 0 and ``end`` at s = 1.
 
     Source: Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985.
     """
     s = shares.view(-1, 1, 1, 1)
     cosine = torch.nn.functional.cosine_similarity(start.flatten(), end.flatten(), dim=0).clamp(-1, 1)
     angle = torch.acos(cosine)
-    if angle.sin() < 1e-3:  # the same direction, or an opposite one, where no shortest way is singled out
+    if angle.sin() < 1e-3:  # equal directions, or opposite ones, between which the shortest path is not unique
         return torch.lerp(start.expand(len(s), *start.shape), end.expand(len(s), *end.shape), s)
     return (torch.sin((1 - s) * angle) * start + torch.sin(s * angle) * end) / torch.sin(angle)
 
 
 def between(source: Source, field: Field, start: Draw, end: Draw, shares: Tensor) -> tuple[Tensor, VelocityFn]:
-    """Return x at t = 1, (B, C, H, W) float32, and the velocity to follow, between two draws of one image each.
+    """Return x at t = 1, (B, C, H, W) float32, and the velocity field, between two draws of one image each.
 
-    Noise moves on the sphere, means and standard deviations of modes on straight lines. Labels are rows of a table,
-    between which there is nothing: the velocities that they give are blended instead.
+    Noise is interpolated spherically, the means and standard deviations of the modes linearly. Labels are discrete, so
+    the velocities for the two labels are interpolated instead.
 
     Args:
-        shares: (B,), 0 for the first draw and 1 for the second.
+        shares: (B,) in [0, 1]: 0 for the first draw, 1 for the second.
     """
     n, s = len(shares), shares.view(-1, 1, 1, 1)
     noise = slerp(start.noise[0], end.noise[0], shares)

@@ -1,4 +1,4 @@
-"""What generated images are drawn from: modes and class labels as functions of (seed, number of the image)."""
+"""Modes and class labels of generated images, as functions of the seed and the image number."""
 
 import torch
 from torch import Tensor
@@ -8,47 +8,47 @@ from mmfm.infra import rng
 
 
 def mode_uniforms(seed: int, numbers: Tensor, draw: str, purpose: str = "sample/mode") -> Tensor:
-    """Uniforms from which the modes of numbered images are drawn by inverse CDF.
+    """Return the uniform numbers from which the images' modes are drawn by inverse CDF.
 
     Args:
-        numbers: (B,) int64, numbers of the images.
-        draw: ``multinomial`` draws every mode by itself; ``stratified`` covers (0, 1) evenly with consecutive numbers,
-            so that every mode comes up about as often as its weight says.
+        numbers: (B,) int64, image numbers.
+        draw: ``multinomial`` draws modes independently; ``stratified`` spreads the uniforms of consecutive images
+            evenly over (0, 1), so that the frequencies of the modes match their weights closely.
 
     Returns:
         (B,) float64 in (0, 1).
 
     Raises:
-        ValueError: another draw.
+        ValueError: unknown ``draw``.
     """
     return MODE_DRAWS[draw].load()(seed, purpose, numbers)
 
 
 def class_labels(seed: int, numbers: Tensor, num_classes: int, draw: str, purpose: str = "sample/label") -> Tensor:
-    """Class labels of numbered images.
+    """Draw the images' class labels.
 
     Args:
-        numbers: (B,) int64, numbers of the images.
+        numbers: (B,) int64, image numbers.
         num_classes: L.
-        draw: see :func:`equal_labels` and :func:`random_labels`.
+        draw: ``equal`` (:func:`equal_labels`) or ``random`` (:func:`random_labels`).
 
     Returns:
-        (B,) int64 in [0, L), on the numbers' device.
+        (B,) int64 in [0, L), on the device of ``numbers``.
 
     Raises:
-        ValueError: another draw.
+        ValueError: unknown ``draw``.
     """
     return LABEL_DRAWS[draw].load()(seed, purpose, numbers, num_classes)
 
 
 def random_labels(seed: int, purpose: str, numbers: Tensor, num_classes: int) -> Tensor:
-    """Draw every label by itself."""
+    """Draw labels independently and uniformly."""
     return (rng.uniform(seed, purpose, numbers) * num_classes).long()
 
 
 def equal_labels(seed: int, purpose: str, numbers: Tensor, num_classes: int) -> Tensor:
-    """Give every L consecutive images, from number 0 on, each class once, in an order of their own."""
-    # Orders of blocks, not of the whole set: an image's label must not depend on how many are made.
+    """Give each class once to every block of L consecutive images, in a random order per block."""
+    # Blocks, because an image's label must not depend on the number of images.
     blocks, places = numbers.cpu() // num_classes, numbers.cpu() % num_classes
     labels = torch.empty_like(places)
     for block in blocks.unique().tolist():

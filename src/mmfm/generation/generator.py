@@ -1,6 +1,6 @@
-"""From the numbers of images to images: source, flow, decoder. Image i depends on (seed, i) and on nothing else.
+"""Generates images from their numbers: source, flow, decoder. Image i depends only on the model and on (seed, i).
 
-`sample`, the previews and distances of a training run, and whoever loads a model by hand generate here.
+Used by `sample`, by the previews and distances of a training run, and by the Python API.
 """
 
 from collections.abc import Callable
@@ -18,16 +18,23 @@ from mmfm.generation import conditioning
 from mmfm.infra import rng
 
 Field = Callable[[Tensor | None], VelocityFn]
-"""Labels (B,) int64, or None -> the velocity that the flow follows, (x, t) -> (B, C, H, W)."""
+"""Labels (B,) int64, or None -> the velocity field (x, t) -> (B, C, H, W)."""
+
+Watch = Callable[[int], None]
+"""Called with the number of evaluations so far, only by an adaptive solver."""
+
+
+def ignore(evaluations: int) -> None:
+    """Do nothing: the default :data:`Watch`."""
 
 
 class Draw(NamedTuple):
-    """What images start from.
+    """The random draws of some images.
 
     Attributes:
         noise: (B, C, H, W) float32, standard normal.
-        modes: (B,) int64, of the source; None for a source without modes.
-        labels: (B,) int64, what the model sees: modes or classes; None if nothing.
+        modes: (B,) int64, modes of the source; None for a source without modes.
+        labels: (B,) int64, the modes or classes that the model sees; None for an unconditional model.
     """
 
     noise: Tensor
@@ -37,22 +44,22 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Generator:
-    """What determines an image besides the network.
+    """Everything that determines an image besides the network.
 
     Attributes:
         setting: name in :data:`mmfm.config.choices.SETTINGS`.
         source: where paths start.
-        num_labels: labels that the network knows; 0 for none.
+        num_labels: number of labels that the network knows; 0 for none.
         autoencoder: decodes latents.
         latent_shape: (C, H, W).
-        times: (T,) grid of the solver, from 1 on; a single point takes no step.
+        times: (T,) time grid, decreasing from 1; with a single time point no step is taken.
         seed: of noise, modes and labels.
-        purpose: what the images are for; each purpose has random numbers of its own.
+        device: where to compute.
+        purpose: key of the random numbers; each purpose has its own.
         solver: name in :data:`mmfm.config.choices.SOLVERS`.
-        dtype: of the solver's state and time, where the steps are given.
-        rtol, atol: of a solver that chooses its steps.
+        dtype: of the state and time of a fixed-step solver.
+        rtol, atol: tolerances of an adaptive solver.
         mode_draw, label_draw: see :mod:`mmfm.generation.conditioning`.
-        device: where everything happens.
     """
 
     setting: str
@@ -73,22 +80,23 @@ class Generator:
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether the solver chooses its steps: images then depend, within the tolerances, on their batch."""
+        """Whether the solver is adaptive: images then depend on their batch, within the tolerances."""
         return SOLVERS[self.solver].adaptive
 
     def function_evaluations(self) -> int | None:
-        """Return the evaluations of the velocity per image, or None where the solver chooses its steps.
+        """Return the velocity evaluations per image; None for an adaptive solver.
 
-        With a guide each is one of either network, with classifier-free guidance one on twice the batch.
+        An evaluation runs both networks with autoguidance, and the network on a doubled batch with classifier-free
+        guidance.
         """
         each = SOLVERS[self.solver].evaluations
         return None if each is None else each * (len(self.times) - 1)
 
     def draw(self, numbers: range, modes: Tensor | None = None, labels: Tensor | None = None) -> Draw:
-        """Draw what numbered images start from.
+        """Draw noise, modes and labels of the images with these numbers.
 
         Args:
-            modes, labels: (B,) int64, in the place of those that would be drawn.
+            modes, labels: (B,) int64, used instead of drawn ones.
         """
         index = torch.arange(numbers.start, numbers.stop, device=self.device)
         if modes is None and self.source.num_modes:
@@ -104,22 +112,19 @@ class Generator:
         return Draw(rng.normal(self.seed, f"{self.purpose}/noise", index, self.latent_shape), modes, labels)
 
     def draw_source(self, numbers: range) -> Tensor:
-        """Return x at t = 1 of numbered images, (B, C, H, W) float32."""
+        """Return x at t = 1 of the images with these numbers, (B, C, H, W) float32."""
         drawn = self.draw(numbers)
         return self.source.draw(drawn.modes, drawn.noise)
 
     @torch.no_grad()
-    def follow(
-        self, velocity: VelocityFn, x: Tensor, watch: Callable[[int], None] = lambda evaluations: None
-    ) -> tuple[Tensor, int]:
-        """Follow the flow from x at t = 1, (B, C, H, W), to latents (B, C, H, W) float32.
+    def follow(self, velocity: VelocityFn, x: Tensor, watch: Watch = ignore) -> tuple[Tensor, int]:
+        """Follow the flow from x at t = 1, (B, C, H, W), to latents.
 
         Args:
-            velocity: of the flow, labels already bound.
-            watch: called with the evaluations so far of a solver that chooses its steps.
+            velocity: the velocity field, with labels bound.
 
         Returns:
-            the latents, and the evaluations that each took.
+            latents (B, C, H, W) float32, and the number of evaluations per image.
         """
         if len(self.times) == 1:
             return x, 0
@@ -128,40 +133,39 @@ class Generator:
         )
         return x.float(), evaluations
 
-    def latents(
-        self, field: Field, numbers: range, watch: Callable[[int], None] = lambda evaluations: None
-    ) -> tuple[Tensor, int]:
-        """Follow the flow from the source of numbered images to their latents; see :meth:`follow`."""
+    def latents(self, field: Field, numbers: range, watch: Watch = ignore) -> tuple[Tensor, int]:
+        """Generate the latents of the images with these numbers; returns as :meth:`follow`."""
         drawn = self.draw(numbers)
         return self.follow(field(drawn.labels), self.source.draw(drawn.modes, drawn.noise), watch)
 
-    def generate(
-        self, field: Field, numbers: range, watch: Callable[[int], None] = lambda evaluations: None
-    ) -> tuple[Tensor, int]:
-        """Generate the images with these numbers: (B, 3, S, S) uint8, and the evaluations that each took.
+    def generate(self, field: Field, numbers: range, watch: Watch = ignore) -> tuple[Tensor, int]:
+        """Generate the images with these numbers.
+
+        Returns:
+            images (B, 3, S, S) uint8, and the number of evaluations per image.
 
         Raises:
-            ValueError: the flow ended in values that are not finite.
+            ValueError: the flow ends in NaN or Inf.
         """
         latents, evaluations = self.latents(field, numbers, watch)
         return self.decode(require_finite(latents)), evaluations
 
     @torch.no_grad()
     def source_images(self, numbers: range) -> Tensor:
-        """Decode the source itself, without any step of the flow: (B, 3, S, S) uint8."""
+        """Decode the source samples themselves, without the flow: (B, 3, S, S) uint8."""
         return self.decode(self.draw_source(numbers))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, H, W) -> images (B, 3, S, S) uint8."""
+        """Decode latents (B, C, H, W) to images (B, 3, S, S) uint8."""
         return rae.to_uint8(self.autoencoder.decode(latents))
 
 
 def require_finite(latents: Tensor) -> Tensor:
-    """Return latents (B, C, H, W) as they are, or raise ValueError: they would silently become black images."""
+    """Return the latents unchanged; raise ValueError on NaN or Inf, which would decode to black images."""
     if not latents.isfinite().all():
         raise ValueError(
-            "the flow ends in NaN or Inf: damaged weights, too strong a guidance (sample.guidance.scale), or too "
-            "high a learning rate (train.lr)"
+            "the flow ends in NaN or Inf: the weights are damaged, the guidance is too strong (lower "
+            "sample.guidance.scale), or the learning rate was too high (lower train.lr)"
         )
     return latents

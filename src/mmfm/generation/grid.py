@@ -1,4 +1,4 @@
-"""The picture of a set of samples."""
+"""The overview picture of a sample set."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -7,28 +7,28 @@ from mmfm.generation.generator import Generator
 from mmfm.infra.pictures import image_grid
 
 IMAGES = 32
-"""Images in the picture."""
+"""Number of images in the picture."""
 
 _COLUMNS = 4
 
 
 def draw_grid(generator: Generator, images: np.ndarray) -> Image.Image:
-    """Draw the first images, and beside them what their sources decode to, image for image in the same places.
+    """Draw the first images and, in the same arrangement beside them, the decoded source sample of each.
 
     Args:
-        images: (n, S, S, 3) uint8, those from number 0 on.
+        images: (n, S, S, 3) uint8, starting with image number 0.
     """
     generated = images[:IMAGES].transpose(0, 3, 1, 2)
     if len(generator.times) == 1:
-        return _panels({"Decoded source (no step of the flow)": generated})
+        return _panels({"Decoded source samples (no flow step)": generated})
     source = generator.source_images(range(len(generated))).cpu().numpy()
     evaluations = generator.function_evaluations()
     how = generator.solver if evaluations is None else f"{evaluations} evaluations"
-    return _panels({f"Generated, {how}": generated, "The source each started from, decoded": source})
+    return _panels({f"Generated, {how}": generated, "Their source samples, decoded": source})
 
 
 def _panels(panels: dict[str, np.ndarray]) -> Image.Image:
-    """Lay grids of images (n, 3, S, S) uint8 side by side, each under its title."""
+    """Place grids of images (n, 3, S, S) uint8 side by side under their titles."""
     grids = {title: image_grid(images, _COLUMNS) for title, images in panels.items()}
     margin, head = 12, 28
     font = ImageFont.load_default(size=15)

@@ -1,4 +1,4 @@
-"""Images as people and programs hold them: PIL images in and out, pixels as a tensor."""
+"""Images of the Python API: sequences of PIL images, and tensors of pixels."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -13,16 +13,18 @@ from mmfm import data
 from mmfm.infra.pictures import image_grid
 
 _SHOWN = 64
-"""Images that a notebook shows of a set."""
+"""Number of images of a set that a notebook shows."""
 
 
 class Images(Sequence[Image.Image]):
-    """A set of images: a sequence of PIL images that shows itself as a grid in a notebook.
+    """A sequence of PIL images, shown as a grid in a notebook.
+
+    Indexing with a number returns a PIL image, with a slice ``Images``.
 
     Attributes:
         tensor: (n, 3, S, S) uint8 on the CPU.
-        modes: (n,) int64 on the CPU, the mode of each image's source; None for a source without modes, and for images
-            that were not generated.
+        modes: (n,) int64 on the CPU, the mode of each image; None if the images have no modes (a Gaussian source,
+            interpolated or decoded images).
     """
 
     def __init__(self, tensor: Tensor, modes: Tensor | None = None) -> None:
@@ -44,7 +46,7 @@ class Images(Sequence[Image.Image]):
         return Image.fromarray(self.tensor[index].permute(1, 2, 0).numpy())
 
     def grid(self, columns: int | None = None, upscale: int | None = None) -> Image.Image:
-        """Lay the images out as one; see :func:`mmfm.infra.pictures.image_grid`."""
+        """Arrange the images in one picture; see :func:`mmfm.infra.pictures.image_grid`."""
         return image_grid(self.tensor, columns, upscale)
 
     def __repr__(self) -> str:
@@ -60,18 +62,19 @@ class Images(Sequence[Image.Image]):
 
 
 ImageInput: TypeAlias = Images | Image.Image | Sequence[Image.Image] | Tensor
-"""One image or several: PIL images of any mode, or (3, S, S) or (n, 3, S, S), uint8 or float in [0, 1]."""
+"""One image or several: PIL images of any size and mode, or tensors (3, S, S) or (n, 3, S, S), uint8 or float in
+[0, 1]."""
 
 
 def pixels(images: ImageInput, size: int | None = None) -> Tensor:
-    """Return images as one tensor (n, 3, S, S), uint8 or float32 in [0, 1]; tensors stay on their device.
+    """Convert images to one tensor (n, 3, S, S), uint8 or float32 in [0, 1]; tensors stay on their device.
 
     Args:
-        size: S, to which PIL images are resized and cropped as the training images were, and which tensors must have;
-            None: the images' own, the same for all.
+        size: S. PIL images are resized and cropped to it like the training images; tensors must have it. None: all
+            images must have the same size, which is kept.
 
     Raises:
-        ValueError: no images, unequal sizes, or a tensor of another shape, dtype or range.
+        ValueError: no images, images of different sizes, or a tensor of the wrong shape, dtype or range.
     """
     if isinstance(images, Images):
         images = images.tensor
@@ -91,17 +94,17 @@ def pixels(images: ImageInput, size: int | None = None) -> Tensor:
         images = images.float()
         if not (images.amin() >= 0 and images.amax() <= 1):
             raise ValueError(
-                f"pixels run from {float(images.amin()):g} to {float(images.amax()):g}; floats must be in [0, 1]"
+                f"pixels range from {float(images.amin()):g} to {float(images.amax()):g}; floats must be in [0, 1]"
             )
     return images
 
 
 def _stacked(images: Sequence[Image.Image], size: int | None) -> Tensor:
-    """PIL images -> (n, 3, S, S) uint8."""
+    """Stack PIL images to (n, 3, S, S) uint8."""
     converted = [data.as_rgb(image) for image in images]
     if size is not None:
         converted = [data.center_crop(image, size) for image in converted]
     sizes = {image.size for image in converted}
     if len(sizes) != 1:
-        raise ValueError(f"images of sizes {sorted(sizes)} are no set; give at least one, all of one size")
+        raise ValueError(f"images have sizes {sorted(sizes)}; give at least one, all of the same size")
     return torch.from_numpy(np.stack([np.asarray(image) for image in converted])).permute(0, 3, 1, 2).contiguous()

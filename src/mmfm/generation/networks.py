@@ -1,7 +1,6 @@
-"""Networks as velocity fields: arithmetic, labels, and guidance by a weaker network or by the missing label."""
+"""Velocity fields from networks: precision, labels and guidance."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from mmfm.models.dit import DiT
 def network(
     model: nn.Module, precision: str, device: torch.device
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """Return (x, t, labels) -> velocity of a model, in the arithmetic of a ``precision`` key."""
+    """Return a model's velocity (x, t, labels) -> (B, C, H, W), computed in the given ``precision``."""
 
     def velocity(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         with autocast(precision, device):
@@ -27,23 +26,24 @@ def network(
 
 
 def plain(model: nn.Module, precision: str, device: torch.device) -> Field:
-    """Return the field of a model by itself."""
+    """Return the velocity field of a model without guidance."""
     velocity = network(model, precision, device)
-    return lambda labels: partial(velocity, y=labels)
+    return lambda labels: lambda x, t: velocity(x, t, labels)
 
 
 def guided(model: DiT, guide: DiT | None, guidance: Guidance, precision: str, device: torch.device) -> Field:
-    """Return the field of a model with autoguidance, where there is a guide, or else classifier-free guidance."""
-    velocity = network(model, precision, device)
+    """Return the velocity field with autoguidance if there is a guide, otherwise with classifier-free guidance."""
+    strong = plain(model, precision, device)
     if guide is not None:
-        weaker = network(guide, precision, device)
-        return lambda labels: autoguidance(
-            partial(velocity, y=labels), partial(weaker, y=labels), guidance.scale, guidance.interval
-        )
+        weak = plain(guide, precision, device)
+        return lambda labels: autoguidance(strong(labels), weak(labels), guidance.scale, guidance.interval)
     if guidance.scale == 1:
-        return lambda labels: partial(velocity, y=labels)
+        return strong
+    velocity, null_label = network(model, precision, device), model.null_label
 
-    def field(labels: Tensor) -> VelocityFn:
-        return classifier_free_guidance(velocity, labels, model.null_label, guidance.scale, guidance.interval)
+    def field(labels: Tensor | None) -> VelocityFn:
+        if labels is None or null_label is None:
+            raise ValueError("classifier-free guidance needs labels and a model trained with label dropout")
+        return classifier_free_guidance(velocity, labels, null_label, guidance.scale, guidance.interval)
 
     return field

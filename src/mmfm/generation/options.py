@@ -1,20 +1,22 @@
-"""What a caller can ask of a generation, checked as the configuration is."""
+"""What callers of the Python API can ask for: sampling options, modes and labels, all checked."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
 
 from mmfm import config
+from mmfm.generation.generator import Draw
+from mmfm.generation.sampler import Sampler
 
 
 class Sampling(TypedDict, total=False):
-    """How to sample; what is left out is as the target was sampled. See the section `sample` in config/README.md.
+    """Sampling options; those left out are the target's. See the section `sample` in config/README.md.
 
-    ``guidance`` is the scale and ``interval`` the times (lowest, highest) in which it applies; ``batch_size`` images
-    are generated at a time.
+    ``guidance`` is the guidance scale, ``interval`` the times (lowest, highest) at which guidance applies, and
+    ``batch_size`` the number of images generated at a time.
     """
 
     guidance: float
@@ -29,17 +31,17 @@ class Sampling(TypedDict, total=False):
     batch_size: int
 
 
-def changed(settings: config.Sample, sampling: Sampling) -> config.Sample:
-    """Return settings with some keys at other values.
+def changed(section: config.Sample, sampling: Sampling) -> config.Sample:
+    """Return the section ``sample`` with some keys replaced.
 
     Raises:
-        ValueError: a key is unknown, mistyped or out of range.
+        ValueError: a key is unknown, or its value has the wrong type or range.
     """
-    values, asked = asdict(settings), dict(sampling)
+    values, options = asdict(section), dict(sampling)
     for key, name in (("guidance", "scale"), ("interval", "interval")):
-        if key in asked:
-            values["guidance"][name] = asked.pop(key)
-    return config.build(config.Sample, {**values, **asked}, "sample")
+        if key in options:
+            values["guidance"][name] = options.pop(key)
+    return config.build(config.Sample, {**values, **options}, "sample")
 
 
 Numbers: TypeAlias = int | Sequence[int] | Tensor
@@ -47,21 +49,68 @@ Numbers: TypeAlias = int | Sequence[int] | Tensor
 
 
 def given(values: Numbers | None, n: int, known: int, what: str, device: torch.device) -> Tensor | None:
-    """Return given modes or labels as (n,) int64; None if none are given.
+    """Check modes or labels and return them as (n,) int64; None if none are given.
 
     Args:
-        known: how many there are.
+        known: number of existing modes or labels.
+        what: ``modes`` or ``labels``, for messages.
 
     Raises:
-        ValueError: there are none, or not n of them are given, or one is out of range.
+        ValueError: the setting has none, or the number or a value is wrong.
     """
     if values is None:
         return None
     if not known:
-        raise ValueError(f"this setting has no {what}; leave them out")
+        raise ValueError(f"this setting has no {what}; omit them")
     numbers = torch.as_tensor(values)
     if numbers.is_floating_point() or numbers.shape not in ((), (n,)):
-        raise ValueError(f"{what} are {tuple(numbers.shape)} {numbers.dtype}; give a whole number, or {n} of them")
+        raise ValueError(f"{what} are {tuple(numbers.shape)} {numbers.dtype}; give an integer, or {n} of them")
     if not ((numbers >= 0) & (numbers < known)).all():
-        raise ValueError(f"{what} are from 0 to {known - 1}, got {numbers.tolist()}")
+        raise ValueError(f"{what} must be from 0 to {known - 1}, got {numbers.tolist()}")
     return numbers.to(device, torch.int64).expand(n)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Images to generate.
+
+    Attributes:
+        sampler: with the requested seed and options.
+        numbers: of the images.
+        modes, labels: (n,) int64; None to draw them.
+    """
+
+    sampler: Sampler
+    numbers: range
+    modes: Tensor | None
+    labels: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        sampler: Sampler,
+        numbers: range,
+        sampling: Sampling,
+        seed: int | None = None,
+        modes: Numbers | None = None,
+        labels: Numbers | None = None,
+    ) -> "Request":
+        """Check what a caller asks for.
+
+        Raises:
+            ValueError: an option, mode or label does not exist or is not possible with these weights.
+        """
+        sampler = sampler.varied(changed(sampler.config, sampling), seed)
+        n, num_classes = len(numbers), sampler.generator.num_labels if sampler.setting.condition == "class" else 0
+        return cls(
+            sampler,
+            numbers,
+            given(modes, n, sampler.source.num_modes, "modes", sampler.device),
+            given(labels, n, num_classes, "labels", sampler.device),
+        )
+
+    def draw(self, numbers: range) -> Draw:
+        """Draw the noise, modes and labels of some of the images."""
+        rows = slice(numbers.start - self.numbers.start, numbers.stop - self.numbers.start)
+        modes, labels = (None if fixed is None else fixed[rows] for fixed in (self.modes, self.labels))
+        return self.sampler.generator.draw(numbers, modes, labels)

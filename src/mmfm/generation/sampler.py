@@ -1,7 +1,7 @@
-"""A trained model, loaded with all that turns its numbers into images."""
+"""A trained model with everything needed to generate images."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from mmfm.autoencoder import rae
 from mmfm.autoencoder.decoder import load_decoder
+from mmfm.autoencoder.encoders import Encoder as FrozenEncoder
 from mmfm.config import Encoder, Sample
 from mmfm.config.choices import SETTINGS, Setting
 from mmfm.flow.path import time_grid, time_shift
 from mmfm.flow.source import Source, source_for
 from mmfm.generation import networks
-from mmfm.generation.generator import Generator
+from mmfm.generation.generator import Generator, Watch, ignore
 from mmfm.infra import store
 from mmfm.infra.precision import uses_bf16
 from mmfm.models.dit import DiT
@@ -25,7 +26,7 @@ from mmfm.models.weights import load_ema
 
 @dataclass(frozen=True)
 class SampleFiles:
-    """Files that `sample` reads; ``spatial_gmm`` in the settings with a mixture, ``guide`` for autoguidance."""
+    """Files needed to sample: ``spatial_gmm`` in the settings with a mixture, ``guide`` for autoguidance."""
 
     ema: Path
     decoder: Path
@@ -35,11 +36,11 @@ class SampleFiles:
     guide: Path | None = None
 
 
-class _Processor(nn.Module):
-    """What decoding needs of an encoder: shape of its latents and pixel normalisation, without its weights."""
+class _Processor(FrozenEncoder):
+    """The part of an encoder that decoding needs: latent shape and pixel normalisation, without the network."""
 
     def __init__(self, family: str, folder: Path, latent_shape: tuple[int, int, int]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.family, self.hidden_size, self.grid = family, latent_shape[0], latent_shape[1:]
         values = store.read_json(folder / "preprocessor_config.json")
         for name in ("image_mean", "image_std"):
@@ -49,36 +50,44 @@ class _Processor(nn.Module):
 
 
 class Sampler:
-    """Generates images by their numbers.
+    """Generates the images with given numbers.
 
     Attributes:
+        config: the section ``sample``.
         weights: metadata of the EMA weights.
         guide_weights: metadata of the guide's weights, or None.
         latent_shape: (C, H, W).
         image_size: S, pixels.
-        precision: of the network: ``float32`` or ``bf16``; ``reference`` has state and time of the solver in bf16 too
-            (they are float32 otherwise, and the decoder always is).
-        means_precision: of the source's means, as in training: ``float32`` or ``bf16``; None for a source without them.
+        precision: of the network: ``float32``, ``bf16``, or ``reference``, which also keeps the solver's state and time
+            in bf16. These are float32 otherwise; the decoder always is.
+        means_precision: of the source's means, as in training: ``float32`` or ``bf16``; None for a Gaussian source.
         guidance: ``autoguidance``, ``classifier-free`` or None.
         generator: source, flow and decoder.
+        field: velocity field of the network with guidance.
     """
 
     def __init__(
-        self, files: SampleFiles, settings: Sample, encoder: Encoder, image_size: int, seed: int | None,
-        device: torch.device | str, expected: str | None = None,
-    ) -> None:  # fmt: skip
-        """Load everything and check that it fits.
+        self,
+        files: SampleFiles,
+        config: Sample,
+        encoder: Encoder,
+        image_size: int,
+        seed: int | None,
+        device: torch.device | str,
+        expected: str | None = None,
+    ) -> None:
+        """Load all files and check that they match.
 
         Args:
-            settings: the section ``sample``.
+            config: the section ``sample``.
             encoder: the section ``encoder``.
             image_size: ``image.size``.
-            seed: of noise, modes and labels; None: that of the training.
-            expected: setting that the weights must be of; None: any.
+            seed: of noise, modes and labels; None for the training's seed.
+            expected: the setting that the weights must have; None for any.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: files that do not fit each other; the message names the file and the remedy.
+            ValueError: files do not match; the message names the file and the remedy.
         """
         self.device = torch.device(device)
         self.model, self.weights = load_ema(files.ema, self.device)
@@ -86,74 +95,84 @@ class Sampler:
         if expected is not None and expected != self.weights["setting"]:
             raise ValueError(
                 f"the weights {files.ema} are of setting '{self.weights['setting']}', not '{expected}'; give those of "
-                f"'{expected}', or train them"
+                f"'{expected}', or train them first"
             )
         sizes = self.model.config
         self.latent_shape = (sizes.in_channels, sizes.input_size, sizes.input_size)
         self.guide, self.guide_weights = self._load_guide(files)
-        self._require_guidance(settings)
+        self._require_guidance(config)
         means = trained_means(self.weights)
         self.source: Source = source_for(
-            self.weights["setting"], files.spatial_gmm, self.device, means_device=settings.means_device, precision=means
+            self.weights["setting"], files.spatial_gmm, self.device, means_device=config.means_device, precision=means
         )
         bf16_means = uses_bf16(means, self.device)
         self.means_precision = ("bf16" if bf16_means else "float32") if self.source.num_modes else None
         self._check_labels(files)
         self.autoencoder = self._load_autoencoder(files, encoder.family)
         self.image_size = self.autoencoder.require_image_size(image_size, files.decoder)
-        self._set(settings, seed if seed is not None else int(self.weights.get("seed") or 0))
+        self._configure(config, seed if seed is not None else int(self.weights.get("seed") or 0))
 
-    def varied(self, settings: Sample, seed: int | None = None) -> "Sampler":
-        """Return a sampler of the same networks, source and decoder with other settings, or another seed.
+    def varied(self, config: Sample, seed: int | None = None) -> "Sampler":
+        """Return a sampler with another configuration or seed that shares the networks, source and decoder.
 
         Raises:
-            ValueError: guidance that the weights can't do.
+            ValueError: these weights do not support the requested guidance.
         """
-        self._require_guidance(settings)
+        self._require_guidance(config)
         other = copy.copy(self)
-        other._set(settings, self.seed if seed is None else seed)
+        other._configure(config, self.seed if seed is None else seed)
         return other
 
-    def _set(self, settings: Sample, seed: int) -> None:
-        self.settings, self.seed = settings, seed
-        self.guidance = self._guidance_kind(settings)
-        self.times = time_grid(settings.time_points, time_shift(self.latent_shape))
-        bf16 = uses_bf16(settings.precision, self.device)
-        self.precision = "reference" if settings.precision == "reference" else "bf16" if bf16 else "float32"
+    def _configure(self, config: Sample, seed: int) -> None:
+        self.config, self.seed = config, seed
+        self.guidance = self._guidance_kind(config)
+        self.times = time_grid(config.time_points, time_shift(self.latent_shape))
+        bf16 = uses_bf16(config.precision, self.device)
+        self.precision = "reference" if config.precision == "reference" else "bf16" if bf16 else "float32"
         self.generator = Generator(
-            self.weights["setting"], self.source, self.model.config.num_classes, self.autoencoder, self.latent_shape,
-            self.times, self.seed, self.device, solver=settings.solver, rtol=settings.rtol, atol=settings.atol,
+            self.weights["setting"],
+            self.source,
+            self.model.config.num_classes,
+            self.autoencoder,
+            self.latent_shape,
+            self.times,
+            self.seed,
+            self.device,
+            solver=config.solver,
             dtype=torch.bfloat16 if self.precision == "reference" else torch.float32,
-            mode_draw=settings.mode_draw, label_draw=settings.label_draw,
-        )  # fmt: skip
-        self.field = networks.guided(self.model, self.guide, settings.guidance, settings.precision, self.device)
+            rtol=config.rtol,
+            atol=config.atol,
+            mode_draw=config.mode_draw,
+            label_draw=config.label_draw,
+        )
+        self.field = networks.guided(self.model, self.guide, config.guidance, config.precision, self.device)
 
     def _check_labels(self, files: SampleFiles) -> None:
-        """Raise ValueError if the label table of the weights does not fit their setting or the mixture."""
+        """Raise ValueError if the number of labels does not match the setting or the mixture."""
         labels, name = self.model.config.num_classes, self.weights["setting"]
         if (labels > 0) != (self.setting.condition is not None):
             raise ValueError(
-                f"the weights {files.ema} say that they are of setting '{name}', but know {labels} labels; they are "
-                "damaged or badly imported: make them again"
+                f"the weights {files.ema} claim to be of setting '{name}', but know {labels} labels; train or import "
+                "them again"
             )
         if self.setting.condition == "mode" and self.source.num_modes != labels:
             raise ValueError(
-                f"the weights know {labels} modes, the spatial mixture {files.spatial_gmm} has "
+                f"the weights know {labels} modes, but the spatial mixture {files.spatial_gmm} has "
                 f"{self.source.num_modes}; give the mixture they were trained with"
             )
 
-    def _guidance_kind(self, settings: Sample) -> str | None:
+    def _guidance_kind(self, config: Sample) -> str | None:
         if self.guide is not None:
             return "autoguidance"
-        return None if settings.guidance.scale == 1 else "classifier-free"
+        return None if config.guidance.scale == 1 else "classifier-free"
 
-    def _require_guidance(self, settings: Sample) -> None:
-        """Raise ValueError if the weights can't do what the settings ask for."""
-        if self._guidance_kind(settings) == "classifier-free" and self.model.null_label is None:
+    def _require_guidance(self, config: Sample) -> None:
+        """Raise ValueError if the weights do not support the configured guidance."""
+        if self._guidance_kind(config) == "classifier-free" and self.model.null_label is None:
             raise ValueError(
-                f"sample.guidance.scale is {settings.guidance.scale:g}, but the weights of setting "
-                f"'{self.weights['setting']}' can't do without a label (no label dropout in their training), which "
-                "classifier-free guidance needs; set it to 1, or give the weaker model of autoguidance: --guide"
+                f"sample.guidance.scale is {config.guidance.scale:g}, but classifier-free guidance needs weights "
+                f"trained with label dropout, and these (setting '{self.weights['setting']}') were not; set it to 1, "
+                "or give the weaker model for autoguidance: --guide"
             )
 
     def _load_guide(self, files: SampleFiles) -> tuple[DiT | None, dict[str, Any] | None]:
@@ -165,7 +184,7 @@ class Sampler:
         if shape != self.latent_shape:
             raise ValueError(
                 f"the guide {files.guide} has latents {list(shape)}, the weights {list(self.latent_shape)}; give a "
-                "guide that was trained on the same encoder's latents"
+                "guide trained on latents of the same encoder"
             )
         if weights.get("setting") != self.weights["setting"] or own.num_classes != other.num_classes:
             raise ValueError(
@@ -180,25 +199,25 @@ class Sampler:
         statistics = rae.load_statistics(files.stats, self.latent_shape)
         return rae.RAE(processor, decoder, *statistics).requires_grad_(False).eval()
 
-    def generate(self, numbers: range, watch: Callable[[int], None] = lambda evaluations: None) -> tuple[Tensor, int]:
+    def generate(self, numbers: range, watch: Watch = ignore) -> tuple[Tensor, int]:
         """Generate the images with these numbers; see :meth:`mmfm.generation.generator.Generator.generate`."""
         return self.generator.generate(self.field, numbers, watch)
 
 
-def setting_of(weights: dict[str, Any]) -> Setting:
-    """Return the setting that weights say they are of.
+def setting_of(weights: Mapping[str, Any]) -> Setting:
+    """Return the setting recorded in the weights' metadata.
 
     Raises:
-        ValueError: it is none of this project.
+        ValueError: there is no such setting.
     """
     if weights.get("setting") not in SETTINGS:
         raise ValueError(
-            f"the weights are of setting {weights.get('setting')!r}; sample knows {', '.join(SETTINGS)}: "
-            "train or import them again"
+            f"the weights are of setting {weights.get('setting')!r}, which is none of {', '.join(SETTINGS)}; train or "
+            "import them again"
         )
     return SETTINGS[weights["setting"]]
 
 
-def trained_means(weights: dict[str, Any]) -> str:
-    """Return the key ``train.means_precision`` that weights were trained with; float32 where they don't say."""
+def trained_means(weights: Mapping[str, Any]) -> str:
+    """Return the ``train.means_precision`` that the weights were trained with; float32 if not recorded."""
     return weights.get("settings", {}).get("train", {}).get("means_precision", "float32")

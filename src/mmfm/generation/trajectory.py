@@ -1,4 +1,4 @@
-"""The path of a sample from source to data."""
+"""Trajectories of samples from source to data."""
 
 from dataclasses import dataclass, replace
 
@@ -12,20 +12,20 @@ from mmfm.generation.generator import Generator
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Paths of samples.
+    """The paths of n samples from source to data.
 
     Attributes:
-        times: (T,) float32, from 1 (source) towards 0 (data), on the CPU.
-        states: (T, n, C, H, W) float32, normalised latents at these times.
+        times: (T,) float32 on the CPU, decreasing from 1 (source) towards 0 (data).
+        states: (T, n, C, H, W) float32, normalised latents at these times; the last ones decode to the images.
     """
 
     times: Tensor
     states: Tensor
 
     def deviation(self) -> Tensor:
-        """Return how far each path is from its chord at each time, relative to the chord's length: (T, n).
+        """Return each path's distance from its chord at each time, relative to the chord's length: (T, n).
 
-        The chord joins the path's ends at constant speed, so a path along it that hurries or lags deviates, too.
+        The chord connects the ends of the path at constant speed, so a straight path of varying speed deviates too.
         """
         start, end = self.states[0], self.states[-1]
         share = (self.times - self.times[-1]) / (self.times[0] - self.times[-1])
@@ -34,23 +34,23 @@ class Trajectory:
         return distance / (start - end).flatten(1).norm(dim=1)
 
     def straightness(self) -> Tensor:
-        """Return the mean of :meth:`deviation` over time, (n,): 0 for straight paths at constant speed."""
+        """Return the mean of :meth:`deviation` over time, (n,); 0 for a straight path at constant speed."""
         deviation = self.deviation()
         times = self.times.to(deviation.device)
         return torch.trapezoid(deviation, times, dim=0) / (times[-1] - times[0])
 
 
 def trajectory(generator: Generator, velocity: VelocityFn, x: Tensor) -> Trajectory:
-    """Follow the flow from x at t = 1, (n, C, H, W), and keep the states at all times of the generator's grid.
+    """Follow the flow from x at t = 1, (n, C, H, W), and keep the state at every time of the generator's grid.
 
-    With given steps the last state is what :meth:`Generator.follow` returns; solvers that choose their steps are
-    started anew at every time, and agree within their tolerances.
+    With a fixed-step solver the last state equals the result of :meth:`Generator.follow`. An adaptive solver is
+    restarted at every time, so the two agree only within its tolerances.
 
     Raises:
-        ValueError: a grid of one point has no path.
+        ValueError: the grid has a single time point.
     """
     if len(generator.times) < 2:
-        raise ValueError("time_points is 1, the source alone; a path has at least 2")
+        raise ValueError("time_points is 1, which is the source alone; set it to 2 or more")
     states = [x]
     for step in generator.times.unfold(0, 2, 1):
         states.append(replace(generator, times=step).follow(velocity, states[-1])[0])

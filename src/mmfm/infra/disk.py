@@ -1,4 +1,4 @@
-"""Disk space: asked for before a stage starts, and told apart from other errors when it runs out all the same."""
+"""Disk space: checked before a stage starts, and recognised as the cause when a write fails."""
 
 import errno
 import os
@@ -9,17 +9,17 @@ _NOTHING_LEFT = 1 << 16
 
 
 def used(directory: str | Path, *, freeable: bool = False) -> int:
-    """Return the bytes of all files below a directory; 0 if there is none.
+    """Return the total size of the files below a directory in bytes; 0 if it does not exist.
 
     Args:
-        freeable: count only what removing the directory would free: not the files that have another name elsewhere.
+        freeable: count only what removing the directory would free, not files with hard links elsewhere.
     """
     found = (os.lstat(os.path.join(folder, name)) for folder, _, names in os.walk(directory) for name in names)
     return sum(status.st_size for status in found if status.st_nlink == 1 or not freeable)
 
 
 def free(path: str | Path) -> int:
-    """Return the free bytes of the disk that ``path`` lies on, or will."""
+    """Return the free bytes of the disk that holds ``path``, which need not exist yet."""
     path = Path(path).absolute()
     while not path.exists():
         path = path.parent
@@ -27,41 +27,45 @@ def free(path: str | Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def require(state: str | Path, stage: str, total: int, written: int | None = None) -> None:
-    """Refuse to start a stage that would fill the disk.
+_REMEDY = (
+    "free some space (`mmfm clean --unused` removes unused state), or move results/ to a larger disk and link to it"
+)
+
+
+def require(state: str | Path, stage: str, total: int, written: int | None = None, remedy: str = _REMEDY) -> None:
+    """Check that a stage would not fill the disk.
 
     Args:
         state: its state directory.
-        total: bytes that the stage has written when it is finished, state and outputs together.
-        written: those of them that are not needed again; by default all that lies in the state.
+        total: bytes on disk when the stage is finished, state and outputs together.
+        written: bytes of these that are already written; None: the size of the state.
+        remedy: what to do, for the message.
 
     Raises:
-        ValueError: less is free than is still to be written.
+        ValueError: less space is free than is still to be written.
     """
     needed, there = total - (used(state) if written is None else written), free(state)
     if needed > there:
         raise ValueError(
             f"{stage} still has about {needed / 1e9:,.2f} GB to write, but only {there / 1e9:,.2f} GB are free at "
-            f"'{Path(state).parent}'; free some space (`mmfm clean --unused` finds state that nothing needs), or put "
-            "results/ on a larger disk and link to it"
+            f"'{Path(state).parent}'; {remedy}"
         )
 
 
 def is_full(error: Exception, path: str | Path) -> bool:
-    """Whether writing ``path`` failed for want of space. Libraries say so in errors of their own kinds."""
+    """Whether writing ``path`` failed because the disk is full, which libraries report in various ways."""
     if isinstance(error, OSError):
         return error.errno in _FULL
     return os.strerror(errno.ENOSPC) in str(error) or free(path) < _NOTHING_LEFT
 
 
 def explain(error: OSError) -> str:
-    """Say in one line what the operating system refused, and what to do."""
+    """Describe an error of the operating system and its remedy in one line."""
     where = f" ('{error.filename}')" if error.filename else ""
     if error.errno in _FULL:
         return (
-            f"the disk is full{where}: free some space and run the same command again; what is finished is kept, "
-            "and it goes on from there"
+            f"the disk is full{where}: free some space and run the same command again; it resumes from what is finished"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{error.strerror}{where}: results can't be written there; make it writable, or work in another folder"
+        return f"{error.strerror}{where}: results can't be written there; make it writable, or use another folder"
     return str(error)

@@ -1,7 +1,6 @@
-"""The only reader of RANK and WORLD_SIZE: process group, device, collectives.
+"""Process group, device and collectives; the only module that reads RANK and WORLD_SIZE.
 
-Stages see a :class:`Ranks` and a ``torch.device``. With one process nothing is initialised and every collective is the
-identity.
+Stages get a :class:`Ranks`. With one process, nothing is initialised and every collective is the identity.
 """
 
 import ctypes
@@ -21,12 +20,12 @@ import torch.distributed as dist
 _PR_SET_PDEATHSIG = 1
 
 _PATIENCE = 5.0
-"""Seconds from the first SIGINT on in which another one is the same request."""
+"""Seconds after the first SIGINT during which further ones count as the same request."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the stage: number, count and device."""
+    """The rank of this process, the number of processes, and this process's device."""
 
     rank: int
     world: int
@@ -34,11 +33,11 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this is the process that writes shared files."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until every process has come here."""
+        """Wait until every process has reached this call."""
         if self.world > 1:
             dist.barrier()
 
@@ -57,9 +56,9 @@ class Ranks:
         return values
 
     def from_main(self, make: Callable[[], Any]) -> Any:
-        """Call ``make`` on the main process and return its result, which must be picklable, on every process.
+        """Call ``make`` on the main process, and return its picklable result on every process.
 
-        An exception is raised on every process too: the others must not wait for a main process that is gone.
+        An exception is also raised on every process, so that none waits for a main process that has stopped.
         """
         if self.world == 1:
             return make()
@@ -76,23 +75,23 @@ class Ranks:
 
 
 def choose_device(local_rank: int = 0) -> torch.device:
-    """Return this process's GPU, or the CPU where none is visible (``CUDA_VISIBLE_DEVICES=`` hides them)."""
+    """Return this process's GPU, or the CPU if no GPU is visible (``CUDA_VISIBLE_DEVICES=`` hides them)."""
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     return torch.device("cpu")
 
 
 def _end_with_torchrun() -> None:
-    """Have the kernel end this process if torchrun is killed, which starts its processes in sessions of their own."""
+    """Make the kernel kill this process if torchrun, which starts workers in separate sessions, is killed."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager
 def process_group() -> Iterator[Ranks]:
-    """Join the process group that torchrun announces in the environment, and leave it at the end.
+    """Join the process group that torchrun describes in the environment, and leave it at the end.
 
-    Backend: nccl for CUDA tensors and gloo for the others. Threads: torch takes what the launcher put into
+    The backend is nccl for CUDA tensors and gloo for CPU tensors. The launcher sets the number of threads by
     OMP_NUM_THREADS.
     """
     _end_with_torchrun()
@@ -103,12 +102,12 @@ def process_group() -> Iterator[Ranks]:
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
-    # Densities and features need all 24 bits of float32; networks that may use fewer opt in by autocast.
+    # Densities and features need full float32 precision; networks that need less use autocast.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
         yield Ranks(rank, world, device)
     except BaseException as error:
-        # Said at once, and the group is left as it is: leaving it in order would wait for ranks that wait for this one.
+        # Report at once, and do not destroy the group, which would wait for ranks that are waiting for this one.
         if world > 1:
             print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         raise
@@ -117,26 +116,26 @@ def process_group() -> Iterator[Ranks]:
 
 
 class StopRequest:
-    """Remembers that SIGTERM, SIGINT or SIGUSR1 arrived, so that a loop can end at a step boundary.
+    """Remembers SIGTERM, SIGINT or SIGUSR1, so that a loop can stop at a step boundary.
 
-    Ranks must leave at the same step: ask :meth:`agreed` at points that all of them pass. As a context manager it puts
-    the former handlers back at the end.
+    All ranks must stop at the same step, so they call :meth:`agreed` at the same points. As a context manager, it
+    restores the previous handlers at the end.
 
-    One request arrives several times: SLURM signals every process, and torchrun passes on what it got itself. So only a
-    SIGINT that comes :data:`_PATIENCE` seconds or more after the first is a person who does not want to wait.
+    One request can arrive several times: SLURM signals every process, and torchrun forwards the signals it receives.
+    Only a SIGINT at least :data:`_PATIENCE` seconds after the first one means that the user does not want to wait.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._interrupted: float | None = None
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        self._former = {number: signal.signal(number, self._remember) for number in numbers}
+        self._previous = {number: signal.signal(number, self._remember) for number in numbers}
 
     def __enter__(self) -> "StopRequest":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._former.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: Any) -> None:
@@ -146,10 +145,10 @@ class StopRequest:
         if self._interrupted is None:
             self._interrupted = time.monotonic()
         elif time.monotonic() - self._interrupted >= _PATIENCE:
-            raise KeyboardInterrupt("stopped at once; the same command goes on from the last checkpoint")
+            raise KeyboardInterrupt("stopped at once; the same command resumes from the last checkpoint")
 
     def agreed(self, ranks: Ranks) -> bool:
-        """Whether any process was asked to stop. A collective call, between CPUs: it does not wait for a GPU."""
+        """Whether any process was asked to stop. A collective call on CPU tensors, so it does not wait for a GPU."""
         if ranks.world == 1:
             return self.signal is not None
         return bool(ranks.sum(torch.tensor([float(self.signal is not None)])).item() > 0)

@@ -1,8 +1,8 @@
-"""Start a stage as the right processes: ``python -m mmfm.infra.launch [options] -- STAGE ARGUMENTS``.
+"""Start a stage in one or several processes: ``python -m mmfm.infra.launch [options] -- STAGE ARGUMENTS``.
 
-One process is the stage's module itself (torchrun alone costs seconds); more are torchrun. OpenMP, MKL and OpenBLAS get
-the threads that the stage owns, because two pools that share cores slow each other down many times over. On one machine
-every GPU is held by one launcher at a time.
+One process runs the stage directly, because torchrun takes seconds to start; several are started by torchrun. The
+threads given to the stage are divided among its processes, because oversubscribed cores are many times slower. On each
+machine, a GPU is used by one launcher at a time.
 """
 
 import argparse
@@ -14,15 +14,18 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
+_DESCRIPTION = """\
+Start a stage in one process per GPU, or in several processes on the CPU, and divide the CPU threads among them."""
+
 _LOCK_FOLDER = Path(tempfile.gettempdir()) / f"mmfm-gpus-{os.getuid()}"
 _HELD = "MMFM_HELD_GPUS"
-"""Environment variable by which a worker knows the GPUs that its launcher took."""
+"""Environment variable that tells workers which GPUs their launcher holds."""
 
 
 def visible_gpus() -> list[str]:
     """Return the identifiers of the GPUs that this process may use, without importing torch.
 
-    ``CUDA_VISIBLE_DEVICES`` decides where it is set (empty: none); otherwise the driver is asked.
+    If ``CUDA_VISIBLE_DEVICES`` is set, it decides (empty: no GPUs); otherwise nvidia-smi lists them.
     """
     declared = os.environ.get("CUDA_VISIBLE_DEVICES")
     if declared is not None:
@@ -37,27 +40,28 @@ def visible_gpus() -> list[str]:
 
 
 def hold_gpus(count: int) -> tuple[list[str], list[IO[str]]]:
-    """Take ``count`` GPUs that no other launcher of this user and machine holds.
+    """Reserve ``count`` GPUs that no other launcher of this user holds on this machine.
 
     Returns:
-        Their identifiers, and the open lock files: the GPUs are free again when these are closed, also by a kill.
+        Their identifiers, and the open lock files. Closing these, or the end of the process, releases the GPUs.
 
     Raises:
-        ValueError: fewer GPUs are visible, or free.
+        ValueError: not enough GPUs are visible or free.
     """
     gpus = visible_gpus()
     if count > len(gpus):
         raise ValueError(
-            f"{count} GPUs asked for, {len(gpus)} visible; lower `gpus` in the configuration (0 runs on the CPU)"
+            f"{count} GPUs requested, but {len(gpus)} visible; lower `gpus` in the configuration (0 for the CPU)"
         )
-    held, locks = [], []
+    held: list[str] = []
+    locks: list[IO[str]] = []
     for gpu in gpus:
         if len(held) == count:
             break
         lock = _lock(gpu)
         if lock is None:
             continue
-        # torchrun's workers do not inherit the first lock. If it was killed and they live on, this one shows it.
+        # Workers do not inherit torchrun's lock. They hold this one, in case they outlive a killed torchrun.
         workers = _lock(f"{gpu}.workers")
         if workers is None:
             lock.close()
@@ -67,16 +71,16 @@ def hold_gpus(count: int) -> tuple[list[str], list[IO[str]]]:
         locks.append(lock)
     if len(held) < count:
         raise ValueError(
-            f"{count} GPUs asked for, only {len(held)} of {len(gpus)} are free: other jobs of mmfm hold the rest; "
-            "wait for them, or give Snakemake the limit --resources gpu=N"
+            f"{count} GPUs requested, but only {len(held)} of {len(gpus)} are free, as other mmfm jobs hold the rest; "
+            "wait for them, or limit Snakemake with --resources gpu=N"
         )
     return held, locks
 
 
 def _lock(name: str, how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> IO[str] | None:
-    """Return an open, locked file of the lock folder; None if others hold it."""
+    """Open and lock a file in the lock folder; None if another process holds the lock."""
     _LOCK_FOLDER.mkdir(mode=0o700, exist_ok=True)
-    handle = open(_LOCK_FOLDER / name.replace("/", "_"), "w")  # noqa: SIM115 - closed by the caller's exit
+    handle = open(_LOCK_FOLDER / name.replace("/", "_"), "w")  # noqa: SIM115 - kept open by the caller
     try:
         fcntl.flock(handle, how)
     except OSError:
@@ -86,30 +90,30 @@ def _lock(name: str, how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> IO[str] | None
 
 
 def join_gpus() -> list[IO[str]]:
-    """Hold the GPUs of the launcher that started this process, together with its other workers.
+    """Hold the GPUs of the launcher that started this process, shared with its other workers.
 
     Returns:
-        The open lock files; keep them for as long as the process lives. None without a launcher or GPUs.
+        The open lock files, to be kept until the process ends; empty without a launcher or GPUs.
     """
     gpus = os.environ.get(_HELD, "").split(",")
     return [lock for gpu in gpus if gpu and (lock := _lock(f"{gpu}.workers", fcntl.LOCK_SH))]
 
 
 def command(stage: list[str], processes: int, nodes: int = 1) -> list[str]:
-    """Return the command line that runs ``stage`` (name and arguments) as ``processes`` processes a node."""
+    """Return the command line that runs ``stage`` (name and arguments) in ``processes`` processes per node."""
     if processes == 1 and nodes == 1:
         return [sys.executable, "-m", "mmfm.cli", *stage]
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--max-restarts=0"]
-    # A stage saves its state when asked to stop: torchrun must pass the request on and wait for a large checkpoint.
+    # A stage saves its state when asked to stop: torchrun must forward signals and wait for a large checkpoint.
     torchrun += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout=600"]
     if nodes == 1:
         torchrun.append("--standalone")
     else:
-        # SLURM starts this launcher once per node; all meet at the first node's address.
+        # SLURM starts this launcher on every node; they connect to the first node.
         missing = [name for name in ("SLURM_JOB_ID", "SLURM_NODEID", "MMFM_FIRST_NODE") if name not in os.environ]
         if missing:
             raise ValueError(
-                f"--nodes {nodes} needs {', '.join(missing)} in the environment: start it by srun, once a node"
+                f"--nodes {nodes} needs {', '.join(missing)} in the environment; start it with srun, once per node"
             )
         job, first = int(os.environ["SLURM_JOB_ID"]), os.environ["MMFM_FIRST_NODE"]
         is_first = os.environ.get("SLURM_NODEID") == "0"
@@ -124,20 +128,22 @@ def command(stage: list[str], processes: int, nodes: int = 1) -> list[str]:
 
 
 def environment(threads: int, processes: int) -> dict[str, str]:
-    """Return the environment of the stage: its share of threads for every numerical library, and no network."""
+    """Return the environment of the stage: threads of each process for numerical libraries, and no network access."""
     share = str(max(1, threads // processes))
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     return {**os.environ, **dict.fromkeys(names, share), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a stage and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m mmfm.infra.launch", description=__doc__)
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs on this node, one process each; 0: CPU")
-    parser.add_argument("--processes", type=int, default=1, help="processes where there are no GPUs (default 1)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of all processes together")
-    parser.add_argument("--nodes", type=int, default=1, help="machines (under SLURM)")
-    parser.add_argument("stage", nargs=argparse.REMAINDER, help="-- STAGE ARGUMENTS")
+    """Replace this process by the stage; return an exit status only if that fails."""
+    parser = argparse.ArgumentParser(prog="python -m mmfm.infra.launch", description=_DESCRIPTION)
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs per node, one process each; 0 for the CPU (default)")
+    parser.add_argument("--processes", type=int, default=1, help="processes on the CPU, without --gpus (default: 1)")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="CPU threads, all processes together (default: all)"
+    )
+    parser.add_argument("--nodes", type=int, default=1, help="number of machines, under SLURM (default: 1)")
+    parser.add_argument("stage", nargs=argparse.REMAINDER, help="-- STAGE ARGUMENTS: name and arguments of the stage")
     options = parser.parse_args(arguments)
     stage = options.stage[1:] if options.stage[:1] == ["--"] else options.stage
     if not stage:
@@ -152,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if held:
         variables["CUDA_VISIBLE_DEVICES"] = variables[_HELD] = ",".join(held)
-        for lock in locks:  # inherited by the stage, or by torchrun, which replaces this process
+        for lock in locks:  # inherited by the stage or torchrun, which replaces this process
             os.set_inheritable(lock.fileno(), True)
     else:
         variables["CUDA_VISIBLE_DEVICES"] = ""

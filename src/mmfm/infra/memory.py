@@ -1,4 +1,4 @@
-"""Out of memory, said in the words of the configuration."""
+"""Out-of-memory errors that name the key to change."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,15 +8,15 @@ import torch
 
 @contextmanager
 def explained(remedy: str) -> Iterator[None]:
-    """Turn an allocator's error into one that says what to lower.
+    """Turn out-of-memory errors in the block into errors with a remedy.
 
     Raises:
-        ValueError: memory ran out; the message says ``remedy``.
+        ValueError: memory ran out; the message ends with ``remedy``.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # Python and NumPy have a type for it, and torch one for GPUs; its CPU allocator's is RuntimeError itself.
+        # Python and NumPy raise MemoryError, torch its own type on GPUs, but a plain RuntimeError on the CPU.
         named = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not named and "DefaultCPUAllocator" not in str(error):
             raise

@@ -1,8 +1,7 @@
-"""One large array in an ``.npz`` file, written from parts and read by memory-mapping.
+"""One large array in an ``.npz`` file, written in parts and read by memory-mapping.
 
-``numpy.savez`` wants the whole array in memory and ``numpy.load(mmap_mode=...)`` does not map inside a zip archive. A
-set of 50,000 images of 256 x 256 pixels is 9.8 GB, so neither will do. Other programs read these files with
-``numpy.load`` as usual.
+``numpy.savez`` needs the whole array in memory, and ``numpy.load(mmap_mode=...)`` cannot map inside a zip archive, but
+50,000 images of 256 x 256 pixels are 9.8 GB. Other programs can read these files with ``numpy.load``.
 """
 
 import hashlib
@@ -11,32 +10,32 @@ import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 
 from mmfm.infra.store import whole_file
 
 MEMBER = "arr_0"
-"""Name of an array that was saved without one, and what evaluators of image sets look for."""
+"""NumPy's name for an array saved without a name, which evaluation scripts expect."""
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
 def write_parts(path: str | Path, shape: tuple[int, ...], dtype: np.dtype | type, parts: Iterable[np.ndarray]) -> str:
-    """Write the concatenation of ``parts`` as the only array of an uncompressed ``.npz``, whole.
+    """Write the concatenation of ``parts`` atomically as the only array of an uncompressed ``.npz``.
 
-    Equal arrays give equal files: the archive carries no time.
+    Equal arrays give equal files: the archive has no timestamps.
 
     Args:
-        shape: of the whole array, (n, ...).
-        parts: arrays (n_i, ...) with the n_i adding up to n; one is in memory at a time.
+        shape: shape of the whole array, (n, ...).
+        parts: arrays (n_i, ...) whose n_i add up to n; only one is in memory at a time.
 
     Returns:
-        The digest of the array, the same as :func:`mmfm.infra.store.array_digest` gives.
+        The digest of the array, equal to :func:`mmfm.infra.store.array_digest`.
 
     Raises:
-        ValueError: a part of another shape or dtype, or too few or too many rows.
+        ValueError: a part has the wrong shape or dtype, or the number of rows is wrong.
     """
     dtype, rows = np.dtype(dtype), 0
     digest = hashlib.sha256(f"{dtype.str}{tuple(shape)}".encode())
@@ -48,12 +47,12 @@ def write_parts(path: str | Path, shape: tuple[int, ...], dtype: np.dtype | type
             for part in parts:
                 rows += len(part)
                 if part.dtype != dtype or part.shape[1:] != tuple(shape[1:]) or rows > shape[0]:
-                    raise ValueError(f"a part {part.shape} {part.dtype} does not belong into {tuple(shape)} {dtype}")
-                content = memoryview(np.ascontiguousarray(part)).cast("B")
+                    raise ValueError(f"a part {part.shape} {part.dtype} does not fit into {tuple(shape)} {dtype}")
+                content = np.ascontiguousarray(part).data.cast("B")
                 digest.update(content)
                 member.write(content)
         if rows != shape[0]:
-            raise ValueError(f"the parts have {rows} rows together, the array has {shape[0]}")
+            raise ValueError(f"the parts have {rows} rows in total, the array has {shape[0]}")
     return digest.hexdigest()
 
 
@@ -61,8 +60,8 @@ def map_array(path: str | Path, name: str = MEMBER) -> np.ndarray:
     """Memory-map an array of an uncompressed ``.npz`` read-only.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is truncated or no ``.npz``, has no such array, is compressed, or holds Python objects.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is truncated or not an ``.npz``, lacks the array, is compressed, or has Python objects.
     """
     path = Path(path)
     with open(path, "rb") as file:
@@ -70,28 +69,28 @@ def map_array(path: str | Path, name: str = MEMBER) -> np.ndarray:
             with zipfile.ZipFile(file) as archive:
                 info = archive.getinfo(f"{name}.npy")
         except zipfile.BadZipFile as error:
-            raise ValueError(f"'{path}' is truncated or no .npz file ({error}); make it again") from error
+            raise ValueError(f"'{path}' is truncated or not an .npz file ({error}); make it again") from error
         except KeyError as error:
-            raise ValueError(f"'{path}' holds no array '{name}'; save the images as np.savez(path, images)") from error
+            raise ValueError(f"'{path}' has no array '{name}'; save the images with np.savez(path, images)") from error
         if info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"'{path}' is compressed and can't be mapped; write it with np.savez instead")
+            raise ValueError(f"'{path}' is compressed and can't be memory-mapped; write it with np.savez")
         shape, fortran, dtype = _read_header(file, path, info)
         start = file.tell()
     if dtype.hasobject:
-        raise ValueError(f"'{path}' holds Python objects, which are not read from files; save plain numbers")
-    order = "F" if fortran else "C"
+        raise ValueError(f"'{path}' contains Python objects, which are not loaded; save plain numbers")
+    order: Literal["F", "C"] = "F" if fortran else "C"
     if 0 in shape:
         return np.empty(shape, dtype, order)
     return np.memmap(path, dtype, "r", offset=start, shape=shape, order=order)
 
 
 def _read_header(file: BinaryIO, path: Path, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Read the .npy header of an archive's member and leave the file at its data."""
+    """Read the .npy header of a member and leave the file at its data."""
     file.seek(info.header_offset)
-    # The local header repeats name and extra field, the latter at another length than in the central directory.
+    # The local header repeats the name and the extra field, whose length differs from the central directory.
     signature, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
     if signature != b"PK\x03\x04":
-        raise ValueError(f"'{path}' is damaged: no member where its directory says; make it again")
+        raise ValueError(f"'{path}' is damaged: its directory is wrong; make it again")
     file.seek(name_length + extra_length, 1)
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -99,7 +98,7 @@ def _read_header(file: BinaryIO, path: Path, info: zipfile.ZipInfo) -> tuple[tup
 
 
 def is_whole(path: str | Path, shape: tuple[int, ...], dtype: np.dtype | type) -> bool:
-    """Whether a file of :func:`write_parts` exists, has this shape and dtype, and its bytes match their checksum."""
+    """Whether a file from :func:`write_parts` exists with this shape and dtype, and its checksum is right."""
     if not Path(path).is_file():
         return False
     try:

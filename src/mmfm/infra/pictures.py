@@ -1,32 +1,34 @@
-"""Grids of images as one picture."""
+"""Grids of images. Images in NumPy arrays are arranged without importing PyTorch."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from mmfm.infra.store import whole_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _GAP = 2
 _READABLE = 64
 
 
-def image_grid(images: Tensor | np.ndarray, columns: int | None = None, upscale: int | None = None) -> Image.Image:
-    """Lay images out row by row on white, with a gap of 2 pixels.
+def image_grid(images: "Tensor | np.ndarray", columns: int | None = None, upscale: int | None = None) -> Image.Image:
+    """Arrange images row by row on white, with a gap of 2 pixels.
 
     Args:
         images: (n, 3, S, S) uint8.
-        columns: images in a row; None: as square as possible.
-        upscale: whole factor by which pixels are repeated (no smoothing); None: until an image has at least 64 pixels.
+        columns: images per row; None: as square as possible.
+        upscale: integer factor (nearest neighbour); None: the smallest that gives at least 64 pixels per side.
 
     Raises:
-        ValueError: images of another shape or dtype, or none.
+        ValueError: wrong shape or dtype, or no images.
     """
-    array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+    array = images if isinstance(images, np.ndarray) else images.detach().cpu().numpy()
     if array.ndim != 4 or array.shape[1] != 3 or array.dtype != np.uint8 or len(array) == 0:
-        raise ValueError(f"images are {array.shape} {array.dtype}; a grid takes at least one, (n, 3, S, S) uint8")
+        raise ValueError(f"images are {array.shape} {array.dtype}; a grid needs (n, 3, S, S) uint8 with n >= 1")
     n, _, height, width = array.shape
     columns = min(n, columns or int(np.ceil(np.sqrt(n))))
     upscale = upscale or max(1, -(-_READABLE // height))
@@ -40,8 +42,10 @@ def image_grid(images: Tensor | np.ndarray, columns: int | None = None, upscale:
     return Image.fromarray(sheet)
 
 
-def paired_grid(above: Tensor, below: Tensor, columns: int = 8) -> Image.Image:
-    """Lay out two sets of images (n, 3, S, S) uint8, image i of ``below`` right under image i of ``above``."""
+def paired_grid(above: "Tensor", below: "Tensor", columns: int = 8) -> Image.Image:
+    """Arrange two sets of images (n, 3, S, S) uint8, with image i of ``below`` under image i of ``above``."""
+    import torch
+
     columns = min(columns, len(above))
     sheet = []
     for start in range(0, len(above), columns):
@@ -53,6 +57,6 @@ def paired_grid(above: Tensor, below: Tensor, columns: int = 8) -> Image.Image:
 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:
-    """Write a picture as PNG, whole."""
+    """Write a picture as PNG, atomically."""
     with whole_file(path) as partial:
         picture.save(partial, format="PNG", optimize=True)

@@ -1,4 +1,4 @@
-"""Which arithmetic a network runs in, the one reading of the ``precision`` keys; and products that must be exact."""
+"""The meaning of the ``precision`` keys, and matrix products in exact float32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,19 +7,19 @@ import torch
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
-    """Whether a network runs in bf16 autocast: for ``bf16`` and ``reference``, and for ``auto`` on a GPU."""
+    """Whether a ``precision`` means bf16 autocast: ``bf16``, ``reference``, and ``auto`` on a GPU."""
     return precision in ("bf16", "reference") or (precision == "auto" and device.type == "cuda")
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The autocast of a ``precision`` key; switched off where :func:`uses_bf16` says no."""
+    """Return the autocast context for a ``precision``; disabled unless :func:`uses_bf16`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(precision, device))
 
 
 @contextmanager
 def exact_float32(device_type: str) -> Iterator[None]:
-    """Multiply float32 matrices in float32 inside the block: no autocast, TF32 or bfloat16; restored afterwards."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    """Multiply float32 matrices exactly in the block, without autocast, TF32 or bfloat16."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]  # set at run time
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

@@ -1,4 +1,4 @@
-"""Progress of a stage: a bar on a terminal, a line every few seconds in a log."""
+"""Progress of a stage: a bar on a terminal, otherwise a line every few seconds."""
 
 import sys
 import time
@@ -13,15 +13,15 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Counts units of work and shows done/total, rate and time left.
+    """Counts units of work and shows their number, the rate and the time left.
 
     Args:
-        stage: the name in front of the line.
-        total: units in all.
-        unit: what is counted, in the plural.
-        done: units that an earlier run finished; they count as done but not in the rate.
-        enabled: False on all but one process.
-        every: seconds between lines where standard error is no terminal.
+        stage: name at the start of each line.
+        total: number of units.
+        unit: name of the unit, in the plural.
+        done: units finished by an earlier run, which do not count towards the rate.
+        enabled: False on all processes but one.
+        every: seconds between lines if standard error is not a terminal.
     """
 
     def __init__(
@@ -40,13 +40,13 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, desc=stage, unit=f" {unit}", dynamic_ncols=True)
 
     def say(self, message: str) -> None:
-        """Print one line that stays."""
+        """Print a line above the bar."""
         if self._enabled:
             tqdm.write(f"{self.stage}: {message}", file=sys.stderr)
             sys.stderr.flush()
 
     def advance(self, units: int = 1, note: str = "") -> None:
-        """Count ``units`` as done; ``note`` (a loss, say) is shown behind the rate."""
+        """Count ``units`` as done, and show ``note`` (a loss, say) after the rate."""
         self.done += units
         self._note = note or self._note
         if self._bar is not None:

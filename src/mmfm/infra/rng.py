@@ -1,9 +1,9 @@
-"""Random numbers that are a function of (seed, purpose, index), not of the order in which they are drawn.
+"""Random numbers that depend only on (seed, purpose, index), not on the order in which they are drawn.
 
-Every random quantity of the project belongs to something with a global number: an image, a training step, a component.
-Its bits are a hash of that number, computed by tensor operations, so the draw is the same for every process count,
-batch size and restart. The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom
-number generators", OOPSLA 2014) applied to a counter offset by a keyed stream constant.
+Everything random here belongs to something with a global index: an image, a training step, a component. Its random
+bits are a hash of that index, computed with tensor operations, so they do not depend on the number of processes, the
+batch size or restarts. The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom
+number generators", OOPSLA 2014), applied to a counter offset by a keyed stream constant.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ _MIX_2 = 0x94D049BB133111EB
 
 
 def _signed(value: int) -> int:
-    """Map an unsigned 64-bit integer to the int64 with the same bits; torch has no uint64 arithmetic."""
+    """Return the int64 with the bits of an unsigned 64-bit integer; torch has no uint64 arithmetic."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >= 1 << 63 else value
 
@@ -34,13 +34,13 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def derive_seed(seed: int, purpose: str) -> int:
-    """Return a 63-bit seed for one purpose, e.g. to initialise weights with a ``torch.Generator``."""
+    """Return a 63-bit seed for one purpose, e.g. for a ``torch.Generator`` that initialises weights."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def _bits(seed: int, purpose: str, index: torch.Tensor, count: int) -> torch.Tensor:
-    """Return (B, count) int64 of 64 random bits for int64 indices (B,)."""
+    """Return (B, count) int64 with 64 random bits each, for integer indices (B,)."""
     stream = _signed(derive_seed(seed, purpose))
     row = _mix(index.to(torch.int64) * _signed(_GAMMA) + stream)
     column = torch.arange(1, count + 1, device=index.device, dtype=torch.int64) * _signed(_GAMMA)
@@ -58,11 +58,11 @@ def uniform(seed: int, purpose: str, index: torch.Tensor, shape: tuple[int, ...]
 
 
 def stratified(seed: int, purpose: str, index: torch.Tensor) -> torch.Tensor:
-    """Return float64 in (0, 1), (B,), that fill the interval evenly over consecutive indices.
+    """Return float64 in (0, 1), (B,), evenly spread for consecutive indices.
 
-    The van der Corput sequence (index read backwards in binary) under a random digital shift, which makes every value
-    uniform over the seeds (L'Ecuyer and Lemieux 2002, "Recent advances in randomized quasi-Monte Carlo methods"): any
-    2^m consecutive indices from a multiple of 2^m on have one value in each interval of length 2^-m.
+    This is the van der Corput sequence (the bits of the index reversed) with a random digital shift, which makes each
+    value uniform over seeds (L'Ecuyer and Lemieux 2002, "Recent advances in randomized quasi-Monte Carlo methods"): any
+    2^m consecutive indices that start at a multiple of 2^m have one value in each interval of length 2^-m.
 
     Args:
         index: (B,) integers in [0, 2^32).
@@ -77,12 +77,12 @@ def stratified(seed: int, purpose: str, index: torch.Tensor) -> torch.Tensor:
 def normal(seed: int, purpose: str, index: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Draw float32 standard normals of shape (B, *shape), one independent row per index.
 
-    The transform of Box and Muller ("A note on the generation of random normal deviates", 1958) makes two normals from
-    the halves of one 64-bit hash.
+    The transform of Box and Muller ("A note on the generation of random normal deviates", 1958) turns the two halves of
+    a 64-bit hash into two normals.
     """
     count = math.prod(shape)
     bits = _bits(seed, purpose, index, (count + 1) // 2)
-    # 32-bit halves, the radius from (0, 1] so that its logarithm is finite: |normal| <= 6.7.
+    # 32 bits each. The radius comes from (0, 1], so its logarithm is finite and |normal| <= 6.7.
     radius = torch.sqrt(-2.0 * torch.log((_shift_right(bits, 32).double() + 1.0).mul_(2.0**-32))).float()
     angle = ((bits & 0xFFFFFFFF).double() * (2.0 * math.pi * 2.0**-32)).float()
     pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
@@ -90,6 +90,6 @@ def normal(seed: int, purpose: str, index: torch.Tensor, shape: tuple[int, ...])
 
 
 def permutation(seed: int, purpose: str, index: int, n: int) -> torch.Tensor:
-    """Return a permutation of range(n) as int64, keyed by (seed, purpose, index): the data order of an epoch, say."""
+    """Return a permutation of range(n) as int64, for (seed, purpose, index), such as an epoch's data order."""
     generator = torch.Generator().manual_seed(derive_seed(seed, f"{purpose}/{index}"))
     return torch.randperm(n, generator=generator)

@@ -1,6 +1,6 @@
-"""A stage's state directory: what it needs to go on after a kill, or the finished results, to put them in place again.
+"""A stage's state directory: unfinished work to resume after a kill, and the finished results to restore.
 
-It lies beside the stage's outputs and is named by the fingerprint of everything that determines the numbers
+It lies beside the stage's outputs. Its name contains the fingerprint of everything that determines the results
 (:func:`state_directory`).
 """
 
@@ -27,19 +27,19 @@ def state_directory(
     inputs: Mapping[str, str],
     files: Mapping[str, str | Path | None] | None = None,
 ) -> Path:
-    """Create and return the directory for a stage's unfinished work.
+    """Create, lock and return a stage's state directory.
 
-    It lies beside ``output`` and is named by the fingerprint of the stage, its VERSION, the identity settings and the
-    digests of the inputs, so a changed configuration never meets another one's state. ``about.json`` inside says what
-    it belongs to. Call it on the main process alone: it holds a lock on the directory until :func:`unlock` or the end
-    of the process, so that an orphan of a killed run and its successor never write there together.
+    It lies beside ``output`` and is named by the fingerprint of the stage, its version, the identity keys and the
+    digests of the inputs, so different configurations never share state. ``about.json`` inside has these values. Call
+    this on the main process only. The lock lasts until :func:`unlock` or the end of the process, so an orphan of a
+    killed run and its successor never write there at the same time.
 
     Args:
-        files: where inputs lie, by their names in ``inputs`` as far as known. Not part of the fingerprint; by it
-            :mod:`mmfm.workflow.garbage` finds state whose inputs were made anew.
+        files: paths of inputs, where known, by their names in ``inputs``. They are not part of the fingerprint;
+            :mod:`mmfm.workflow.garbage` uses them to find state whose inputs have been remade.
 
     Raises:
-        ValueError: another process is at work there.
+        ValueError: another process uses the directory.
     """
     about = {"stage": stage, "version": version, "identity": identity, "inputs": dict(inputs)}
     parent = Path(output).parent
@@ -48,7 +48,7 @@ def state_directory(
     marker = directory / "about.json"
     lock(directory, stage)
     if not marker.exists():
-        # Relative, so that the folder of the results can be moved.
+        # Relative, so that the results folder can be moved.
         known = {name: os.path.relpath(path, parent) for name, path in (files or {}).items() if path is not None}
         store.write_json(marker, {**about, "files": known})
     return directory
@@ -58,14 +58,14 @@ _locks: dict[Path, IO[str]] = {}
 
 
 def lock(directory: Path, stage: str) -> None:
-    """Take the lock on a stage's state directory, unless this process holds it already.
+    """Lock a stage's state directory, unless this process already holds the lock.
 
     Raises:
-        ValueError: another process is at work there.
+        ValueError: another process holds it.
     """
     if directory in _locks:
         return
-    handle = open(directory / "lock", "a+")  # noqa: SIM115 - held until the work is done or the process ends
+    handle = open(directory / "lock", "a+")  # noqa: SIM115 - held until `unlock` or the end of the process
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -73,7 +73,7 @@ def lock(directory: Path, stage: str) -> None:
         owner = handle.read().strip() or "unknown"
         handle.close()
         raise ValueError(
-            f"process {owner} is already at work on this {stage} in '{directory}'; wait for it, or end it "
+            f"process {owner} is already running this {stage} in '{directory}'; wait for it, or stop it "
             f"(kill {owner}) and run the same command again"
         ) from None
     handle.truncate(0)
@@ -92,16 +92,15 @@ def unlock(directory: Path) -> None:
 def finishing(
     state: Path, outputs: Mapping[str, str | Path], *, budget: Mapping[str, Any] | None = None, amend: bool = False
 ) -> Iterator[Path]:
-    """Yield a folder for the finished results of a stage, and put them in their places when the block ends.
+    """Yield a folder for the finished results of a stage, and publish them as its outputs when the block ends.
 
-    The folder becomes ``finished/`` of the state, in the place of an earlier one, and from then on :func:`restore` puts
-    the results in their places again, whatever happens to those. The rest of the state, what the results were made
-    from, is removed, unless a larger budget would go on from it.
+    The folder replaces ``finished/`` in the state, from which :func:`restore` can recreate the outputs. The rest of the
+    state is removed, unless a run with a larger budget could continue from it.
 
     Args:
         outputs: see :func:`restore`.
-        budget: how far the stage went, JSON values; None for a stage without a budget.
-        amend: begin with the results that are finished already, and their budget.
+        budget: budget with which the results were made, JSON values; None for a stage without one.
+        amend: start with the results that are already finished, and their budget.
     """
     partial = state / ".finished.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -134,23 +133,23 @@ def restore(
     budget: Mapping[str, Any] | None = None,
     wanted: Sequence[str] = (),
 ) -> bool:
-    """Put the finished results of a stage in their places, if it is finished.
+    """Recreate the outputs of a stage from its finished results, if it is finished.
 
-    They are hard links to what the state keeps (copies where the file system has no links), so they cost no disk, and
-    Snakemake may delete them before it runs the stage again. Outputs that are in place get a new time of change alone.
+    Outputs are hard links to the results in the state (copies if the file system has no hard links), so they take no
+    extra space, and Snakemake can delete them before it reruns the stage. Outputs already in place are only touched.
 
     Args:
-        outputs: place of every result by its name in the folder that :func:`finishing` gave. The first is replaced in
-            one step; the others, which describe it, are never there beside another one. Those that the block did not
-            make are removed from their places.
-        budget: how far the stage was to go; it is not finished if it went elsewhere.
-        wanted: names of results without which it is not finished.
+        outputs: path of every output, by its name in the folder of :func:`finishing`. The first is replaced atomically;
+            the others describe it and never exist beside a different one. Outputs that the block did not make are
+            removed.
+        budget: the configured budget; the stage counts as unfinished if its results have another one.
+        wanted: names of results that must exist for the stage to count as finished.
 
     Returns:
-        Whether the stage is finished. A damaged result is removed, and the stage is not.
+        Whether the stage is finished. If a result is damaged, all are removed and the stage counts as unfinished.
     """
     finished, replaced = state / _FINISHED, state / f".{_FINISHED}.old"
-    if replaced.is_dir() and not finished.exists():  # killed while `finishing` once more, between two renames
+    if replaced.is_dir() and not finished.exists():  # killed between the two renames of `finishing`
         os.replace(replaced, finished)
     if not finished.is_dir():
         return False
@@ -177,12 +176,12 @@ def _place_all(state: Path, outputs: Mapping[str, str | Path]) -> None:
         if name in there:
             store.place_linked(finished / name, there[name])
     for output in there.values():
-        os.utime(output)  # Snakemake takes results older than their inputs for outdated
+        os.utime(output)  # Snakemake remakes outputs that are older than their inputs
     _remove_units(state, keep=(finished / _BUDGET).exists())
 
 
 def _read_manifest(finished: Path) -> dict[str, str] | None:
-    """Return the digests of finished results; None if they can't be read, as those of damaged ones."""
+    """Return the recorded digests of the finished results; None if they are missing or damaged."""
     try:
         return store.read_json(finished / _MANIFEST)
     except (OSError, ValueError):
@@ -212,7 +211,7 @@ def _same(source: Path, output: Path) -> bool:
 
 
 def _remove_units(state: Path, keep: bool) -> None:
-    """Remove what kills left of earlier results and, unless it is to be kept for a larger budget, the units."""
+    """Remove leftovers of interrupted publishing and, unless ``keep``, the unfinished work."""
     for path in state.iterdir():
         if path.name in (_FINISHED, "about.json", "lock") or (keep and not path.name.startswith(f".{_FINISHED}.")):
             continue
@@ -223,13 +222,13 @@ def _remove_units(state: Path, keep: bool) -> None:
 
 
 def remove_idle_state(directory: Path) -> bool:
-    """Remove a state directory unless a process is at work there; return whether it was removed."""
+    """Remove a state directory unless a process uses it; return whether it was removed."""
     with open(directory / "lock", "a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return False
-        # What tells that it is a state directory goes last: after a kill it is found again.
+        # about.json marks a state directory. It goes last, so that a kill leaves a directory that is still recognised.
         for path in directory.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

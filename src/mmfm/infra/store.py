@@ -1,7 +1,7 @@
-"""Files that appear only whole, carry their provenance, and are identified by digests.
+"""Atomic writes, digests, and safetensors files with provenance.
 
-Every artefact of a stage is written beside its final place and renamed into it, so a killed stage leaves either the old
-file, or none. What a stage needs to go on after a kill lies in its state directory (:mod:`mmfm.infra.stage_state`).
+Every output is written to a temporary file beside its final path and then renamed, so a kill leaves either the old file
+or none. Unfinished work lies in state directories (:mod:`mmfm.infra.stage_state`).
 """
 
 import errno
@@ -25,9 +25,9 @@ MODEL_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
 """The files of a model in the Hugging Face layout."""
 
 _METADATA = "mmfm"
-"""Key of the one string of metadata in our safetensors files."""
+"""The only metadata key in our safetensors files."""
 
-# The umask can only be read by setting it, so it is read once, before there are threads.
+# Reading the umask requires setting it, so do it once, before there are threads.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
@@ -43,7 +43,7 @@ _SAFETENSORS_DTYPES = {
 
 
 def canonical_json(value: Any) -> str:
-    """Serialise ``value`` to JSON with sorted keys and no spaces, so that equal values give equal strings."""
+    """Serialise ``value`` to JSON with sorted keys and no spaces: equal values give equal strings."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -59,22 +59,20 @@ def file_digest(path: str | Path) -> str:
 
 
 def folder_digest(folder: str | Path) -> str:
-    """Return one SHA-256 over the files of a model in the Hugging Face layout: the identity of an encoder.
-
-    Only the three files that are loaded count; a note beside them changes nothing.
+    """Return the SHA-256 of a model in the Hugging Face layout, over :data:`MODEL_FILES`; other files do not count.
 
     Raises:
-        FileNotFoundError: one of them is missing.
+        FileNotFoundError: one of the files is missing.
     """
     files = {name: Path(folder) / name for name in MODEL_FILES}
     for path in files.values():
         if not path.is_file():
-            raise FileNotFoundError(f"'{path}' is missing; the folder should be a model in the Hugging Face layout")
+            raise FileNotFoundError(f"'{path}' is missing; the folder must be a model in the Hugging Face layout")
     return hashlib.sha256(canonical_json({n: file_digest(p) for n, p in files.items()}).encode()).hexdigest()
 
 
 def array_digest(*arrays: np.ndarray) -> str:
-    """Return the SHA-256 over the shapes, dtypes and bytes of arrays, in order."""
+    """Return the SHA-256 over the dtypes, shapes and bytes of arrays, in order."""
     digest = hashlib.sha256()
     for array in arrays:
         array = np.ascontiguousarray(array)
@@ -88,7 +86,7 @@ def _is_running(pid: str) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Return when what was written to a file or folder has reached the disk."""
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -98,17 +96,17 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; rename it into place when the block ends without an error.
+    """Yield a temporary path beside ``path``, and rename it to ``path`` if the block ends without an error.
 
-    The data reach the disk before the rename, so a power cut can't leave a whole name with half of its bytes.
+    The data are flushed to disk before the rename, so a power failure cannot leave an incomplete file at ``path``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix is kept last because writers such as np.savez choose the format by it.
+    # The suffix stays last, because writers such as np.savez choose the format by it.
     partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     for left in path.parent.glob(f".{glob.escape(path.stem)}.partial-*{glob.escape(path.suffix)}"):
         if not _is_running(left.name.removesuffix(path.suffix).rpartition("-")[2]):
-            left.unlink(missing_ok=True)  # of a killed process; at full size these are gigabytes
+            left.unlink(missing_ok=True)  # left by a killed process; can be gigabytes
     try:
         yield partial
     except Exception as error:
@@ -116,7 +114,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
     else:
-        partial.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner can read
+        partial.chmod(0o666 & ~_UMASK)  # safetensors creates files that only their owner can read
         _sync(partial)
         os.replace(partial, path)
         _sync(path.parent)
@@ -125,9 +123,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def publish_directory(partial: str | Path, final: str | Path) -> None:
-    """Move a finished directory into its final place, replacing what is there.
+    """Move a complete directory to its final path, replacing any that exists.
 
-    The old one is renamed before it is removed: half of it must never lie under the final name.
+    The old one is renamed before it is removed, so that the final path never holds half a directory.
     """
     partial, final = Path(partial), Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +139,7 @@ def publish_directory(partial: str | Path, final: str | Path) -> None:
 
 
 def place_linked(source: Path, output: Path) -> None:
-    """Make ``output``, a file or folder, of hard links to ``source``, whole, in the place of what is there."""
+    """Replace ``output``, a file or folder, atomically by hard links to ``source``."""
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.linked")
     if source.is_dir():
@@ -163,27 +161,25 @@ def _link(source: str | Path, output: str | Path) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole."""
+    """Write ``value`` as indented JSON, atomically."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
-    """Read JSON; a broken file is a :class:`ValueError` that names it."""
+    """Read JSON; raises ValueError with the path if the file is not valid."""
     try:
         return json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}); delete it and run the stage that makes it again"
-        ) from error
+        raise ValueError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from error
 
 
 def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> str:
-    """Write NumPy arrays as one safetensors file, whole, and return the digest of their contents.
+    """Write NumPy arrays as one safetensors file, atomically, and return the digest of the arrays.
 
     Args:
-        metadata: JSON-serialisable values, to which the key ``digest`` is added. All of it is one string of the header,
-            because safetensors writes several in arbitrary order and equal contents would make unequal files.
+        metadata: JSON-serialisable values; ``digest`` is added. They are stored as a single string, because safetensors
+            writes several in arbitrary order, and equal contents must give equal files.
     """
     from safetensors.numpy import save_file
 
@@ -195,21 +191,21 @@ def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: M
 
 
 def _entry(dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    """Check an array's entry in a safetensors header; return its dtype, shape, and where it starts and stops."""
+    """Check an entry of a safetensors header; return dtype, shape, start and stop."""
     (start, stop), kind = data_offsets, np.dtype(_SAFETENSORS_DTYPES[dtype])
     if min(start, *shape, 0) < 0 or stop - start != kind.itemsize * math.prod(shape):
-        raise ValueError(f"an array {shape} of {dtype} doesn't take the bytes {start} to {stop}")
+        raise ValueError(f"an array {shape} of {dtype} does not fit the bytes {start} to {stop}")
     return kind, tuple(shape), start, stop
 
 
 def map_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Memory-map the arrays of a safetensors file read-only, with the metadata that :func:`write_arrays` stored.
+    """Memory-map the arrays of a safetensors file read-only; return them and the metadata of :func:`write_arrays`.
 
-    The pages are shared by every process of the machine and read on demand. No array is copied.
+    Pages are read on demand and shared by all processes; arrays are not copied.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not a safetensors file or is truncated.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is truncated or not a safetensors file.
     """
     path = Path(path)
     with open(path, "rb") as file:
@@ -217,13 +213,13 @@ def map_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]
         size = path.stat().st_size
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if length > size - 8:
-            raise ValueError(f"{path} is truncated or no safetensors file; delete it and make it again")
+            raise ValueError(f"{path} is truncated or not a safetensors file; delete it and make it again")
         try:
             header = json.loads(file.read(length))
             metadata = json.loads(header.pop("__metadata__", {}).get(_METADATA, "{}"))
             entries = {name: _entry(**entry) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no safetensors file of this project ({error}); make it again") from error
+            raise ValueError(f"{path} is not a safetensors file of this project ({error}); make it again") from error
     arrays = {}
     for name, (dtype, shape, start, stop) in entries.items():
         if 8 + length + stop > size:

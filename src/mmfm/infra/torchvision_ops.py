@@ -1,29 +1,28 @@
-"""Make ``import torchvision`` work beside a PyTorch build that it was not compiled against.
+"""Make ``import torchvision`` work with a PyTorch build that it was not compiled for.
 
-A CPU-only PyTorch next to the default torchvision wheel is a common mix. torchvision's compiled extension then does not
-load, and its Python code fails on import with ``operator torchvision::nms does not exist``, which takes timm,
-torch-fidelity and every transformers model with it. None of them calls the missing operators here, so declaring their
-schemas is enough.
+A CPU-only PyTorch is often combined with the default torchvision wheel. Its compiled extension then fails to load, and
+``import torchvision`` raises ``operator torchvision::nms does not exist``, which also breaks torch-fidelity and
+transformers. The missing operators are never called here, so it suffices to declare their schemas.
 
-Import this module before anything that imports torchvision. It does nothing where torchvision is whole.
+Import this module before anything that imports torchvision. It does nothing if torchvision works.
 """
 
 import sys
 
 import torch
 
-# The library must outlive the imports: its operators vanish when it is garbage-collected.
+# Kept alive, because the operators disappear when the library is garbage-collected.
 _declared: torch.library.Library | None = None
 
 
 def ensure_importable() -> bool:
-    """Import torchvision, declaring the operators it misses if that fails.
+    """Import torchvision; if that fails, declare the missing operators and try again.
 
     Returns:
-        True if the operators had to be declared, False if torchvision imported as it is.
+        Whether the operators had to be declared.
 
     Raises:
-        RuntimeError: torchvision fails to import for another reason.
+        RuntimeError: torchvision cannot be imported for another reason.
     """
     global _declared
     try:

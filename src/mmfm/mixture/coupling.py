@@ -1,4 +1,4 @@
-"""How far the source is from the data: E ||x_source - x_data||^2 for three ways of pairing them, from moments alone."""
+"""The transport cost E ||x_source - x_data||^2 of three couplings of source and data, from moments alone."""
 
 from dataclasses import dataclass, field
 
@@ -7,14 +7,14 @@ import numpy as np
 
 @dataclass
 class CouplingCost:
-    """Expected squared distance of paired source and data, per dimension of the latent.
+    """Expected squared distance between coupled source and data, per dimension of the latent.
 
-    For independent a and b, E ||a - b||^2 = ||E a - E b||^2 + tr Var a + tr Var b, so mean and variance of every mode
-    say all. Data are the images and their horizontal flips; a flip has its image's mode.
+    For independent a and b, E ||a - b||^2 = ||E a - E b||^2 + tr Var a + tr Var b, so the means and variances of the
+    modes are sufficient. The data are the images and their horizontal flips, which have the same mode as the image.
 
     Args:
-        weights: (K,) probability of each mode in the source.
-        counts: (K,) images of each mode.
+        weights: (K,), probability of each mode in the source.
+        counts: (K,), images of each mode.
     """
 
     weights: np.ndarray
@@ -29,9 +29,9 @@ class CouplingCost:
         """Add a mode.
 
         Args:
-            mean: (C, H, W), of the source and, where the mode has images, of these and their flips.
-            source_variance: of the source, averaged over C H W.
-            data_variance: population variance of the images and flips, averaged alike; of no weight without images.
+            mean: (C, H, W), mean of the source, and of the images and flips if there are any.
+            source_variance: variance of the source, averaged over C H W.
+            data_variance: population variance of the images and flips, averaged over C H W; ignored without images.
         """
         weight, share = float(self.weights[mode]), float(self.counts[mode] / self.counts.sum())
         mean = mean.astype(np.float64)
@@ -44,10 +44,12 @@ class CouplingCost:
             self._coupled += share * (source_variance + data_variance)
 
     def result(self) -> dict[str, float]:
-        """Return the cost of the Gaussian source, the mixture independent of the image, and its mode's own source.
+        """Return the cost of each coupling.
 
-        They are those of the settings ``uncond``, of ``gmm`` and ``mode`` if modes were drawn from the weights alone,
-        and of ``gmm`` and ``mode`` with ``train.assignment: hard``.
+        * ``gaussian``: the standard Gaussian source, as in the setting ``uncond``.
+        * ``mixture_independent``: the mixture with modes drawn from the weights, independently of the image.
+        * ``mode_coupled``: each image with its own mode, as in the settings ``gmm`` and ``mode`` with
+          ``train.assignment: hard``.
         """
         inner = float(np.mean(self._source_mean * self._data_mean))
         return {

@@ -1,4 +1,4 @@
-"""Starts of EM: k-means, k-means++, random rows, given means. The only module that calls faiss."""
+"""Initial mixtures for EM: k-means, k-means++, random rows or given means. Only this module calls faiss."""
 
 import importlib.metadata
 import os
@@ -19,14 +19,17 @@ from mmfm.mixture.moments import hard_moments, m_step
 from mmfm.mixture.streaming import Read, Rows, finite_rows
 
 KMEANS_ITERATIONS = 10
-"""Of faiss on the sample. What is left to do is done by all processes on all rows."""
+"""Iterations of faiss's k-means on the sample, before all processes continue on all rows."""
 
 
 def blas_core_type(cpuinfo: str) -> str | None:
-    """Return the OpenBLAS core type for the flags of a /proc/cpuinfo, None where OpenBLAS should choose.
+    """Return the OpenBLAS core type for the CPU flags in ``cpuinfo``, or None to let OpenBLAS choose.
 
-    The OpenBLAS in faiss's wheel doesn't know CPUs newer than itself and falls back to slow kernels: k-means took 1.8
-    to 10 times longer. Any CPU with the instructions can run the kernels named here.
+    The OpenBLAS in faiss's wheel doesn't recognise newer CPUs and falls back to slow kernels, with which k-means took
+    1.8 to 10 times longer. The kernels chosen here run on any CPU with these flags.
+
+    Args:
+        cpuinfo: contents of /proc/cpuinfo.
     """
     flags = next((line.split() for line in cpuinfo.splitlines() if line.startswith("flags")), [])
     if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= set(flags):
@@ -41,21 +44,23 @@ def faiss_wheels() -> list[str]:
 
 
 def import_faiss() -> ModuleType:
-    """Import faiss with OpenBLAS kernels that fit the CPU (a user's OPENBLAS_CORETYPE stays).
+    """Import faiss with OpenBLAS kernels that suit the CPU, unless OPENBLAS_CORETYPE is already set.
 
     Raises:
-        ValueError: both the CPU and the GPU wheel are installed; they overwrite each other's files.
+        ValueError: several faiss wheels are installed, which overwrite each other's files.
     """
     wheels = faiss_wheels()
     if len(wheels) > 1:
-        raise ValueError(f"{' and '.join(wheels)} are both installed; `pip uninstall {' '.join(wheels)}`, install one")
+        raise ValueError(
+            f"{' and '.join(wheels)} are both installed; run `pip uninstall {' '.join(wheels)}`, then install one"
+        )
     cpuinfo = Path("/proc/cpuinfo")
     core = blas_core_type(cpuinfo.read_text()) if cpuinfo.exists() else None
     if core is None or "OPENBLAS_CORETYPE" in os.environ:
         import faiss
 
         return faiss
-    # OpenBLAS reads it once, when it is loaded; processes started later should choose for themselves.
+    # OpenBLAS reads the variable when it is loaded. It is removed again so that child processes don't inherit it.
     os.environ["OPENBLAS_CORETYPE"] = core
     try:
         import faiss
@@ -65,7 +70,7 @@ def import_faiss() -> ModuleType:
 
 
 def faiss_has_gpu() -> bool:
-    """Whether the installed faiss was built for GPUs and sees one."""
+    """Return whether the installed faiss supports GPUs and can see one."""
     faiss = import_faiss()
     return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
 
@@ -73,18 +78,17 @@ def faiss_has_gpu() -> bool:
 def kmeans(
     rows: np.ndarray, seeds: np.ndarray, device: torch.device | str = "cpu", iterations: int = KMEANS_ITERATIONS
 ) -> np.ndarray:
-    """Move seeds to the centres of their rows by faiss's k-means and return the centroids.
+    """Run faiss's k-means and return the centroids.
 
     Args:
-        rows: (M, C) float32, all of which are used.
-        seeds: (k, C) float32.
-        device: where faiss computes.
+        rows: (M, C) float32; all of them are used.
+        seeds: (k, C) float32, initial centroids.
 
     Returns:
         (k, C) float32.
 
     Raises:
-        ValueError: fewer rows than centroids, or a GPU asked of a CPU build (which faiss itself ignores silently).
+        ValueError: there are fewer rows than centroids, or faiss has no GPU (it would silently use the CPU).
     """
     device, k = torch.device(device), len(seeds)
     if len(rows) < k:
@@ -98,7 +102,7 @@ def kmeans(
         k,
         niter=iterations,
         seed=0,  # unused: the seeds are given
-        gpu=int(device.type == "cuda"),  # of all those that are visible, the others are other processes'
+        gpu=int(device.type == "cuda"),  # one GPU, even if several are visible: other processes use the others
         min_points_per_centroid=1,
         max_points_per_centroid=-(-len(rows) // k),
     )
@@ -107,16 +111,16 @@ def kmeans(
 
 
 def kmeans_plusplus(rows: Tensor, k: int, seed: int) -> Tensor:
-    """Choose k spread rows: greedy k-means++ (Arthur and Vassilvitskii 2007), as scikit-learn does.
+    """Choose k rows by greedy k-means++ (Arthur and Vassilvitskii 2007), as scikit-learn does.
 
-    Each step draws 2 + log k candidates with probability proportional to the squared distance to the nearest chosen
-    row, and takes the one that leaves the smallest sum of those distances.
+    Each step draws 2 + log k candidates with probability proportional to the squared distance from the nearest chosen
+    row, and keeps the one that minimises the sum of these distances.
 
     Args:
         rows: (M, C) float32 on any device.
 
     Returns:
-        (k,) int64, numbers of the rows; distinct as long as there are distinct rows left.
+        (k,) int64, indices of rows. They are distinct if there are at least k distinct rows.
     """
     trials = 2 + int(np.log(k))
     rows = rows - rows.mean(0)
@@ -128,7 +132,7 @@ def kmeans_plusplus(rows: Tensor, k: int, seed: int) -> Tensor:
     nearest[chosen[0]] = 0
     for step in range(1, k):
         cdf = nearest.double().cumsum(0)
-        # Where every row coincides with a chosen one the sums are 0 and this is the last row.
+        # If every row coincides with a chosen one, all sums are 0 and the last row is drawn.
         candidates = torch.searchsorted(cdf, draws[step] * cdf[-1], right=True).clamp_(max=len(rows) - 1)
         products = rows @ rows[candidates].T
         distances = (norms[:, None] - 2 * products + norms[candidates]).clamp_min_(0)
@@ -140,13 +144,13 @@ def kmeans_plusplus(rows: Tensor, k: int, seed: int) -> Tensor:
 
 
 def read_rows(read: Read, indices: np.ndarray, block: int) -> np.ndarray:
-    """Return the rows of ascending ``indices`` (M,) as float32 (M, C), reading at most ``block`` rows at a time."""
+    """Return rows ``indices`` (M,), which ascend, as (M, C) float32, reading at most ``block`` rows at a time."""
     result, filled = np.empty((0, 0), np.float32), 0
     for chunk in data.ranges(0, int(indices[-1]) + 1, block):
         wanted = indices[np.searchsorted(indices, chunk.start) : np.searchsorted(indices, chunk.stop)]
         if len(wanted):
             values = finite_rows(read, chunk)[wanted - chunk.start]
-            if not filled:  # in place: at full size the sample is 3.9 GB, and a list of parts would double it
+            if not filled:  # concatenating parts would need twice the memory, and a sample can take 3.9 GB
                 result = np.empty((len(indices), values.shape[1]), np.float32)
             result[filled : filled + len(values)] = values
             filled += len(values)
@@ -154,13 +158,13 @@ def read_rows(read: Read, indices: np.ndarray, block: int) -> np.ndarray:
 
 
 def given_means(path: str | Path, k: int, c: int) -> np.ndarray:
-    """Read means to start from: the array of a ``.npy`` file or the means of a ``gmm.safetensors``, (K, C) float64.
+    """Read initial means (K, C) float64 from a ``.npy`` file or a mixture's safetensors file.
 
     Raises:
-        ValueError: there is no such file, or one of another shape or with values that are not finite numbers.
+        ValueError: the file can't be read, or the means have another shape or are not finite.
     """
     path = Path(path)
-    remedy = f"take a .npy file or a gmm.safetensors with finite means ({k}, {c}), or leave the key empty"
+    remedy = f"give a .npy file or a gmm.safetensors with finite means ({k}, {c}), or leave the key empty"
     try:
         means = np.load(path, allow_pickle=False) if path.suffix == ".npy" else Mixture.load(path).means.numpy()
         means = np.asarray(means).astype(np.float64, casting="same_kind")
@@ -168,69 +172,69 @@ def given_means(path: str | Path, k: int, c: int) -> np.ndarray:
         raise ValueError(f"gmm.init_means: '{path}' can't be read ({error}); {remedy}") from error
     if means.shape != (k, c) or not np.isfinite(means).all():
         raise ValueError(
-            f"gmm.init_means: '{path}' holds an array {means.shape}, one mean for each of gmm.n_components is wanted, "
-            f"all finite; {remedy}"
+            f"gmm.init_means: '{path}' holds an array {means.shape} instead of gmm.n_components finite means; {remedy}"
         )
     return means
 
 
 def given_means_digest(path: str | Path, k: int, c: int) -> str:
-    """Return the digest of a file of means, whose contents are checked; see :func:`given_means`."""
+    """Check a file of initial means as :func:`given_means` does, and return its digest."""
     given_means(path, k, c)
     return store.file_digest(path)
 
 
-def start(rows: Rows, settings: Gmm, number: int = 0) -> tuple[Mixture, Tensor | None]:
-    """Return the mixture that EM starts from. A collective call: one process chooses the seeds.
+def start(rows: Rows, gmm: Gmm, number: int = 0) -> tuple[Mixture, Tensor | None]:
+    """Return the mixture that EM starts from. A collective call; the main process chooses the seeds.
 
-    * ``kmeans``: faiss's k-means on a sample of the rows, from K of them, then Lloyd's iterations of all processes on
-      all rows, in which clusters are merged and split. Weights, means and variances are those of the clusters.
-    * given means: these, with weights and variances of the rows that are nearest to each. scikit-learn takes its own
-      k-means' for those.
-    * ``k-means++`` and ``random_from_data``: K rows as means, equal weights, variances ``reg_covar``. The first M-step
-      is that of scikit-learn's starts of these names, where every weight is 1/N (the first lower bound differs by
-      log N/K), but for ``tied``, where scikit-learn starts from the rows' scatter.
+    * ``kmeans``: faiss's k-means on a sample of rows, then Lloyd iterations with split-and-merge moves by all processes
+      on all rows. Weights, means and variances are those of the clusters.
+    * Given means: weights and variances are those of the rows nearest to each mean. (scikit-learn takes them from its
+      own k-means instead.)
+    * ``k-means++`` and ``random_from_data``: the means are K rows, the weights are equal, and the variances are
+      ``reg_covar``. The first M-step agrees with that of scikit-learn, whose weights are 1/N, so that its first lower
+      bound differs by log N/K. The exception is ``tied``, where scikit-learn starts from the scatter of the rows.
 
     Args:
-        rows: this process's share of the rows.
-        number: of the start, below ``n_init``; each draws its own seeds.
+        gmm: the section ``gmm`` of the configuration.
+        number: which of the ``n_init`` starts; each has its own seed.
 
     Returns:
-        The mixture, and the cluster of this process's rows (n,) int32 where the start has clusters.
+        The mixture, and the cluster of each of this process's rows (n,) int32, or None if the start has no clusters.
     """
     ranks = rows.ranks
-    chosen = torch.tensor(ranks.from_main(lambda: _centres(rows, settings, number)), device=ranks.device)
+    chosen = torch.tensor(ranks.from_main(lambda: _centres(rows, gmm, number)), device=ranks.device)
     centres = chosen.float()
-    if settings.init_means or settings.init == "kmeans":
-        if settings.init_means:
+    if gmm.init_means or gmm.init == "kmeans":
+        if gmm.init_means:
             winners = nearest_centre(rows, centres)
         else:
             centres, winners = lloyd(rows, centres)
-        moments = hard_moments(rows, centres, winners, settings.covariance_type)
-        rows.space.clear()  # EM's chunks are of other sizes
-        mixture = m_step(moments, settings.covariance_type, settings.reg_covar)[0]
-        if settings.init_means:
-            mixture = Mixture(mixture.weights, chosen, mixture.variances, settings.covariance_type)
+        moments = hard_moments(rows, centres, winners, gmm.covariance_type)
+        rows.workspace.clear()  # EM needs buffers of other sizes
+        mixture = m_step(moments, gmm.covariance_type, gmm.reg_covar)[0]
+        if gmm.init_means:
+            mixture = Mixture(mixture.weights, chosen, mixture.variances, gmm.covariance_type)
         return mixture, winners
     k, c = centres.shape
-    variances = torch.full(covariance_shape(settings.covariance_type, k, c), settings.reg_covar, dtype=torch.float64)
-    if settings.covariance_type in ("tied", "full"):
+    variances = torch.full(covariance_shape(gmm.covariance_type, k, c), gmm.reg_covar, dtype=torch.float64)
+    if gmm.covariance_type in ("tied", "full"):
         variances = variances * torch.eye(c, dtype=torch.float64)
     weights = torch.full((k,), 1 / k, dtype=torch.float64)
-    return Mixture(weights, centres, variances.to(ranks.device), settings.covariance_type), None
+    return Mixture(weights, centres, variances.to(ranks.device), gmm.covariance_type), None
 
 
-def _centres(rows: Rows, settings: Gmm, number: int) -> np.ndarray:
-    k, device = settings.n_components, rows.ranks.device
-    if settings.init_means:
-        return given_means(settings.init_means, k, finite_rows(rows.read, range(1)).shape[1])
-    seed = settings.seed if number == 0 else rng.derive_seed(settings.seed, f"gmm/start/{number}")
-    limit = min(rows.n, STARTS[settings.init].rows * k)
+def _centres(rows: Rows, gmm: Gmm, number: int) -> np.ndarray:
+    """Return the initial means (K, C): given ones in float64, otherwise float32."""
+    k, device = gmm.n_components, rows.ranks.device
+    if gmm.init_means:
+        return given_means(gmm.init_means, k, finite_rows(rows.read, range(1)).shape[1])
+    seed = gmm.seed if number == 0 else rng.derive_seed(gmm.seed, f"gmm/start/{number}")
+    limit = min(rows.n, STARTS[gmm.init].rows * k)
     indices = rng.permutation(seed, "gmm/rows", 0, rows.n)[:limit].sort().values.numpy()
-    sample = read_rows(rows.read, indices, settings.chunk_size)
-    if settings.init == "random_from_data":
+    sample = read_rows(rows.read, indices, gmm.chunk_size)
+    if gmm.init == "random_from_data":
         return sample
-    if settings.init == "kmeans":
+    if gmm.init == "kmeans":
         seeds = sample[np.arange(k) * limit // k]
         return kmeans(sample, seeds, device if device.type == "cuda" and faiss_has_gpu() else "cpu")
     return sample[kmeans_plusplus(torch.from_numpy(sample).to(device), k, seed).cpu().numpy()]

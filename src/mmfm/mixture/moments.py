@@ -1,5 +1,6 @@
-"""What EM keeps of the data, and the mixture that follows from it."""
+"""The sufficient statistics of EM, and the M-step."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -11,34 +12,36 @@ from mmfm.mixture.reseeding import EMPTY_BELOW
 from mmfm.mixture.streaming import Rows
 
 DROPPED_MASS = 1e-10
-"""Posterior mass per image that the M-step may leave out, spread over all components."""
+"""Posterior mass per row, summed over all components, that the M-step may neglect."""
 
 NARROW_FROM = 1e8
-"""Squared distance of a mean from the centre, in units of its component's spread, from which its rows' moments are not
-taken about the centre: float64 leaves eight digits of a variance that follows from those."""
+"""Squared Mahalanobis distance of a mean from the centre above which its component is narrow: its moments are then not
+taken about the centre, where float64 would leave a variance only eight digits."""
 
-_PIECE = 1 << 24  # numbers of a float64 intermediate of the sparse M-step
-_EMPTY = 10 * torch.finfo(torch.float64).eps  # scikit-learn's addition to every component's count
+_PIECE = 1 << 24  # elements of a float64 intermediate in a segmented sum
+_COUNT_EPSILON = 10 * torch.finfo(torch.float64).eps  # added to every count, as in scikit-learn
 
 
 class SufficientStatistics:
-    """Sums of responsibilities, of deviations and of squared deviations from reference means, in float64.
+    """Sums of responsibilities and of first and second moments about reference points, all float64.
 
-    The references are the components' present means: at convergence the sums of deviations vanish, so the variances are
-    not differences of large numbers. Products over all components take the rows about the centre, and what is made of
-    them is moved to the references; components that are too narrow for that have the deviations of their rows taken
-    from their own means.
+    The reference points are the current means of the components. At convergence the first moments vanish, so that
+    variances are not differences of large numbers. Matrix products over all components use rows relative to the centre
+    of the means; the resulting moments are then shifted to the reference points. For components too narrow for that,
+    deviations are taken from the component's own mean.
 
     Args:
-        narrow: (K,) bool, these components.
+        means: (K, C), the reference points.
+        covariance_type: determines the second moments; None if there are none (k-means).
+        narrow: (K,) bool, the narrow components.
 
     Attributes:
-        means: (K, C) the references.
-        count: (K,) sum of responsibilities r.
-        first: (K, C) sum of r (x - mean).
-        second: sum of r (x - mean)^2, (K, C); for ``full`` of r (x - mean)(x - mean)^T, (K, C, C); for ``tied`` of the
-            same over all components, (C, C); None where no covariance type is given.
-        log_likelihood: () sum of log p(x).
+        centre: (C,), the mean of the reference points.
+        count: (K,), sum of responsibilities r.
+        first: (K, C), sum of r (x - mean).
+        second: sum of r (x - mean)^2, (K, C), for ``diag`` and ``spherical``; sum of r (x - mean)(x - mean)^T, (K, C,
+            C) for ``full`` and (C, C) over all components for ``tied``; empty without a covariance type.
+        log_likelihood: (), sum of log p(x).
     """
 
     def __init__(self, means: Tensor, covariance_type: str | None = "diag", narrow: Tensor | None = None) -> None:
@@ -46,22 +49,23 @@ class SufficientStatistics:
         self.centre = means.mean(0)
         self.count = means.new_zeros(len(means))
         self.first = torch.zeros_like(means)
-        self.second = None
+        shape: tuple[int, ...] = (0,)
         if covariance_type is not None:
-            shape = covariance_shape("diag" if covariance_type == "spherical" else covariance_type, *means.shape)
-            self.second = means.new_zeros(shape)
+            k, c = means.shape
+            shape = covariance_shape("diag" if covariance_type == "spherical" else covariance_type, k, c)
+        self.second = means.new_zeros(shape)
         self.log_likelihood = means.new_zeros(())
         self._narrow = narrow if narrow is not None and narrow.any() else None
 
     def add_dense(self, x: Tensor, responsibilities: Tensor) -> None:
-        """Add rows x (b, C) with responsibilities (b, K), which may be overwritten."""
+        """Add rows x (b, C) with a matrix of responsibilities (b, K), which may be overwritten."""
         r = responsibilities.double()
         if self._narrow is not None:
-            numbers = self._narrow.nonzero().squeeze(1)
-            own = r[:, numbers].T
-            which, row = own.nonzero().unbind(1)
-            self._add_segments(x, numbers[which], row, own[which, row])
-            r[:, numbers] = 0
+            narrow = self._narrow.nonzero().squeeze(1)
+            weights = r[:, narrow].T
+            which, row = weights.nonzero().unbind(1)
+            self._add_segments(x, narrow[which], row, weights[which, row])
+            r[:, narrow] = 0
         z = x.double() - self.centre
         if self.covariance_type == "full":
             for k in range(len(self.means)):
@@ -70,11 +74,16 @@ class SufficientStatistics:
         self._add_centred(z, r.sum(0), mass, lambda rows: r.T @ rows, slice(None))
 
     def add_pairs(self, x: Tensor, component: Tensor, row: Tensor, weight: Tensor) -> None:
-        """Add pairs (component, row of x, weight), each (P,), sorted by component; x is (b, C), weight float64.
+        """Add rows with sparse responsibilities.
 
-        On a CPU with MKL this is a product with a sparse matrix. Elsewhere, and for narrow components, each component's
-        pairs are summed in their order (a segmented reduction), so that the result is the same in every run, which
-        atomic additions on a GPU don't give.
+        On a CPU with MKL this is a product with a sparse matrix. Otherwise, and for narrow components, it is a
+        segmented sum, which (unlike atomic additions on a GPU) gives the same result in every run.
+
+        Args:
+            x: (b, C).
+            component: (P,) int64, ascending.
+            row: (P,) int64, rows of ``x``.
+            weight: (P,) float64, responsibility of each component for each row.
         """
         if x.device.type != "cpu" or not torch.backends.mkl.is_available() or self.covariance_type == "full":
             self._add_segments(x, component, row, weight)
@@ -89,32 +98,34 @@ class SufficientStatistics:
         found, lengths = torch.unique_consecutive(component, return_counts=True)
         starts = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
         r = _sparse_matrix(starts, row, weight, (len(found), len(x)))
-        count = weight.new_zeros(len(found)).index_add_(0, _positions(lengths), weight)
+        count = weight.new_zeros(len(found)).index_add_(0, _segment_ids(lengths), weight)
         mass = weight.new_zeros(len(x)).index_add_(0, row, weight) if self.covariance_type == "tied" else None
         self._add_centred(x.double().sub_(self.centre), count, mass, lambda rows: r @ rows, found)
 
     def _add_centred(
         self, z: Tensor, count: Tensor, mass: Tensor | None, sums: Callable[[Tensor], Tensor], found: Tensor | slice
     ) -> None:
-        """Add moments of rows z (b, C) about the centre, which are overwritten.
+        """Add moments about the centre, shifted to the reference points.
 
         Args:
-            count: (F,) responsibilities by component.
-            mass: (b,) responsibilities by row, of which ``tied`` has need.
-            sums: from values of the rows (b, C) to their sums by component, weighted by responsibility, (F, C).
-            found: the components.
+            z: (b, C), rows relative to the centre; overwritten.
+            count: (F,), sums of responsibilities over rows.
+            mass: (b,), sums of responsibilities over components; required for ``tied``, otherwise None.
+            sums: function from values of the rows (b, C) to their responsibility-weighted sums (F, C).
+            found: the F components.
         """
         offset, first = self.means[found] - self.centre, sums(z)
-        moved = count[:, None] * offset
-        if self.covariance_type == "tied":
-            crossed = offset.T @ (first - moved / 2)
-            self.second += (z * mass[:, None]).T @ z - crossed - crossed.T
+        shift = count[:, None] * offset
+        if mass is not None:
+            cross = offset.T @ (first - shift / 2)
+            self.second += (z * mass[:, None]).T @ z - cross - cross.T
         elif self.covariance_type in ("diag", "spherical"):
-            self.second[found] += sums(z.square_()) - offset * (2 * first - moved)
-        self.first[found] += first - moved
+            self.second[found] += sums(z.square_()) - offset * (2 * first - shift)
+        self.first[found] += first - shift
         self.count[found] += count
 
     def _add_segments(self, x: Tensor, component: Tensor, row: Tensor, weight: Tensor) -> None:
+        """Add pairs by segmented sums of deviations from the components' own means; see :meth:`add_pairs`."""
         step = max(1, _PIECE // x.shape[1])
         for start in range(0, len(component), step):
             piece = slice(start, start + step)
@@ -130,8 +141,8 @@ class SufficientStatistics:
                     weight[piece].split(lengths.tolist()),
                     strict=True,
                 )
-                for k, own, share in parts:
-                    self._add_scatter(k, own, share)
+                for k, deviations, weights in parts:
+                    self._add_scatter(k, deviations, weights)
             elif self.covariance_type == "tied":
                 self.second.addmm_(weighted.T, deviation)
             elif self.covariance_type is not None:
@@ -141,36 +152,34 @@ class SufficientStatistics:
         self.second[k].addmm_((deviation * weight[:, None]).T, deviation)
 
     def share(self, ranks: Ranks) -> "SufficientStatistics":
-        """Sum over the processes and return self: 100 MB at K = 8192 and C = 768."""
+        """Sum over all processes and return self. A collective call; 100 MB at K = 8192 and C = 768."""
         for tensor in (self.count, self.first, self.second, self.log_likelihood):
-            if tensor is not None:
+            if tensor.numel():
                 ranks.sum(tensor)
         return self
 
 
 def hard_moments(rows: Rows, centres: Tensor, winners: Tensor, covariance_type: str) -> SufficientStatistics:
-    """Return the moments of all rows (shared), each given wholly to its one of the centres (K, C).
+    """Return the statistics of all rows under a hard assignment to clusters. A collective call.
 
     Args:
-        winners: (n,) cluster of this process's rows.
+        centres: (K, C), reference points near the means of the clusters.
+        winners: (n,), cluster of each of this process's rows.
     """
     statistics = SufficientStatistics(centres.double(), covariance_type)
     for chunk, x in rows:
-        start = chunk.start - rows.local.start
-        component, row = winners[start : start + len(x)].long().sort(stable=True)
+        component, row = winners[rows.position(chunk)].long().sort(stable=True)
         statistics.add_pairs(x, component, row, torch.ones(len(x), dtype=torch.float64, device=x.device))
     return statistics.share(rows.ranks)
 
 
 def _sparse_matrix(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    import warnings
-
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*beta state")
         return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
 
 
-def _positions(lengths: Tensor) -> Tensor:
+def _segment_ids(lengths: Tensor) -> Tensor:
     return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
 
 
@@ -179,7 +188,7 @@ def _segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
 
 
 def add_rows(target: Tensor, index: Tensor, values: Tensor) -> None:
-    """Add values (P, ...) to rows ``index`` (P,) of the target, in a fixed order on every device."""
+    """Add values (P, ...) to the rows ``index`` (P,) of ``target`` in place, in a fixed order on every device."""
     if target.device.type == "cpu":
         target.index_add_(0, index, values)
         return
@@ -189,20 +198,20 @@ def add_rows(target: Tensor, index: Tensor, values: Tensor) -> None:
 
 
 def m_step(statistics: SufficientStatistics, covariance_type: str, reg_covar: float) -> tuple[Mixture, float]:
-    """Return the mixture that maximises the expected log-likelihood, with ``reg_covar`` added to every variance.
+    """Maximise the expected log-likelihood, then add ``reg_covar`` to every variance.
 
-    As in scikit-learn every component counts 10 machine epsilons more than its responsibilities. A component without
-    any keeps its mean, gets that tiny weight and the variance ``reg_covar`` (where that is 0, the average one). A
-    spherical variance is the mean of the diagonal.
+    As in scikit-learn, 10 machine epsilons are added to the count of every component, and spherical variances are the
+    means of diagonal ones. An empty component keeps its mean and has a negligible weight and the variance
+    ``reg_covar`` (or the average variance if that is 0).
 
     Returns:
-        The mixture, and how much expected log-likelihood (nats per row) the addition of ``reg_covar`` costs at most
-        against the best mixture whose variances are at least that: EM's bound may fall by no more than this.
+        The mixture, and the most that adding ``reg_covar`` can cost in expected log-likelihood (nats per row) relative
+        to the best mixture with variances of at least ``reg_covar``. The lower bound of EM can fall by no more.
 
     Raises:
-        ValueError: a variance of 0 that nothing is added to.
+        ValueError: a variance is 0 and so is ``reg_covar``.
     """
-    count = statistics.count + _EMPTY
+    count = statistics.count + _COUNT_EPSILON
     shift = statistics.first / count[:, None]
     means, weights = statistics.means + shift, count / count.sum()
     if covariance_type in ("diag", "spherical"):
@@ -214,7 +223,7 @@ def m_step(statistics: SufficientStatistics, covariance_type: str, reg_covar: fl
             at = (spread == 0).nonzero()[0].tolist()
             along = f" along dimension {at[1]}" if len(at) > 1 else ""
             raise ValueError(
-                f"component {at[0]} of the mixture has no spread{along}: its tokens are equal or constant there; "
+                f"component {at[0]} of the mixture has no spread{along}: all its tokens are equal there; "
                 "set gmm.reg_covar above 0"
             )
         covariances, eigenvalues = spread + reg_covar, spread
@@ -224,7 +233,7 @@ def m_step(statistics: SufficientStatistics, covariance_type: str, reg_covar: fl
         else:
             covariances = statistics.second / count[:, None, None] - shift[:, :, None] * shift[:, None, :]
             _fill_empty(covariances, weights, statistics.count, reg_covar)
-        covariances, eigenvalues = positive((covariances + covariances.mT) / 2)
+        covariances, eigenvalues = clip_eigenvalues((covariances + covariances.mT) / 2)
         covariances.diagonal(dim1=-2, dim2=-1).add_(reg_covar)
     loss = _regularisation_loss(eigenvalues, reg_covar) * (means.shape[1] if eigenvalues.shape == count.shape else 1)
     loss = loss.reshape(1 if covariance_type == "tied" else len(count), -1).sum(1)
@@ -232,13 +241,13 @@ def m_step(statistics: SufficientStatistics, covariance_type: str, reg_covar: fl
 
 
 def _fill_empty(spread: Tensor, weights: Tensor, count: Tensor, reg_covar: float) -> None:
-    """Give components without rows the average spread where nothing is added to theirs, which is 0."""
+    """If ``reg_covar`` is 0, give empty components the weighted average of all variances, in place."""
     if not reg_covar:
         spread[count < EMPTY_BELOW] = torch.tensordot(weights, spread, 1)
 
 
-def positive(covariances: Tensor) -> tuple[Tensor, Tensor]:
-    """Return covariances (..., C, C) and their eigenvalues (..., C), without the negative ones that rounding made."""
+def clip_eigenvalues(covariances: Tensor) -> tuple[Tensor, Tensor]:
+    """Return symmetric matrices (..., C, C) and their eigenvalues (..., C), with negative eigenvalues set to 0."""
     eigenvalues = torch.linalg.eigvalsh(covariances)
     if (eigenvalues < 0).any():
         eigenvalues, axes = torch.linalg.eigh(covariances)
@@ -248,8 +257,8 @@ def positive(covariances: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _regularisation_loss(spread: Tensor, reg_covar: float) -> Tensor:
-    """Return the nats lost along an axis by the variance s + reg instead of max(s, reg), which is the best allowed."""
+    """Return the nats lost along each axis by the variance s + reg instead of the best one allowed, max(s, reg)."""
     if not reg_covar:
         return torch.zeros_like(spread)
-    best, taken = spread.clamp_min(reg_covar), spread + reg_covar
-    return 0.5 * ((taken / best).log() + spread / taken - spread / best)
+    best, used = spread.clamp_min(reg_covar), spread + reg_covar
+    return 0.5 * ((used / best).log() + spread / used - spread / best)

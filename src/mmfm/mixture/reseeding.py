@@ -1,8 +1,8 @@
-"""Components that lost all their rows get half of the largest ones.
+"""Empty components take over half of the largest ones.
 
-A component without rows has no way back: its weight is 0. It is moved onto the largest component and both are shifted
-apart, which needs no data and is the same for every process. The lowest-density rows would be the other choice; but
-these are outliers, and a component on one row collapses onto it.
+EM never revives a component without rows, as its weight is 0. Such a component is moved to the largest one, and the two
+means are shifted apart. This needs no data and gives the same result on every process. Moving it to the rows of lowest
+density instead would place it on outliers, and a component with a single row collapses.
 """
 
 import torch
@@ -11,30 +11,30 @@ from torch import Tensor
 from mmfm.mixture.gaussian import Mixture
 
 ROUNDS = 5
-"""Iterations of a fit after which components are moved, at most; those that are empty later stay empty."""
+"""Most iterations of a fit after which components are moved; components that become empty later stay empty."""
 
 EMPTY_BELOW = 0.5
-"""Rows (sum of responsibilities) below which a component is empty."""
+"""Number of rows (sum of responsibilities) below which a component is empty."""
 
 _DIVISIBLE_FROM = 8  # rows
 
 
 def reseed(mixture: Mixture, count: Tensor, reg_covar: float, rounds: int) -> tuple[Mixture, int]:
-    """Move the empty components of a mixture to its largest ones, each of which is split once.
+    """Move the empty components of a mixture to its largest ones, each of which is split at most once.
 
     Args:
-        count: (K,) rows of every component.
-        reg_covar: components whose variances are no more than ten times this are duplicates and can't be split.
-        rounds: iterations of this fit in which components were moved.
+        count: (K,), rows (sum of responsibilities) of each component.
+        reg_covar: a component with no variance above ten times this consists of duplicates and is not split.
+        rounds: number of earlier iterations of this fit that moved components.
 
     Returns:
-        The mixture, and how many components were moved.
+        The mixture, and the number of components moved.
     """
     empty = (count < EMPTY_BELOW).nonzero().squeeze(1)
     if not len(empty) or rounds >= ROUNDS:
         return mixture, 0
     variances = mixture.diagonal()
-    # Rounded: sums over other numbers of processes must not order equal components differently.
+    # Rounded, so that the order of equal components does not depend on the number of processes.
     size = (count * 1e3).round()
     order = size.argsort(descending=True, stable=True)
     divisible = (count >= _DIVISIBLE_FROM) & (variances.amax(1) > 10 * reg_covar)

@@ -1,4 +1,4 @@
-"""The mixture over latents: its store, and mean and variance of a mode from the moments of its images."""
+"""The spatial mixture (over latents): its store, and the mean and variance of a mode from the moments of its images."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,27 +12,26 @@ import zarr
 from torch import Tensor
 
 from mmfm.data.moments import Moments
-from mmfm.mixture.rows import MappedRows
+from mmfm.mixture.mapped_rows import MappedRows
 
 RELATIVE_FLOOR = 1e-3
-"""Smallest variance of a position with ``diag``, as a share of the mode's variance averaged over all positions."""
-
+"""Smallest variance of a position with ``diag``, relative to the mode's average over all positions."""
 
 ABSOLUTE_FLOOR = 1e-6
-"""Smallest variance of a position with ``diag`` in any case; the data's own variance is 1."""
+"""Smallest variance of a position with ``diag``; the variance of normalised latents is 1."""
 
 
 @dataclass(frozen=True)
 class SpatialMixture:
-    """Mixture of K Gaussians over latents (C, H, W), opened from ``spatial_gmm.zarr``.
+    """A mixture of K Gaussians over latents (C, H, W), opened from ``spatial_gmm.zarr``.
 
     Attributes:
-        means: zarr array (K, C, H, W) float32, one chunk a mode; 6.4 GB at K = 8192 and [768, 16, 16].
-        variances: ``spherical``: (K,) float64; ``diag``: zarr array (K, C, H, W) float32, as large as the means.
+        means: zarr array (K, C, H, W) float32, one chunk per mode; 6.4 GB at K = 8192 and latents [768, 16, 16].
+        variances: (K,) float64 for ``spherical``; zarr array (K, C, H, W) float32 for ``diag``.
         weights: (K,) float64, sum 1.
-        counts: (K,) int64, images of each mode (flips not counted).
-        attributes: ``digest`` and the digests of what it was made from.
-        path: where it lies.
+        counts: (K,) int64, images of each mode, not counting flips.
+        attributes: ``digest``, and the digests of the inputs.
+        path: location of the store.
     """
 
     means: Any
@@ -44,24 +43,26 @@ class SpatialMixture:
 
     @classmethod
     def open(cls, path: str | Path) -> "SpatialMixture":
-        """Open a finished store read-only; arrays (K, C, H, W) are not read.
+        """Open a finished store read-only, without reading its large arrays.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is unfinished or something else.
+            FileNotFoundError: there is no store at ``path``.
+            ValueError: it is incomplete, or not a spatial mixture.
         """
         path = Path(path)
         if not path.exists():
-            raise FileNotFoundError(f"no spatial mixture at '{path}'; run the stage spatial_gmm")
+            raise FileNotFoundError(f"no spatial mixture at '{path}'; run spatial_gmm")
         try:
-            group = zarr.open_group(path, mode="r")
+            group: Any = zarr.open_group(path, mode="r")
             variances = group["variances"] if group["variances"].ndim == 4 else group["variances"][:]
             result = cls(group["means"], variances, group["weights"][:], group["counts"][:], dict(group.attrs), path)
         except (KeyError, ValueError, OSError, TypeError) as error:
-            raise ValueError(f"'{path}' is no spatial mixture ({error}); delete it, run spatial_gmm again") from error
+            raise ValueError(
+                f"'{path}' is not a spatial mixture ({error}); delete it and run spatial_gmm again"
+            ) from error
         large = [result.means] + [result.variances] * (result.covariance_type == "diag")
         if "digest" not in result.attributes or any(a.nchunks_initialized < a.shape[0] for a in large):
-            raise ValueError(f"spatial mixture '{path}' is not whole; delete it and run spatial_gmm again")
+            raise ValueError(f"spatial mixture '{path}' is incomplete; delete it and run spatial_gmm again")
         return result
 
     @property
@@ -71,11 +72,11 @@ class SpatialMixture:
 
     @property
     def covariance_type(self) -> str:
-        """``spherical`` (one variance a mode) or ``diag`` (one a position)."""
+        """``spherical`` (one variance per mode) or ``diag`` (one per position)."""
         return "diag" if self.variances.ndim == 4 else "spherical"
 
     def load_variances(self) -> Tensor | MappedRows:
-        """Return the variances: (K,) float64, or with ``diag`` rows (C, H, W) that are read batch by batch.
+        """Return the variances: (K,) float64 for ``spherical``, memory-mapped rows (C, H, W) float32 for ``diag``.
 
         Raises:
             ValueError: the store is damaged.
@@ -90,11 +91,11 @@ class SpatialMixture:
     def load_means(
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, pinned: bool = False
     ) -> Tensor:
-        """Copy the means (K, C, H, W) to a device; see :meth:`mmfm.mixture.rows.MappedRows.copy_to`.
+        """Copy the means (K, C, H, W) to a device; see :meth:`mmfm.mixture.mapped_rows.MappedRows.copy_to`.
 
         Args:
-            pinned: of the host's memory, take what a GPU can read by itself. PyTorch rounds its size up to a power of
-                two.
+            pinned: whether to use pinned memory, which a GPU can read directly. PyTorch rounds its size up to a power
+                of two.
 
         Raises:
             ValueError: the store is damaged.
@@ -115,10 +116,16 @@ class SpatialMixture:
 
 
 def union_with_flips(moments: Moments) -> tuple[Tensor, float]:
-    """Return mean (C, H, W) and spherical variance of latents and their horizontal flips, from the latents' moments.
+    """Return the mean and spherical variance of latents together with their horizontal flips.
 
-    A flip is linear, so the union's mean is (m + flip m) / 2 and its population variance, averaged over C H W, is that
-    of the latents plus mean((m - flip m)^2) / 4.
+    With m the mean of the latents, the mean of the union is (m + flip m) / 2. Its population variance, averaged over
+    C H W, is that of the latents plus mean((m - flip m)^2) / 4. The flips themselves are not needed.
+
+    Args:
+        moments: of the latents (C, H, W).
+
+    Returns:
+        The mean (C, H, W) float64 and the variance.
     """
     mean, flipped = moments.mean, moments.mean.flip(-1)
     variance = moments.variance().mean() + (mean - flipped).square().mean() / 4
@@ -126,12 +133,18 @@ def union_with_flips(moments: Moments) -> tuple[Tensor, float]:
 
 
 def position_variances(moments: Moments) -> tuple[Tensor, int]:
-    """Return the variance (C, H, W) float64 of latents and their flips at every position, and how many were raised.
+    """Return the variance of latents together with their horizontal flips at every position.
 
-    The union's variance at a position is (v + flip v) / 2 + ((m - flip m) / 2)^2. A mode of one image has none where
-    its latent is symmetric, and modes of a few images have too little here and there. A source without variance
-    collapses many latents to one value, so what is below the larger of :data:`ABSOLUTE_FLOOR` and
-    :data:`RELATIVE_FLOOR` times the mode's average variance is raised to it.
+    With m and v the mean and variance of the latents, the variance of the union is (v + flip v) / 2 + ((m - flip m) /
+    2)^2. Modes of few images have too little variance at some positions (a single image has none where its latent is
+    symmetric), and without variance the source would always have the same value there. Variances are therefore raised
+    to at least :data:`ABSOLUTE_FLOOR`, and to :data:`RELATIVE_FLOOR` times the mode's average.
+
+    Args:
+        moments: of the latents (C, H, W).
+
+    Returns:
+        The variances (C, H, W) float64, and the number of positions that were raised.
     """
     mean, variance = moments.mean, moments.variance()
     union = (variance + variance.flip(-1)) / 2 + (mean - mean.flip(-1)).square() / 4

@@ -1,10 +1,10 @@
-"""Split and merge: clusters move from where they are superfluous to where they are missing.
+"""Split-and-merge moves, which take clusters from regions with too many to regions with too few.
 
-Lloyd's algorithm and EM only shift components about where the seeds put them. Which of two thousand components should
-leave one place for another is what decides the likelihood that a fit ends with. Ueda, Nakano, Ghahramani and Hinton
-(2000, "SMEM algorithm for mixture models") merge two components and split a third, and keep what raises the likelihood.
-The classification likelihood, of hard assignments (Celeux and Govaert 1992), changes by what follows from the clusters'
-moments alone, so here all clusters are judged at once, and as many moves are made as pay.
+Lloyd's algorithm and EM move components only locally, so the final likelihood of a fit depends mostly on how many
+components the seeds put into each region. Ueda, Nakano, Ghahramani and Hinton (2000, "SMEM algorithm for mixture
+models") merge two components, split a third, and accept the move if it raises the likelihood. Here the criterion is the
+classification likelihood of the hard assignment (Celeux and Govaert 1992). It follows from the moments of the clusters,
+so that all clusters are evaluated at once and every move that raises it is made.
 """
 
 import torch
@@ -16,22 +16,28 @@ from mmfm.mixture.streaming import Rows
 from mmfm.mixture.truncated import nearest_centres
 
 SHRINKAGE = 10.0
-"""Rows that the average variance within clusters counts for: a cluster of few rows seems narrower than it is."""
+"""Weight, in rows, of the pooled variance in a cluster's variance, as small clusters seem narrower than they are."""
 
 PARTNERS = 16
-"""Nearest clusters that a cluster may be merged with."""
+"""Number of nearest clusters considered for a merge."""
 
 _HALVINGS = 3  # iterations of 2-means in every cluster
-_BLOCK = 64  # clusters whose merges are judged at a time
+_BLOCK = 64  # clusters whose merges are evaluated at a time
 
 
 class ClusterMoments:
-    """Moments of clusters, and what these say about the clusters' likelihood.
+    """Moments of clusters, and the classification likelihoods that follow from them.
 
     Args:
-        statistics: sums over each cluster's rows.
-        n: rows in all.
-        pool: (C,) float64 variance that small clusters are drawn to; None: the average within these clusters.
+        statistics: sums over the rows of each cluster.
+        n: total number of rows.
+        pool: (C,) float64, variances towards which those of small clusters are shrunk; by default the average within
+            these clusters.
+
+    Attributes:
+        count: (K,), rows of each cluster.
+        means: (K, C).
+        variances: (K, C), without shrinkage.
     """
 
     def __init__(self, statistics: SufficientStatistics, n: int, pool: Tensor | None = None) -> None:
@@ -43,17 +49,19 @@ class ClusterMoments:
         self.pool = (self.count @ self.variances) / n if pool is None else pool
 
     def classification_likelihood(self, count: Tensor, variances: Tensor) -> Tensor:
-        """Return the log-likelihood (nats, up to a constant a row) of clusters of count (...) rows given to them alone.
+        """Return the classification log-likelihood of clusters, in nats, up to a constant per row.
 
-        A cluster's weight is its share of the rows; its variances (..., C) are drawn to the pool.
+        Args:
+            count: (...), rows of each cluster; its weight is its share of all rows.
+            variances: (..., C), before shrinkage towards the pool.
         """
         shrunk = (count[..., None] * variances + SHRINKAGE * self.pool) / (count[..., None] + SHRINKAGE)
-        shrunk.clamp_min_(torch.finfo(shrunk.dtype).tiny)  # all rows are equal along an axis
+        shrunk.clamp_min_(torch.finfo(shrunk.dtype).tiny)  # 0 if all rows are equal along an axis
         spread = (shrunk.log() + variances / shrunk).sum(-1)
         return count * ((count.clamp_min(1) / self.n).log() - 0.5 * spread)
 
     def cheapest_merges(self) -> tuple[Tensor, Tensor]:
-        """Return for every cluster the best one to merge it with (K,) int64, and what that costs (K,), nats."""
+        """Return the best partner of each cluster for a merge (K,) int64, and the loss of likelihood (K,), in nats."""
         near = nearest_centres((self.means - self.means.mean(0)).float(), PARTNERS + 1)[:, 1:]
         own = self.classification_likelihood(self.count, self.variances)
         partners, losses = [], []
@@ -68,20 +76,21 @@ class ClusterMoments:
             partners.append(j.gather(1, place[:, None]).squeeze(1))
             losses.append(loss)
         partner, loss = torch.cat(partners), torch.cat(losses)
-        # Two that choose each other are one merge: rounding must not say which of them is the cheaper.
+        # Clusters that choose each other describe the same merge, whose loss must not depend on rounding.
         mutual = partner[partner] == torch.arange(len(partner), device=partner.device)
         return partner, loss.where(~mutual, (loss + loss[partner]) / 2)
 
 
 def redistribute(rows: Rows, centres: Tensor, winners: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Merge clusters that cost little to merge, and split as many others that gain more. A collective call.
+    """Merge clusters at little cost, and split as many others at a larger gain. A collective call.
 
     Args:
-        centres: (K, C) float32, points near the clusters' means.
-        winners: (n,) int32, cluster of this process's rows.
+        centres: (K, C) float32, points near the means of the clusters.
+        winners: (n,) int32, cluster of each of this process's rows.
 
     Returns:
-        The new clusters' means (K, C) float32, the cluster of this process's rows (n,) int32, and the number of moves.
+        Means of the new clusters (K, C) float32, new cluster of each of this process's rows (n,) int32, and number of
+        moves.
     """
     k = len(centres)
     if k < 3:
@@ -93,7 +102,7 @@ def redistribute(rows: Rows, centres: Tensor, winners: Tensor) -> tuple[Tensor, 
     gains -= clusters.classification_likelihood(clusters.count, clusters.variances)
     gains[(parts.count.view(k, 2) < 1).any(1)] = -torch.inf
     partners, losses = clusters.cheapest_merges()
-    # One process decides: rounding may differ between machines, and all must make the same moves.
+    # The main process decides for all: rounding may differ between machines.
     moves = rows.ranks.from_main(lambda: _moves(_rounded(gains), _rounded(losses), partners.tolist()))
     if not moves:
         return clusters.means.to(centres.dtype), winners, 0
@@ -103,13 +112,13 @@ def redistribute(rows: Rows, centres: Tensor, winners: Tensor) -> tuple[Tensor, 
     new[kept] += share * (clusters.means[given] - clusters.means[kept])
     new[split], new[given] = parts.means[2 * split], parts.means[2 * split + 1]
     merged[given] = kept.to(merged.dtype)
-    places = merged.repeat_interleave(2)  # of the halves: that of their cluster, unless it is split
-    places[2 * split], places[2 * split + 1] = split.to(merged.dtype), given.to(merged.dtype)
-    return new.to(centres.dtype), places[sides.long()], len(moves)
+    of_half = merged.repeat_interleave(2)  # new cluster of each half
+    of_half[2 * split], of_half[2 * split + 1] = split.to(merged.dtype), given.to(merged.dtype)
+    return new.to(centres.dtype), of_half[sides.long()], len(moves)
 
 
 def _halve(rows: Rows, clusters: ClusterMoments, winners: Tensor) -> tuple[Tensor, Tensor]:
-    """Run 2-means in every cluster; return the halves' centres (2 K, C) float32 and the half of every row (n,)."""
+    """Run 2-means in every cluster; return the centres of the halves (2 K, C) float32 and the half of each row (n,)."""
     k = len(clusters.means)
     spread, axis = clusters.variances.max(1)
     shift = torch.zeros_like(clusters.means).scatter_(1, axis[:, None], spread.sqrt()[:, None])
@@ -122,15 +131,15 @@ def _halve(rows: Rows, clusters: ClusterMoments, winners: Tensor) -> tuple[Tenso
 
 
 def _rounded(values: Tensor) -> list[float]:
-    """Thousandths of a nat: equal clusters must not be ordered by the rounding of sums over other processes."""
+    """Round to thousandths of a nat, so that the order of equal clusters does not depend on the number of processes."""
     return [round(value, 3) for value in values.tolist()]
 
 
 def _moves(gains: list[float], losses: list[float], partners: list[int]) -> list[tuple[int, int, int]]:
-    """Pair the best splits with the cheapest merges, each cluster in one of them at most, as long as that pays.
+    """Pair the best splits with the cheapest merges, using each cluster once, while the gain exceeds the loss.
 
     Returns:
-        Clusters (split, given up, merged with): one half of the first takes the number of the second.
+        Triples of clusters (split, given up, merged with). One half of the first is numbered as the second.
     """
     merges = iter(sorted(range(len(losses)), key=losses.__getitem__))
     busy: set[int] = set()

@@ -1,4 +1,4 @@
-"""Rows of the token store in chunks fixed by the global index, shared out over the processes."""
+"""Rows of the token store in chunks fixed by the global index, divided over the processes."""
 
 import itertools
 import os
@@ -11,95 +11,98 @@ from torch import Tensor
 
 from mmfm import data
 from mmfm.infra.distributed import Ranks
-from mmfm.mixture.workspace import Workspace, release
+from mmfm.mixture.workspace import Workspace, trim_heap
 
 Read = Callable[[int, int], np.ndarray]
-"""(start, stop) -> float32 (stop - start, C)."""
+"""Function of (start, stop) that returns rows [start, stop), (stop - start, C) float32."""
 
 
 def finite_rows(read: Read, wanted: range) -> np.ndarray:
     """Read rows as float32 (b, C).
 
     Raises:
-        ValueError: a value that is not finite; the message names the row.
+        ValueError: a value is not finite.
     """
     values = np.asarray(read(wanted.start, wanted.stop), np.float32)
     finite = np.isfinite(values).all(1)
     if not finite.all():
         row = wanted.start + int(np.argmin(finite))
         raise ValueError(
-            f"row {row} of the tokens (image {row} of the listing) is not finite; look at that image and "
-            "at the encoder, then run extract again"
+            f"row {row} of the tokens (image {row} of the listing) is not finite; check that image and the encoder, "
+            "then run extract again"
         )
     return values
 
 
 class Rows:
-    """This process's chunks of N rows, float32, kept on its device as far as they fit.
+    """This process's share of N rows, float32, cached on its device as far as memory allows.
 
-    At N = 1.28 million and C = 768 all rows are 3.9 GB; over 8 processes 0.5 GB each.
+    Rows are read in *chunks*, which are fixed by the global index and do not depend on the number of processes. Several
+    consecutive chunks form a *block*, which :meth:`blocks` holds in memory as a whole. All rows of ImageNet (N = 1.28
+    million, C = 768) take 3.9 GB.
 
     Args:
-        read: (start, stop) -> float32 (stop - start, C).
-        n: number of rows N.
-        chunk_size: rows of a chunk; chunks are fixed by the global index, whatever the number of processes.
-        keep_bytes: rows kept in memory between passes, at most a quarter of what is free.
-        stretch: rows that are in memory together in :meth:`stretches`, at most: whole chunks, shared out evenly.
+        read: function of (start, stop) that returns rows [start, stop), (stop - start, C) float32.
+        n: number of rows N of all processes.
+        chunk_size: rows in a chunk.
+        keep_bytes: most memory to use for rows cached between passes; never more than a quarter of what is free.
+        block_rows: most rows in a block (but at least one chunk); blocks have about the same number of chunks.
 
     Attributes:
-        space: memory for what passes make of a chunk.
+        workspace: buffers for intermediate results of a chunk.
     """
 
     def __init__(
-        self, read: Read, n: int, chunk_size: int, ranks: Ranks, keep_bytes: float = float("inf"), stretch: int = 0
+        self, read: Read, n: int, chunk_size: int, ranks: Ranks, keep_bytes: float = float("inf"), block_rows: int = 0
     ) -> None:
         self.n, self.ranks, self.read, self.chunk_size = n, ranks, read, chunk_size
         chunks = data.ranges(0, n, chunk_size)
-        self.ranges = chunks[ranks.rank * len(chunks) // ranks.world : (ranks.rank + 1) * len(chunks) // ranks.world]
-        count = -(-len(self.ranges) // max(1, stretch // chunk_size))
-        # Rounded up: the first is the largest, and those that follow fit into its place.
-        cuts = [-(-number * len(self.ranges) // max(1, count)) for number in range(count + 1)]
-        self._stretches = [self.ranges[i:j] for i, j in itertools.pairwise(cuts)]
+        self.chunks = chunks[ranks.rank * len(chunks) // ranks.world : (ranks.rank + 1) * len(chunks) // ranks.world]
+        count = -(-len(self.chunks) // max(1, block_rows // chunk_size))
+        # Rounding up makes the first block the largest, so that all others fit into its buffer.
+        cuts = [-(-number * len(self.chunks) // max(1, count)) for number in range(count + 1)]
+        self._blocks = [self.chunks[i:j] for i, j in itertools.pairwise(cuts)]
         self._kept: dict[int, Tensor] = {}
         self._checked: set[int] = set()
-        self.space = Workspace(ranks.device)
+        self.workspace = Workspace(ranks.device)
         self._room = min(_free_memory(ranks) // 4, keep_bytes)
 
     @property
     def local(self) -> range:
         """Global indices of this process's rows."""
-        return range(self.ranges[0].start, self.ranges[-1].stop) if self.ranges else range(0)
+        return range(self.chunks[0].start, self.chunks[-1].stop) if self.chunks else range(0)
+
+    def position(self, chunk: range) -> slice:
+        """Return where the rows of a chunk lie in an array over :attr:`local`."""
+        return slice(chunk.start - self.local.start, chunk.stop - self.local.start)
 
     def __iter__(self) -> Iterator[tuple[range, Tensor]]:
-        """Yield each chunk's range of global indices and its rows (b, C) float32 on the device."""
-        self.space.drop("stretch")
-        release()  # what the last pass freed
-        for chunks in self._stretches:
-            whole = self._kept.get(chunks[0].start)
-            if whole is None and self._fits(chunks):
-                whole = self._load(chunks)
+        """Yield the global indices of each chunk and its rows (b, C) float32 on the device."""
+        self.workspace.drop("block")
+        trim_heap()  # memory freed since the last pass
+        for chunks in self._blocks:
+            block = self._kept.get(chunks[0].start)
+            if block is None and self._fits(chunks):
+                block = self._load(chunks)
             for chunk in chunks:
-                if whole is None:
+                if block is None:
                     yield chunk, torch.as_tensor(self._read(chunk), device=self.ranks.device)
                 else:
-                    yield chunk, whole[chunk.start - chunks[0].start : chunk.stop - chunks[0].start]
+                    yield chunk, block[chunk.start - chunks[0].start : chunk.stop - chunks[0].start]
 
-    def stretches(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the rows in stretches of whole chunks: where they lie in :attr:`local`, and (s, C) float32.
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield each block's position in an array over :attr:`local`, and its rows (s, C) float32 on the device.
 
-        A stretch that is not kept is overwritten by the next.
+        A block that is not cached is overwritten by the next one.
         """
-        release()
-        for chunks in self._stretches:
-            start = chunks[0].start
-            whole = self._kept.get(start)
-            yield (
-                slice(start - self.local.start, chunks[-1].stop - self.local.start),
-                self._load(chunks) if whole is None else whole,
-            )
+        trim_heap()
+        for chunks in self._blocks:
+            block = self._kept.get(chunks[0].start)
+            position = self.position(range(chunks[0].start, chunks[-1].stop))
+            yield position, self._load(chunks) if block is None else block
 
     def _read(self, chunk: range) -> np.ndarray:
-        """Read a chunk; only the first time is it searched for values that are not finite."""
+        """Read a chunk, checking the first time that its values are finite."""
         if chunk.start in self._checked:
             return np.asarray(self.read(chunk.start, chunk.stop), np.float32)
         values = finite_rows(self.read, chunk)
@@ -107,32 +110,35 @@ class Rows:
         return values
 
     def _fits(self, chunks: list[range]) -> bool:
-        """Whether a stretch would fit into what may be kept; the width is known from the first row."""
+        """Return whether there is room to cache a block; the first call reads a row to learn its size."""
         if not hasattr(self, "_row_bytes"):
             self._row_bytes = finite_rows(self.read, range(chunks[0].start, chunks[0].start + 1)).nbytes
         return (chunks[-1].stop - chunks[0].start) * self._row_bytes <= self._room
 
     def _load(self, chunks: list[range]) -> Tensor:
-        """Read a stretch, and keep it if there is room; otherwise the next will lie in its place."""
-        start, keep, result = chunks[0].start, self._fits(chunks), None
+        """Read a block, and cache it if there is room; otherwise read it into the workspace."""
+        start, keep, block = chunks[0].start, self._fits(chunks), torch.empty(0)
         for chunk in chunks:
             values = torch.from_numpy(self._read(chunk))
-            if result is None:
+            if chunk.start == start:
                 shape = (chunks[-1].stop - start, values.shape[1])
-                new = torch.empty(shape, device=self.ranks.device) if keep else None
-                result = self.space.take("stretch", values.dtype, *shape) if new is None else new
-            result[chunk.start - start : chunk.stop - start] = values
+                if keep:
+                    block = torch.empty(shape, device=self.ranks.device)
+                else:
+                    block = self.workspace.empty("block", values.dtype, *shape)
+            block[chunk.start - start : chunk.stop - start] = values
         if keep:
-            self._room -= result.nbytes
-            self._kept[start] = result
-        return result
+            self._room -= block.nbytes
+            self._kept[start] = block
+        return block
 
 
 def _free_memory(ranks: Ranks) -> int:
+    """Return this process's share of the free memory, in bytes."""
     if ranks.device.type == "cuda":
         return torch.cuda.mem_get_info(ranks.device)[0]
     meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # what the page cache holds can be had, too
+    if meminfo.exists():  # unlike free pages, MemAvailable includes the page cache
         line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
         return 1024 * int(line.split()[1]) // ranks.world
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks.world

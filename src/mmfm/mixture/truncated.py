@@ -1,13 +1,11 @@
-"""Truncated E-steps: a row meets the components near its last winner, not all of them.
+"""Truncated E-steps, which compare a row only with components near its last winner.
 
-Variational EM with truncated posteriors (Lucke and Eggert 2010, "Expectation truncation and the benefits of
-preselection in training generative models"; Forster and Lucke 2018, "Can clustering scale sublinearly with its
-clusters?"): rows are grouped by the component that won them last, and a group's candidates are the M components with
-the largest expected log-joint over that component's own distribution. Group times candidates is a small dense product,
-which a CPU does at nearly its full speed; a search for every row alone would spend its time fetching. The bound is that
-of the log-sum over the candidates, which is never above the log-likelihood.
-
-Deviations are taken from the winner's mean, so float32 is accurate for it even where its variances are tiny.
+This is variational EM with truncated posteriors (Lücke and Eggert 2010, "Expectation truncation and the benefits of
+preselection in training generative models"; Forster and Lücke 2018, "Can clustering scale sublinearly with its
+clusters?"). Rows are grouped by their last winner (:mod:`mmfm.mixture.groups`), and the candidates of a group are the M
+components chosen by :func:`neighbours`. A group times its candidates is a small dense product, which runs at nearly
+the peak speed of a CPU, whereas a separate search for every row would be limited by memory access. The lower bound
+sums over the candidates only, so it never exceeds the log-likelihood.
 """
 
 import math
@@ -18,24 +16,23 @@ from torch import Tensor
 
 from mmfm.infra.precision import exact_float32
 from mmfm.mixture.gaussian import Mixture
-from mmfm.mixture.groups import Table, grouped_pass, itself_first
+from mmfm.mixture.groups import CandidateTable, grouped_pass, topk_with_self
 from mmfm.mixture.moments import SufficientStatistics
 from mmfm.mixture.streaming import Rows
 
-_BLOCK = 1024  # components whose scores with all others are held at a time
+_BLOCK = 1024  # components compared with all others at a time
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """How far posteriors are truncated.
+    """How posteriors are truncated.
 
     Attributes:
-        candidates: components that a row meets, M; the last iteration's winner is always among them.
-        mass: posterior mass per row (among the candidates) that the M-step may leave out.
-        refresh: iterations after which all rows look for their winner among all components again. Without this a row
-            that a component has left behind stays with its old neighbourhood, and such rows make most of what the
-            truncated bound loses.
-        sample: rows on which the truncated bound is compared with the log-likelihood.
+        candidates: number of components M that a row is compared with; its last winner is always one of them.
+        mass: posterior mass per row, among the candidates, that the M-step may neglect.
+        refresh: number of iterations between searches for the winners among all components. Without these, a row whose
+            component has moved away never leaves its old neighbourhood; such rows account for most of the gap.
+        sample: number of rows used to estimate the gap between truncated bound and log-likelihood.
     """
 
     candidates: int = 16
@@ -44,69 +41,73 @@ class Truncation:
     sample: int = 4096
 
     def gap_limit(self, rows: Rows, mixture: Mixture, winners: Tensor, dtype: torch.dtype) -> float:
-        """Return what truncation hides of a mean log-likelihood (nats per row), from all rows: an exact pass.
+        """Return the gap between truncated bound and mean log-likelihood, in nats per row, from an exact pass.
 
-        A sample would not do: a few rows that lost their component make most of the gap.
+        A sample would not be enough, because a few rows account for most of the gap.
         """
         return measure_gap(rows, mixture, winners, replace(self, sample=rows.n), dtype)[0]
 
 
-def table_of(mixture: Mixture, truncation: Truncation, dtype: torch.dtype) -> Table:
-    """Return the table of a diagonal or spherical mixture."""
+def candidate_table(mixture: Mixture, truncation: Truncation, dtype: torch.dtype) -> CandidateTable:
+    """Return the candidates and parameters of a diagonal or spherical mixture."""
     v = mixture.diagonal()
     constants = mixture.weights.log() - 0.5 * (v.log().sum(1) + mixture.dimension * math.log(2 * math.pi))
     candidates = neighbours(mixture, truncation.candidates)
-    return Table(mixture.means, candidates, dtype, v.reciprocal(), constants)
+    return CandidateTable(mixture.means, candidates, dtype, v.reciprocal(), constants)
 
 
 def neighbours(mixture: Mixture, m: int) -> Tensor:
-    """Return the candidates of every component's rows, (K, min(m, K)) int64, the component itself first.
+    """Return the candidates for the rows of each component, (K, min(m, K)) int64, the component itself first.
 
-    With H(i, j) the expectation of log w_j N(x; mean_j, v_j) over x from component i: half are the components best for
-    the rows that are there, the largest H(k, j); half are those whose own rows are likeliest to be there by mistake,
-    the largest H(j, k) - H(j, j). This knows what distances of means don't: the wide components that take their
-    neighbours' outliers, and the narrow ones that must get theirs back. H is a product of moments with the table.
+    Let H(i, j) be the expectation of log w_j N(x; mean_j, v_j) over x from component i. Half of the candidates of
+    component k are those that fit its rows best, with the largest H(k, j). The other half are those whose own rows are
+    most likely to be assigned to k by mistake, with the largest H(j, k) - H(j, j). Unlike distances between means, this
+    accounts for wide components that attract their neighbours' outliers, and for narrow ones that must regain theirs.
+    H is a matrix product of the components' moments with the table of :class:`mmfm.mixture.densities.Densities`.
     """
-    own = mixture.densities(torch.float32)
-    centre, constant, table = own.centre, own.constant, own.table
+    densities = mixture.densities(torch.float32)
+    centre, constant, table = densities.centre, densities.constant, densities.table
     means, variances = (mixture.means - centre).float(), mixture.diagonal().float()
     squares = means.square() + variances
     if mixture.covariance_type == "spherical":
         squares = squares.sum(1, keepdim=True)
     moments, k = torch.cat((means, squares), 1), len(means)
-    at_home = constant + (moments * table.T).sum(1)
+    to_self = constant + (moments * table.T).sum(1)  # H(j, j)
     result = torch.empty(k, min(m, k), dtype=torch.int64, device=means.device)
     half = -(-result.shape[1] // 2)
     with exact_float32(means.device.type):
         for start in range(0, k, _BLOCK):
-            own = slice(start, start + _BLOCK)
-            best = itself_first(torch.addmm(constant, moments[own], table), start, half)
-            mistaken = torch.addmm(constant[own, None] - at_home, table[:, own].T, moments.T)
-            rest = mistaken.scatter_(1, best, -math.inf).topk(result.shape[1] - half, dim=1).indices
-            result[own] = torch.cat((best, rest), 1)
+            block = slice(start, start + _BLOCK)
+            best = topk_with_self(torch.addmm(constant, moments[block], table), start, half)
+            confusion = torch.addmm(constant[block, None] - to_self, table[:, block].T, moments.T)
+            rest = confusion.scatter_(1, best, -math.inf).topk(result.shape[1] - half, dim=1).indices
+            result[block] = torch.cat((best, rest), 1)
     return result
 
 
 def nearest_centres(centres: Tensor, m: int) -> Tensor:
-    """Return the m nearest centres of every centre (K, C), (K, min(m, K)) int64, itself first."""
+    """Return the m nearest centres to each centre (K, C), as (K, min(m, K)) int64 with the centre itself first."""
     k, half = len(centres), centres.square().sum(1) / 2
     result = torch.empty(k, min(m, k), dtype=torch.int64, device=centres.device)
     with exact_float32(centres.device.type):
         for start in range(0, k, _BLOCK):
             scores = torch.addmm(-half, centres[start : start + _BLOCK], centres.T)
-            result[start : start + _BLOCK] = itself_first(scores, start, result.shape[1])
+            result[start : start + _BLOCK] = topk_with_self(scores, start, result.shape[1])
     return result
 
 
 def truncated_e_step(
     rows: Rows, mixture: Mixture, winners: Tensor, dtype: torch.dtype, truncation: Truncation
 ) -> tuple[SufficientStatistics, Tensor]:
-    """Return the statistics of all rows under truncated posteriors, summed over the processes, and the new winners.
+    """Return the sufficient statistics of all rows under truncated posteriors. A collective call.
 
     Args:
-        winners: (n,) int32, likeliest component of this process's rows in the last iteration.
+        winners: (n,) int32, last winner of each of this process's rows.
+
+    Returns:
+        The statistics, and the new winners (n,) int32.
     """
-    table = table_of(mixture, truncation, dtype)
+    table = candidate_table(mixture, truncation, dtype)
     statistics = SufficientStatistics(table.means.double(), mixture.covariance_type)
     winners = winners.clone()
     statistics.log_likelihood += grouped_pass(rows, table, winners, statistics, truncation.mass)
@@ -114,19 +115,22 @@ def truncated_e_step(
 
 
 def exact_winners(rows: Rows, mixture: Mixture, dtype: torch.dtype) -> Tensor:
-    """Return the likeliest component of this process's rows (n,) int32, of all components."""
+    """Return the likeliest of all components for each of this process's rows, (n,) int32."""
     winners = torch.empty(len(rows.local), dtype=torch.int32, device=mixture.device)
     for chunk, x in rows:
-        winners[chunk.start - rows.local.start :][: len(x)] = mixture.log_joint(x, dtype, rows.space).argmax(1)
+        winners[rows.position(chunk)] = mixture.log_joint(x, dtype, rows.workspace).argmax(1)
     return winners
 
 
 def measure_gap(
     rows: Rows, mixture: Mixture, winners: Tensor, truncation: Truncation, dtype: torch.dtype
 ) -> tuple[float, float, int]:
-    """Return how far the truncated bound is below the mean log-likelihood: nats per row, their standard error, rows.
+    """Measure how far the truncated bound is below the mean log-likelihood. A collective call.
 
-    Measured on rows spread evenly over the chunks, the same for any number of processes.
+    The sampled rows are spread evenly over the chunks and do not depend on the number of processes.
+
+    Returns:
+        The gap and its standard error, in nats per row, and the number of rows sampled.
     """
     candidates = neighbours(mixture, truncation.candidates)
     per_chunk = -(-truncation.sample * rows.chunk_size // rows.n)
@@ -134,7 +138,7 @@ def measure_gap(
     for chunk, x in rows:
         some = torch.arange(0, len(x), max(1, len(x) // per_chunk), device=x.device)
         joint = mixture.log_joint(x[some], dtype)
-        last = winners[some + (chunk.start - rows.local.start)].long()
+        last = winners[rows.position(chunk)][some].long()
         gap = (joint.logsumexp(1) - joint.gather(1, candidates[last]).logsumexp(1)).double()
         sums += torch.stack((gap.new_tensor(len(gap)), gap.sum(), gap.square().sum()))
     n, total, squares = rows.ranks.sum(sums).tolist()

@@ -1,9 +1,9 @@
-"""How well the components separate the tokens: three indices that ask for no class labels.
+"""Internal cluster validity indices: how well a hard assignment separates the tokens, without class labels.
 
-All of them compare images by the distances of their tokens under hard assignment, and mean distances follow from
-moments: for a cluster with mean m and mean squared distance T from it, the mean squared distance of a point x to the
-cluster's points is |x - m|^2 + T. So two passes over the tokens give exact numbers at any N and K in the memory of the
-means, where scikit-learn's functions hold all tokens and compare all pairs.
+The indices are based on mean distances, which follow from moments: if a cluster has mean m and mean squared distance T
+from m, the mean squared distance of a point x from the points of the cluster is |x - m|^2 + T. Two passes over the
+tokens therefore give exact results in the memory of the means, for any N and K. The functions of scikit-learn hold all
+tokens in memory and compare all pairs.
 """
 
 from collections.abc import Iterable
@@ -17,19 +17,19 @@ from mmfm.infra.distributed import Ranks
 from mmfm.mixture.moments import add_rows
 
 SILHOUETTE_IMAGES = 20_000
-"""Images whose silhouette is taken; each is compared with the images of all components."""
+"""Number of images whose silhouette is computed; each is compared with the images of all components."""
 
-_PIECE = 1 << 22  # numbers of tokens in float64 at a time
-_ROWS = 512  # rows of a product with all K means at a time
+_PIECE = 1 << 22  # elements of a float64 copy of tokens
+_ROWS = 512  # rows multiplied with all K means at a time
 
 
 class Clusters:
-    """Means and spreads of the components' own images.
+    """Moments of the images assigned to each component.
 
     Attributes:
-        counts: (K,) int64.
-        means: (K, C) float64; of a component without images whatever was given for reference.
-        spreads: (K,) float64, mean squared distance of the images from the mean.
+        counts: (K,) int64, number of images.
+        means: (K, C) float64; the reference point if a component has no images.
+        spreads: (K,) float64, mean squared distance of the images from their mean.
     """
 
     def __init__(self, counts: Tensor, means: Tensor, spreads: Tensor) -> None:
@@ -39,12 +39,12 @@ class Clusters:
     def collect(
         cls, rows: Iterable[tuple[range, Tensor]], labels: np.ndarray, references: Tensor, ranks: Ranks
     ) -> "Clusters":
-        """Sum over all tokens; a collective call.
+        """Compute the moments in a pass over all tokens. A collective call.
 
         Args:
-            rows: this process's chunks: global indices and tokens (b, C) float32.
-            labels: (N,) component of every image.
-            references: (K, C) float64, points near the means, from which deviations are taken so that nothing cancels.
+            rows: this process's chunks, each as global indices and tokens (b, C) float32.
+            labels: (N,), component of every image.
+            references: (K, C) float64, points near the means; deviations are taken from them so that nothing cancels.
         """
         k = len(references)
         counts = torch.as_tensor(np.bincount(labels, minlength=k), device=references.device)
@@ -61,24 +61,31 @@ class Clusters:
 
     @property
     def active(self) -> Tensor:
-        """Numbers (A,) of the components with images."""
+        """Indices (A,) of the components that have images."""
         return self.counts.nonzero().squeeze(1)
 
 
 def indices(
     rows: Iterable[tuple[range, Tensor]], labels: np.ndarray, references: Tensor, seed: int, ranks: Ranks
 ) -> dict[str, float | int | None]:
-    """Return the three indices of a hard assignment; a collective call. Arguments as in :meth:`Clusters.collect`.
+    """Return three validity indices of a hard assignment. A collective call.
 
-    * ``silhouette`` (Rousseeuw 1987): mean of (b - a) / max(a, b), a and b an image's mean *squared* Euclidean distance
-      to its own and to the nearest other component's images. A component's only image counts 0. It is exact for the
-      images it is taken of, a seeded sample of :data:`SILHOUETTE_IMAGES`. (scikit-learn's subsampling would leave most
-      of 8192 components with one image or none.)
-    * ``calinski_harabasz`` (1974): variance between over variance within the components, by degrees of freedom.
-    * ``davies_bouldin`` (1979): mean over the components of the worst (s_i + s_j) / |m_i - m_j|, s the mean distance to
-      the component's mean; small is good.
+    * ``silhouette`` (Rousseeuw 1987): the mean of (b - a) / max(a, b), where a is the mean *squared* Euclidean distance
+      from an image to the others of its component, and b that to the images of the nearest other component. The
+      silhouette of a component's only image is 0. The mean is over a random sample of :data:`SILHOUETTE_IMAGES` images,
+      each compared with all images. (scikit-learn compares the sampled images with one another only, which would leave
+      most of 8192 components with one image or none.)
+    * ``calinski_harabasz`` (Caliński and Harabasz 1974): the ratio of variance between components to variance within
+      components, each divided by its degrees of freedom. Higher is better.
+    * ``davies_bouldin`` (Davies and Bouldin 1979): the mean over components of the largest (s_i + s_j) / |m_i - m_j|,
+      where s is the mean distance of images from their mean m. Lower is better.
 
-    All are None with fewer than two components with images, where they have no meaning.
+    All are None, as they are undefined, unless at least two components, and fewer than N, have images.
+
+    Args:
+        rows: see :meth:`Clusters.collect`; iterated twice.
+        labels: (N,), component of every image.
+        references: (K, C) float64, points near the means.
     """
     n = len(labels)
     clusters = Clusters.collect(rows, labels, references, ranks)
@@ -105,7 +112,7 @@ def indices(
 
 
 def _by_component(rows: Iterable[tuple[range, Tensor]], labels: np.ndarray) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-    """Yield pieces of chunks sorted by component: component (p,), image (p,) and a copy of its token (p, C) float64."""
+    """Yield parts of chunks, sorted by component: components (p,), images (p,) and copied tokens (p, C) float64."""
     for chunk, x in rows:
         own = torch.as_tensor(labels[chunk.start : chunk.stop], device=x.device).long()
         component, order = own.sort(stable=True)
@@ -147,7 +154,7 @@ def _davies_bouldin(means: Tensor, distances: Tensor) -> float:
     for start in range(0, len(means), _ROWS):
         part = slice(start, start + _ROWS)
         squares = torch.addmm(norms, centred[part], centred.T, alpha=-2).add_(norms[part, None])
-        # A component is not compared with itself, nor, as in scikit-learn, with one that has the same mean.
+        # A component is not compared with itself or, as in scikit-learn, with one that has the same mean.
         squares[squares <= 1e-12 * norms[part, None]] = torch.inf
         squares[torch.arange(len(squares)), torch.arange(start, start + len(squares))] = torch.inf
         worst.append(((distances[part, None] + distances) / squares.sqrt_()).amax(1))

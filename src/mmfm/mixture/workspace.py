@@ -1,4 +1,4 @@
-"""Memory that the chunks of a pass share: fresh pages for every chunk would take as long as its products."""
+"""Buffers that are reused from chunk to chunk: allocating new memory for each would take as long as the arithmetic."""
 
 import ctypes
 import math
@@ -8,42 +8,42 @@ from torch import Tensor
 
 
 class Workspace:
-    """Named buffers on a device that grow to what was asked of them.
+    """Named buffers on a device, each of which grows to the largest size requested.
 
     Args:
-        device: where they are.
+        device: where the buffers are allocated.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def take(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Return an uninitialised tensor; what was taken before by this name must no longer be needed."""
+    def empty(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Return an uninitialised tensor. It shares its memory with earlier ones of the same name and dtype."""
         size, key = math.prod(shape), (name, dtype)
         if key not in self._flat or self._flat[key].numel() < size:
-            self._flat.pop(key, None)  # before the larger one is there
+            self._flat.pop(key, None)  # free the old buffer before allocating the new one
             self._flat[key] = torch.empty(size, dtype=dtype, device=self.device)
         return self._flat[key][:size].view(shape)
 
+    def gather_rows(self, name: str, x: Tensor, index: Tensor) -> Tensor:
+        """Return x[index] for x (n, C) and an index of any shape; several times faster than advanced indexing."""
+        result = self.empty(name, x.dtype, *index.shape, x.shape[1])
+        torch.index_select(x, 0, index.flatten(), out=result.view(-1, x.shape[1]))
+        return result
+
     def drop(self, name: str) -> None:
-        """Forget the buffers of a name."""
+        """Free the buffers of one name."""
         for key in [key for key in self._flat if key[0] == name]:
             del self._flat[key]
 
     def clear(self) -> None:
-        """Forget all buffers."""
+        """Free all buffers."""
         self._flat.clear()
 
-    def rows(self, name: str, rows: Tensor, index: Tensor) -> Tensor:
-        """Return rows[index] for rows (n, C) and any index; as a flat selection it is several times faster."""
-        result = self.take(name, rows.dtype, *index.shape, rows.shape[1])
-        torch.index_select(rows, 0, index.flatten(), out=result.view(-1, rows.shape[1]))
-        return result
 
-
-def release() -> None:
-    """Give memory that was freed back to the system; the C library would keep most of it for a smaller use later."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; of this process, so nothing is searched for
+def trim_heap() -> None:
+    """Return freed memory to the operating system; glibc would keep most of it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # missing from other C libraries
     if trim is not None:
         trim(0)

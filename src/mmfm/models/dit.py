@@ -1,8 +1,8 @@
 """DiTDH: a diffusion transformer with a decoupled wide head (Zheng et al. 2025, "Diffusion Transformers with
 Representation Autoencoders"; Wang et al. 2025, "DDT: Decoupled Diffusion Transformer").
 
-Deep, narrow encoder blocks turn the noisy latent into a condition for every token; few, wide head blocks predict the
-velocity from the same latent under that condition.
+Many narrow encoder blocks turn the noisy latent into one condition per token. A few wide head blocks predict the
+velocity from the same latent and that condition.
 """
 
 from collections.abc import Iterable
@@ -36,13 +36,13 @@ class DiTConfig:
 
     Attributes:
         input_size: height and width of the latent.
-        patch_size: side of a patch of the latent; 1 makes every position a token.
+        patch_size: side of a patch in latent positions; 1 makes every position a token.
         in_channels: channels of the latent.
-        hidden_size, depth, num_heads: widths, numbers of blocks and attention heads.
-        num_classes: labels that the model is conditioned on; 0 means unconditional, without any label term.
-        label_dropout: probability with which the training loop replaces a label by the null label; above 0 the label
-            table has one more row.
-        mlp_ratio: inner over outer width of the equivalent plain MLP.
+        hidden_size, depth, num_heads: width, number of blocks, number of attention heads.
+        num_classes: number of labels; 0 for an unconditional model.
+        label_dropout: probability with which the training loop replaces a label with the null label; if positive, the
+            label table has one extra row.
+        mlp_ratio: ratio of inner to outer width of the equivalent plain MLP.
     """
 
     input_size: int
@@ -59,7 +59,7 @@ class DiTConfig:
         for name in ("hidden_size", "depth", "num_heads"):
             pair = tuple(getattr(self, name))
             if len(pair) != 2 or min(pair) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: give two positive integers, (encoder, head)")
+                raise ValueError(f"{name} = {getattr(self, name)} must be two positive integers, (encoder, head)")
             object.__setattr__(self, name, pair)
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
@@ -67,28 +67,24 @@ class DiTConfig:
             if width % heads:
                 raise ValueError(f"hidden_size {width} is not a multiple of num_heads {heads}")
         if self.num_classes < 0:
-            raise ValueError(f"num_classes = {self.num_classes}: give 0 (unconditional) or a positive number")
+            raise ValueError(f"num_classes = {self.num_classes} must be 0 (unconditional) or positive")
         if not 0 <= self.label_dropout < 1:
-            raise ValueError(f"label_dropout = {self.label_dropout}: give a probability in [0, 1)")
+            raise ValueError(f"label_dropout = {self.label_dropout} must be a probability in [0, 1)")
 
 
 class DiT(nn.Module):
     """Velocity network v(x, t, y).
 
-    The module holds no randomness: label dropout is the caller's, who writes `null_label` into y.
+    The forward pass is deterministic: for label dropout, the caller writes `null_label` into y.
 
     Args:
         config: sizes.
-        checkpoint_activations: recompute each block in the backward pass instead of keeping its activations.
-        generator: source of the initial weights (CPU); None means the global one.
+        checkpoint_activations: recompute each block in the backward pass instead of storing its activations.
+        generator: CPU generator for the initial weights; None uses the global one.
     """
 
     def __init__(
-        self,
-        config: DiTConfig,
-        *,
-        checkpoint_activations: bool = False,
-        generator: torch.Generator | None = None,
+        self, config: DiTConfig, *, checkpoint_activations: bool = False, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
         self.config = config
@@ -115,23 +111,24 @@ class DiT(nn.Module):
 
     @property
     def null_label(self) -> int | None:
-        """Label that stands for "no label"; None where the model has none (unconditional, or no label dropout)."""
+        """The label that means "no label"; None for models that are unconditional or have no label dropout."""
         config = self.config
         return config.num_classes if config.num_classes and config.label_dropout > 0 else None
 
     @torch.no_grad()
     def initialize_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw the initial weights: Xavier-uniform maps, N(0, 0.02^2) embeddings, zero modulations and output.
-
-        Source: Peebles and Xie 2023, adaLN-Zero; Fourier frequencies are N(0, 1).
+        """Initialize linear layers Xavier-uniform, embeddings N(0, 0.02^2), Fourier frequencies N(0, 1), and modulation
+        and output layers to zero (adaLN-Zero, Peebles and Xie 2023).
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1), generator=generator)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.normal_(self.t_embedder.W, generator=generator)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02, generator=generator)
+        for layer in self.t_embedder.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02, generator=generator)
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02, generator=generator)
         for block in (*self.blocks, self.final_layer):
@@ -141,18 +138,18 @@ class DiT(nn.Module):
         self.pos_embed.copy_(sincos_position_table(self.pos_embed.shape[-1], grid))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Velocity of the flow at x.
+        """Predict the velocity of the flow at x.
 
         Args:
             x: latents (B, C, H, W).
             t: times (B,) in [0, 1]; 0 is data, 1 is source.
-            y: labels (B,) int64, of which `null_label` means none; None for an unconditional model.
+            y: labels (B,) int64, `null_label` for no label; None for an unconditional model.
 
         Returns:
             velocities (B, C, H, W).
 
         Raises:
-            ValueError: labels for an unconditional model, or none for a conditional one.
+            ValueError: labels were given to an unconditional model, or none to a conditional one.
         """
         self._check_labels(y)
         time = self.t_embedder(t).unsqueeze(1)
@@ -161,7 +158,7 @@ class DiT(nn.Module):
 
         patches = patchify(x, self.config.patch_size)
         tokens = self.s_embedder(patches) + self.pos_embed
-        # Every block's modulation begins with a SiLU of the same condition: taken once, on top of the condition's own.
+        # The modulation of every block starts with a SiLU of this condition; the outer SiLU computes it once for all.
         condition = F.silu(F.silu(time + label))
         tokens = self._run(blocks[:num_encoder_blocks], tokens, condition, self.enc_feat_rope)
         condition = F.silu(self.s_projector(F.silu(time + tokens)))
@@ -170,12 +167,10 @@ class DiT(nn.Module):
 
     def _check_labels(self, y: Tensor | None) -> None:
         if self.y_embedder is None and y is not None:
-            raise ValueError("labels were given to an unconditional model (num_classes = 0); pass y=None")
+            raise ValueError("an unconditional model (num_classes = 0) takes no labels; pass y=None")
         if self.y_embedder is not None and y is None:
-            raise ValueError(
-                f"a model with {self.config.num_classes} labels was called without any; pass y (B,)"
-                + ("" if self.null_label is None else f", filled with null_label = {self.null_label} for no label")
-            )
+            hint = "" if self.null_label is None else f", filled with null_label = {self.null_label} for no label"
+            raise ValueError(f"a model with {self.config.num_classes} labels needs y (B,); pass labels{hint}")
 
     def _run(self, blocks: Iterable[nn.Module], tokens: Tensor, condition: Tensor, rope: Rope2d) -> Tensor:
         for block in blocks:

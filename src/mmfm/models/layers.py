@@ -1,7 +1,7 @@
-"""Layers of the diffusion transformer: patch and time embeddings, rotary attention, SwiGLU, adaptive layer norm.
+"""Layers of the diffusion transformer: patch and time embeddings, rotary attention, SwiGLU, adaptive RMS norm.
 
-Shapes: B images, N tokens, D width, h heads of d = D / h channels. Conditions have shape (B, 1, D) when all tokens of
-an image share one and (B, N, D) when each token has its own; both broadcast through the same code.
+Shapes: B images, N tokens, width D, h heads of d = D / h channels. A condition is (B, 1, D) if all tokens of an image
+share it and (B, N, D) if each token has its own; the same code broadcasts both.
 """
 
 import math
@@ -14,27 +14,28 @@ from torch import Tensor, nn
 NORM_EPS = 1e-6
 
 
-class ModulatedNorm(nn.RMSNorm):
-    """Root-mean-square norm over the last axis in float32, then adaptive scale and shift.
+class ModulatedNorm(nn.Module):
+    """RMS norm over the last axis in float32, followed by an adaptive scale and shift.
 
     Sources: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization"; Peebles and Xie 2023, adaLN.
     """
 
     def __init__(self, width: int) -> None:
-        super().__init__(width, eps=NORM_EPS)
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """norm(x) * weight * (1 + scale) + shift for x (B, N, D) and shift, scale (B, 1 or N, D); float32."""
-        # The norm's own weight goes into the scale, which most blocks have once an image and not once a token.
+        """Return norm(x) * weight * (1 + scale) + shift, float32, for x (B, N, D) and shift, scale (B, 1 or N, D)."""
+        # Folding the weight into the scale is cheap: in most blocks the scale is per image, not per token.
         factor = torch.addcmul(self.weight, self.weight, scale.float()).float()
-        return torch.addcmul(shift.float(), F.rms_norm(x.float(), self.normalized_shape, eps=self.eps), factor)
+        return torch.addcmul(shift.float(), F.rms_norm(x.float(), self.weight.shape, eps=NORM_EPS), factor)
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches (B, C, H, W) -> tokens (B, N, D), row by row (Dosovitskiy et al. 2021).
+    """Linear embedding of non-overlapping patches as tokens (Dosovitskiy et al. 2021).
 
-    The parameters are those of timm's module. As a matrix product it leaves the tokens in the layout that all later
-    layers read; a convolution's output would drag its transposed layout through the whole network.
+    The parameters are those of timm's PatchEmbed, a convolution, but its output would carry a transposed layout through
+    the whole network. A matrix product leaves the tokens contiguous.
     """
 
     def __init__(self, patch_size: int, in_channels: int, width: int) -> None:
@@ -42,21 +43,20 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Embed patches (B, N, C * p * p), made by :func:`patchify`, as (B, N, D)."""
+        """Embed patches (B, N, C * p * p) from :func:`patchify` as (B, N, D)."""
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
-    """(B, C, H, W) -> (B, N, C * p * p), contiguous: the patches row by row, channels first within a patch."""
+    """Cut (B, C, H, W) into patches (B, N, C * p * p), contiguous, in row-major order, channels first in each patch."""
     patches = x.unflatten(-1, (-1, patch_size)).unflatten(-3, (-1, patch_size))
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2).contiguous()
 
 
 class FourierTimeEmbed(nn.Module):
-    """Gaussian Fourier features of the time followed by a two-layer MLP: (B,) -> (B, D).
+    """Gaussian Fourier features of the time, with frozen random frequencies `W`, and a two-layer MLP: (B,) -> (B, D).
 
-    Source: Tancik et al. 2020, "Fourier Features Let Networks Learn High Frequency Functions"; the random frequencies
-    `W` are frozen.
+    Source: Tancik et al. 2020, "Fourier Features Let Networks Learn High Frequency Functions".
     """
 
     def __init__(self, width: int, num_frequencies: int = 256) -> None:
@@ -65,10 +65,10 @@ class FourierTimeEmbed(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        """Embed times t (B,) in [0, 1]; the phases are float32 whatever the precision around."""
+        """Embed times t (B,) in [0, 1]; the phases are always computed in float32."""
         phase = t.float()[:, None] * self.W.float() * (2 * math.pi)
         features = torch.cat([phase.sin(), phase.cos()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(self.W.dtype))
 
 
 class LabelEmbed(nn.Module):
@@ -84,17 +84,21 @@ class LabelEmbed(nn.Module):
 
 
 class Rope2d(nn.Module):
-    """Rotary position tables for a square grid: the first half of a head's channels turns with the row, the second with
-    the column; neighbouring channels (2i, 2i + 1) are a rotated pair.
+    """Rotary position embedding for a square grid.
 
-    Sources: Su et al. 2021, "RoFormer"; the two-dimensional layout of EVA-02 (Fang et al. 2023).
+    The first half of a head's channels encodes the row, the second half the column; channels (2i, 2i + 1) form a pair.
+
+    Sources: Su et al. 2021, "RoFormer"; two-dimensional layout of EVA-02 (Fang et al. 2023).
     """
+
+    freqs_cos: Tensor
+    freqs_sin: Tensor
 
     def __init__(self, grid: int, head_dim: int, theta: float = 10000.0) -> None:
         super().__init__()
         if head_dim % 4:
             raise ValueError(
-                f"head width {head_dim} is not a multiple of 4, which two-dimensional rotary positions need; "
+                f"head width {head_dim} is not a multiple of 4, as two-dimensional rotary positions require; "
                 "change hidden_size or num_heads"
             )
         axis_dim = head_dim // 2
@@ -107,9 +111,9 @@ class Rope2d(nn.Module):
         self.register_buffer("freqs_sin", table.sin())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rotate (B, N, ..., d) in float32; returned in the input's dtype."""
-        # Both channels of a pair hold the same angle. One complex product is one pass over the data; the compiler
-        # fuses real ones and can't generate complex ones.
+        """Rotate x (B, N, ..., d) in float32; the result has the dtype of x."""
+        # Both channels of a pair have the same angle. In eager mode, a complex product takes one pass over the data.
+        # The compiler can't generate complex code, but fuses the real form.
         shape = (x.shape[1], *(1,) * (x.ndim - 3), -1)
         cos, sin = self.freqs_cos[:, ::2].float().view(shape), self.freqs_sin[:, ::2].float().view(shape)
         if torch.compiler.is_compiling():
@@ -132,8 +136,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rope: Rope2d) -> Tensor:
-        """Attend within tokens (B, N, D)."""
-        # Queries and keys are rotated together, where they lie; heads come to the front as views.
+        """Apply self-attention to tokens (B, N, D)."""
+        # Queries and keys are rotated together, in the layout of the projection; the transposes are views.
         qk, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).split((2, 1), dim=2)
         q, k = rope(qk).unbind(2)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v.squeeze(2)))
@@ -141,9 +145,10 @@ class Attention(nn.Module):
 
 
 class _GatedSilu(torch.autograd.Function):
-    """silu(a) * b of (a, b) = halves of the last axis, whose gradient is written as one tensor.
+    """silu(a) * b, where a and b are the halves of the last axis.
 
-    Autograd would make the two halves' gradients apart, join them by a copy, and keep silu(a) besides.
+    Autograd would compute the gradients of the halves separately, concatenate them with a copy, and also keep silu(a).
+    Here both are written into one tensor.
     """
 
     @staticmethod
@@ -165,7 +170,7 @@ class _GatedSilu(torch.autograd.Function):
 
 
 def gated_silu(both: Tensor) -> Tensor:
-    """silu(a) * b for (..., 2 n) = (a, b): (..., n)."""
+    """Return silu(a) * b, (..., n), for the halves a, b of the last axis of (..., 2 n)."""
     if torch.compiler.is_compiling():
         gate, value = both.chunk(2, dim=-1)
         return F.silu(gate) * value
@@ -186,17 +191,19 @@ class SwiGLU(nn.Module):
 
 
 def add_gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """x + gate * update, for x, update (B, N, D) and gate (B, 1 or N, D)."""
+    """Return x + gate * update for x, update (B, N, D) and gate (B, 1 or N, D)."""
     if x.dtype == gate.dtype == update.dtype:
         return torch.addcmul(x, gate, update)
-    return x + gate * update  # autocast would copy all three to the widest dtype
+    return x + gate * update  # under autocast, addcmul would copy all three to the widest dtype
 
 
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero modulation by a shared or per-token condition.
 
+    The inner width of the SwiGLU is int(2/3 * mlp_ratio * width), which matches the parameters of a plain MLP.
+
     Sources: Peebles and Xie 2023, "Scalable Diffusion Models with Transformers"; Wang et al. 2025, "DDT" (per-token
-    condition of the head blocks). The inner width of the SwiGLU is int(2/3 * mlp_ratio * width).
+    conditions in the head blocks).
     """
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
@@ -208,14 +215,14 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, condition: Tensor, rope: Rope2d) -> Tensor:
-        """Transform tokens (B, N, D) under a condition (B, 1 or N, D) that went through SiLU already."""
+        """Transform tokens (B, N, D) under a condition (B, 1 or N, D) to which SiLU has already been applied."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation[-1](condition).chunk(6, dim=-1)
         x = add_gated(x, gate_a, self.attn(self.norm1(x, shift_a, scale_a), rope))
         return add_gated(x, gate_m, self.mlp(self.norm2(x, shift_m, scale_m)))
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and the linear map from tokens to patches: (B, N, D) -> (B, N, p * p * C)."""
+    """Modulated norm and linear map from tokens to patches: (B, N, D) -> (B, N, p * p * C)."""
 
     def __init__(self, width: int, out_features: int) -> None:
         super().__init__()
@@ -224,22 +231,22 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Map tokens (B, N, D) under a condition (B, N, D) that went through SiLU already."""
+        """Map tokens (B, N, D) under a condition (B, N, D) to which SiLU has already been applied."""
         shift, scale = self.adaLN_modulation[-1](condition).chunk(2, dim=-1)
         return self.linear(self.norm_final(x, shift, scale))
 
 
 def sincos_position_table(width: int, grid: int) -> Tensor:
-    """Fixed sine-cosine positions of a square grid, (grid * grid, width) float32, token order row by row.
+    """Return fixed sine-cosine positions of a square grid, (grid * grid, width) float32, in row-major order.
 
-    The first half of the channels encodes the column and the second half the row, each as [sines, cosines] (the layout
-    of MAE, He et al. 2022, that published weights have).
+    The first half of the channels encodes the column, the second half the row, each as [sines, cosines]. This is the
+    layout of MAE (He et al. 2022) and of the published weights.
 
     Raises:
         ValueError: `width` is not a multiple of 4.
     """
     if width % 4:
-        raise ValueError(f"width {width} is not a multiple of 4, which sine-cosine positions need; change hidden_size")
+        raise ValueError(f"width {width} is not a multiple of 4, as sine-cosine positions require; change hidden_size")
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     angles = torch.outer(torch.arange(grid, dtype=torch.float64), frequencies)
     axis = torch.cat([angles.sin(), angles.cos()], dim=-1)

@@ -1,7 +1,9 @@
-"""``fid``: Frechet distance of generated images from the reference, with all that is needed to read it.
+"""``fid``: measure the Frechet distance of generated images from the reference.
 
-Reads ``images.npz`` and ``samples.json``, the detector and the reference. Writes the result for people (``.txt``) and
-for machines (``.json``). The images are memory-mapped; there is nothing to resume: a kill leaves no output.
+Reads: ``images.npz`` (memory-mapped), ``samples.json``, the detector and the reference.
+Writes: the result as text (``.txt``) and as JSON (``.json``), with all that is needed to interpret it.
+Unit of work: none; there is nothing to resume.
+After a kill: no output.
 """
 
 from pathlib import Path
@@ -19,50 +21,45 @@ from mmfm.infra.distributed import Ranks
 from mmfm.stages import provenance
 
 PUBLISHED_IMAGES = 50_000
-"""Images that published FIDs are computed from."""
+"""Number of generated images in published FIDs."""
 
 
 def fid(
     config: StageConfig, detector: Detector, images: Path, samples: Path, reference: Path, out_txt: Path,
     out_json: Path, ranks: Ranks,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure generated images, write the result, and return it on every process; see :func:`measure`."""
+    """Measure generated images, write the result and return it on every process; see :func:`measure`."""
     result = measure(images, samples, reference, detector, config.fid.batch_size, ranks)
     ranks.from_main(lambda: write_result(result, out_txt, out_json))
     return result
 
 
 def measure(
-    images_path: str | Path,
-    samples_path: str | Path,
-    reference_path: str | Path,
-    detector: Detector,
-    batch_size: int,
-    ranks: Ranks,
+    images_path: Path, samples_path: Path, reference_path: Path, detector: Detector, batch_size: int, ranks: Ranks
 ) -> dict[str, Any]:
-    """Return the distance and its circumstances as JSON values, the same on every process.
+    """Return the distance and how it was measured as JSON values, the same on every process.
 
     Args:
-        images_path: ``images.npz`` of sample, (n, S, S, 3) uint8; it is memory-mapped, so its size does not matter.
-        samples_path: ``samples.json`` beside it.
-        reference_path: from fid_reference.
-        batch_size: images per detector call.
+        images_path: ``images.npz`` from sample, (n, S, S, 3) uint8.
+        samples_path: ``samples.json`` from sample, which describes these images.
+        reference_path: reference from fid_reference.
+        batch_size: images per call of the detector.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: files that do not belong together: a reference of another detector or image size, or a description
-            of other images; also fewer than two images.
+        ValueError: the reference was made with another detector or image size, ``samples.json`` describes other images,
+            or there are fewer than two images.
     """
     images, samples = npz.map_array(images_path), store.read_json(samples_path)
     _check(images, images_path, samples, samples_path)
-    pictures = f"the images in '{images_path}'"
-    reference = provenance.reference_for(Path(reference_path), detector, images.shape[1], pictures)
+    noun = f"the images in '{images_path}'"
+    reference = provenance.reference_for(reference_path, detector, images.shape[1], noun)
     digest = ranks.from_main(lambda: store.array_digest(images))
     if samples.get("images_digest") != digest:
         raise ValueError(f"'{samples_path}' does not describe the images in '{images_path}'; run sample again")
     features = sampled_features(images_path, digest, detector)
     moments = image_moments(images, detector, batch_size, ranks, features)
-    values = ranks.from_main(lambda: {name: kind.load()(moments, reference) for name, kind in METRICS.items()})
+    values = ranks.from_main(lambda: {name: metric.load()(moments, reference) for name, metric in METRICS.items()})
     n, distance = len(images), values.pop("frechet")
     return {
         "stage": "fid",
@@ -70,8 +67,8 @@ def measure(
         "measure": _measure_name(detector, n),
         "frechet_distance": distance,
         **({"metrics": values} if values else {}),
-        "published_protocol": _is_published_protocol(detector, reference, n),
-        "warnings": _warnings(detector, reference, n),
+        "published_protocol": detector.standard and reference.about["n_images"] is None and n == PUBLISHED_IMAGES,
+        "warnings": _warnings(detector, reference, n, samples),
         "n_images": n,
         "floor": reference.about["floor"],
         "floor_n_images": reference.about["floor_n_images"],
@@ -82,57 +79,61 @@ def measure(
     }
 
 
-def _check(images: np.ndarray, images_path: str | Path, samples: Any, samples_path: str | Path) -> None:
+def _check(images: np.ndarray, images_path: Path, samples: Any, samples_path: Path) -> None:
     if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3 or images.dtype != np.uint8:
-        raise ValueError(f"'{images_path}' holds {images.shape} {images.dtype}; images are (n, S, S, 3) uint8")
+        raise ValueError(f"'{images_path}' holds {images.dtype} {images.shape}, but images are uint8 (n, S, S, 3)")
     if len(images) < 2:
-        raise ValueError(f"'{images_path}' holds {len(images)} image; a covariance takes at least 2: raise n_images")
+        raise ValueError(
+            f"'{images_path}' holds {len(images)} image, a covariance needs at least 2: raise sample.n_images"
+        )
     if not isinstance(samples, dict) or "images_digest" not in samples:
-        raise ValueError(f"'{samples_path}' is no description of samples; give the samples.json that sample wrote")
+        raise ValueError(f"'{samples_path}' does not describe images; give the samples.json that sample wrote")
 
 
 def _measure_name(detector: Detector, n: int) -> str:
+    if detector.encoder_digest is not None:
+        return "Frechet distance of encoder tokens (not an FID)"
     if not detector.standard:
         return "Frechet distance (not an FID)"
     return "FID-50K" if n == PUBLISHED_IMAGES else f"FID with {n:,} images"
 
 
-def _is_published_protocol(detector: Detector, reference: Reference, n: int) -> bool:
-    """Whether detector, kind of reference and number of images are those of published FIDs."""
-    return detector.standard and reference.about["n_images"] is None and n == PUBLISHED_IMAGES
-
-
-def _warnings(detector: Detector, reference: Reference, n: int) -> list[str]:
+def _warnings(detector: Detector, reference: Reference, n: int, samples: dict[str, Any]) -> list[str]:
     lines = []
+    if detector.encoder_digest is not None and detector.encoder_digest == samples.get("inputs", {}).get("encoder"):
+        lines.append(
+            "The features are those of the generator's own encoder, in which its mixture was fitted; this favours "
+            "settings with a mixture. Name a second encoder in fid.encoder for a fairer comparison."
+        )
     if not detector.standard:
         lines.append(
             "This number is NOT an ImageNet FID and can't be compared with any published FID. Compare it only with "
-            "numbers of the same detector, reference and number of images."
+            "numbers for the same detector, reference and number of images."
         )
     elif reference.about["n_images"] is not None:
         lines.append(
-            f"The reference is {reference.about['source']}; published FIDs on ImageNet use ADM's "
-            "VIRTUAL_imagenet256_labeled.npz. Set fid.reference to it to compare."
+            f"The reference is {reference.about['source']}. Published FIDs on ImageNet use ADM's "
+            "VIRTUAL_imagenet256_labeled.npz; set fid.reference to that file to compare."
         )
     if detector.standard and n != PUBLISHED_IMAGES:
         lines.append(f"Published FIDs use {PUBLISHED_IMAGES:,} images; with {n:,} the distance is larger or noisier.")
     if n <= detector.dimension:
         lines.append(
-            f"{n:,} images are too few for {detector.dimension:,} features: their covariance is singular and the "
+            f"{n:,} images are too few for {detector.dimension:,} features: the covariance is singular and the "
             "distance far too large. Raise sample.n_images."
         )
     return lines
 
 
 def write_result(result: dict[str, Any], out_txt: str | Path, out_json: str | Path) -> None:
-    """Write the result for people and for machines."""
+    """Write the result as text and as JSON."""
     with store.whole_file(out_txt) as partial:
         partial.write_text(render(result), encoding="utf-8")
     store.write_json(out_json, result)
 
 
 def render(result: dict[str, Any]) -> str:
-    """Return a result of :func:`measure` as text."""
+    """Return the result of :func:`measure` as text."""
     samples, detector = result["samples"], result["detector"]
     lines = [f"{result['measure']}: {result['frechet_distance']:.4f}", f"detector: {detector['name']}"]
     lines += [f"WARNING: {warning}" for warning in result["warnings"]]
@@ -161,7 +162,7 @@ def _floor(result: dict[str, Any]) -> str:
     if result["floor"] is None:
         return "unknown (no held-out images)"
     n = result["floor_n_images"]
-    return f"{result['floor']:.4f} (distance of {n:,} held-out real images from the reference; larger for fewer)"
+    return f"{result['floor']:.4f} (distance of {n:,} held-out real images from the reference; fewer give a larger one)"
 
 
 def _sampler(samples: dict[str, Any]) -> str:

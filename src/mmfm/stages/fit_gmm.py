@@ -1,11 +1,12 @@
-"""``fit_gmm``: the mixture of the global tokens by EM, and the mode of every image.
+"""``fit_gmm``: fit the mixture of the global tokens by EM and assign every image to a mode.
 
-Reads the tokens, and with a listing some images, for a picture. Writes ``gmm.safetensors``, ``assignment.safetensors``,
-``report.json``, ``likelihood.png``, ``weights.png`` and, with a listing, ``modes.png``.
-
-The unit of work is an EM iteration, ``iteration-00012.safetensors`` in the state; of further starts in ``start-01/``
-and so on. A kill leaves whole iterations: EM goes on from the newest one, also where ``max_iter`` was raised, and with
-a lowered one from the newest that is within it. A start that is killed begins again.
+Reads: the tokens; with a listing also some of its images, for a picture of the modes.
+Writes: ``gmm.safetensors``, ``assignment.safetensors``, ``report.json``, ``likelihood.png``, ``weights.png`` and, with
+    a listing, ``modes.png``.
+Unit of work: an EM iteration, ``iteration-00012.safetensors`` in the state; further initialisations (``gmm.n_init``)
+    have theirs in ``start-01/`` and so on.
+After a kill: EM continues from the newest whole iteration, also if ``gmm.max_iter`` was raised; if it was lowered, from
+    the newest iteration within it. A kill during an initialisation repeats it.
 """
 
 import functools
@@ -39,18 +40,18 @@ from mmfm.stages.runner import Context
 _MIXTURE, _ASSIGNMENT, _REPORT, _MODES = "gmm.safetensors", "assignment.safetensors", "report.json", "modes.png"
 _OUTPUTS = (_MIXTURE, _ASSIGNMENT, _REPORT, "likelihood.png", "weights.png", _MODES)
 
-_COLLAPSED = 10  # times reg_covar: a component whose variances are all below sits on duplicates
+_COLLAPSED = 10  # a component whose variances are all below this multiple of reg_covar sits on duplicates
 
 
 def fit_gmm(config: StageConfig, tokens: Path, listing: Path | None, out_dir: Path, ranks: Ranks) -> dict[str, Any]:
     """Fit the mixture of a token store and return the report, on every process.
 
     Args:
-        listing: of the training images, to draw some of every kind of mode; None: no picture.
+        listing: listing of the training images, to draw images of some modes; None for no picture.
 
     Raises:
         FileNotFoundError: an input is missing.
-        ValueError: see :func:`fit`; also tokens that were not made from the listing.
+        ValueError: see :func:`fit`; also if the tokens were not made from the listing.
     """
     opened = TokenStore.open(tokens)
     if listing is not None:
@@ -64,29 +65,30 @@ def fit(
     """Fit the mixture of opened tokens; see :func:`fit_gmm`. A collective call; the main process writes.
 
     Raises:
-        ValueError: fewer images than components, covariances beyond the memory limit, a token that is not finite.
+        ValueError: there are fewer images than components, the covariances exceed the memory limit, or a token is not
+            finite.
     """
-    settings, n = config.gmm, len(tokens)
-    if n < settings.n_components:
+    section, n = config.gmm, len(tokens)
+    if n < section.n_components:
         raise ValueError(
-            f"gmm.n_components is {settings.n_components}, but there are only {n} images; "
+            f"gmm.n_components is {section.n_components}, but there are only {n} images; "
             f"set it to {n} or less, or use more images"
         )
-    covariance_shape(settings.covariance_type, settings.n_components, tokens.width)
+    covariance_shape(section.covariance_type, section.n_components, tokens.width)
     digests, files = {"tokens": tokens.digest}, {"tokens": tokens.path}
-    if settings.init_means:
-        files["init_means"] = Path(settings.init_means)
+    if section.init_means:
+        files["init_means"] = Path(section.init_means)
         digests["init_means"] = ranks.from_main(
-            lambda: initial.given_means_digest(settings.init_means, settings.n_components, tokens.width)
+            lambda: initial.given_means_digest(section.init_means, section.n_components, tokens.width)
         )
-    identity = config.with_keys(gmm={"init_means": ""}).identity()  # known by its digest, wherever it lies
+    identity = config.with_keys(gmm={"init_means": ""}).identity()  # the file's digest counts, not its path
     outputs = {name: out_dir / name for name in _OUTPUTS}
-    budget = {"max_iter": settings.max_iter, "n_init": settings.n_init}
+    budget = {"max_iter": section.max_iter, "n_init": section.n_init}
     with Context.open(config, ranks, provenance.Inputs(digests, files), outputs, identity) as context:
         if not runner.restore(context, budget):
             fitted = _fit(context, tokens)
             runner.finish(context, lambda finished: _write(finished, fitted, tokens), budget)
-        # The mixture does not wait for the picture: an image may be damaged.
+        # Drawn last: a damaged image must not keep the mixture from being published.
         if listing is not None:
             ranks.from_main(lambda: _add_picture(context, tokens, listing))
     return ranks.from_main(lambda: store.read_json(outputs[_REPORT]))
@@ -94,77 +96,71 @@ def fit(
 
 @dataclass(frozen=True)
 class _Fitted:
-    """The best of all starts.
+    """The best fit of all initialisations.
 
     Attributes:
         labels: (N,) int32, mode of every image.
-        counts: (K,) int64, images of every mode.
+        counts: (K,) int64, number of images in every mode.
         log_likelihood: mean over the images, in nats.
-        numbers: for the report, besides those of the mixture.
+        diagnostics: what the report says besides the summary of the mixture.
     """
 
     state: EMState
     labels: np.ndarray
     counts: np.ndarray
     log_likelihood: float
-    numbers: dict[str, Any]
+    diagnostics: dict[str, Any]
 
 
 def _fit(context: Context, tokens: TokenStore) -> _Fitted:
-    """Run or continue EM from every start; give every image to its likeliest component under the best."""
-    settings, ranks = context.config.gmm, context.ranks
-    truncated = settings.e_step == "truncated"
-    stretch = GROUP_ROWS * settings.n_components
-    rows = Rows(tokens.read, len(tokens), settings.chunk_size, ranks, settings.cache_gb * 1e9, stretch)
-    dtype = getattr(torch, settings.precision)
-    runs = [_run_em(rows, settings, context.state, dtype, number) for number in range(settings.n_init)]
-    best = max(range(len(runs)), key=lambda number: runs[number][0].lower_bounds[-1])
-    state, seconds = runs[best]
+    """Run or continue EM from every initialisation; assign every image to its likeliest component in the best fit."""
+    section, ranks = context.config.gmm, context.ranks
+    block_rows = GROUP_ROWS * section.n_components
+    rows = Rows(tokens.read, len(tokens), section.chunk_size, ranks, section.cache_gb * 1e9, block_rows)
+    dtype = getattr(torch, section.precision)
+    runs = [_run_em(rows, section, context.state, dtype, number) for number in range(section.n_init)]
+    state, seconds = max(runs, key=lambda run: run[0].lower_bounds[-1])
     labels, log_likelihood = predict_all(rows, state.mixture, dtype)
-    counts = np.bincount(labels, minlength=settings.n_components).astype(np.int64)
-    numbers = validity.indices(rows, labels, state.mixture.means, settings.seed, ranks) | {
+    counts = np.bincount(labels, minlength=section.n_components).astype(np.int64)
+    diagnostics = validity.indices(rows, labels, state.mixture.means, section.seed, ranks) | {
         "n_iter": state.n_iter,
         "converged": state.converged,
         "lower_bounds": list(state.lower_bounds),
         "reseeded_components": sum(state.reseeded),
-        "collapsed_components": _collapsed(state.mixture, counts, settings.reg_covar),
+        "collapsed_components": _collapsed(state.mixture, counts, section.reg_covar),
         "seconds_per_iteration": float(np.mean(seconds)) if seconds else None,
-        "settings": config.keys_of_kind(settings, "identity", "budget"),
+        "settings": config.keys_of_kind(section, "identity", "budget"),
     }
-    if truncated:
-        numbers["truncation_gap"] = _truncation_gap(rows, state, dtype)
+    if state.winners is not None:
+        mean, error, images = measure_gap(rows, state.mixture, state.winners, Truncation(), dtype)
+        diagnostics["truncation_gap"] = {"nats_per_image": mean, "standard_error": error, "images": images}
     if len(runs) > 1:
-        numbers["final_lower_bounds_of_starts"] = [run[0].lower_bounds[-1] for run in runs]
-    return _Fitted(state, labels, counts, log_likelihood, numbers)
+        diagnostics["final_lower_bounds_of_starts"] = [run[0].lower_bounds[-1] for run in runs]
+    return _Fitted(state, labels, counts, log_likelihood, diagnostics)
 
 
-def _run_em(rows: Rows, settings: Gmm, state_dir: Path, dtype: torch.dtype, number: int) -> tuple[EMState, list[float]]:
-    """Run or continue EM from start ``number``."""
+def _run_em(rows: Rows, section: Gmm, state_dir: Path, dtype: torch.dtype, number: int) -> tuple[EMState, list[float]]:
+    """Run or continue EM from initialisation ``number``; return its last state and the seconds of every iteration."""
     ranks = rows.ranks
     if number:
         state_dir = state_dir / f"start-{number:02d}"
-    newest, beyond = ranks.from_main(lambda: newest_iteration(state_dir, settings.max_iter))
-    truncated = settings.e_step == "truncated"
+    newest, beyond = ranks.from_main(lambda: newest_iteration(state_dir, section.max_iter))
+    truncation = Truncation() if section.e_step == "truncated" else None
     if newest is None:
-        mixture, winners = initial.start(rows, settings, number)
-        state = EMState(mixture, winners=winners if truncated else None)
+        mixture, winners = initial.start(rows, section, number)
+        state = EMState(mixture, winners=winners if truncation else None)
         _save(rows, state_dir, state)
     else:
         state = load_iteration(newest, ranks.device, rows.local)
     seconds, begin = [], time.perf_counter()
+    max_iter, tol, reg_covar = section.max_iter, section.tol, section.reg_covar
     iterations = em_iterations(
-        rows,
-        state,
-        max_iter=settings.max_iter,
-        tol=settings.tol,
-        reg_covar=settings.reg_covar,
-        dtype=dtype,
-        truncation=Truncation() if truncated else None,
+        rows, state, max_iter=max_iter, tol=tol, reg_covar=reg_covar, dtype=dtype, truncation=truncation
     )
-    with Progress("fit_gmm", settings.max_iter, "iterations", done=state.n_iter, enabled=ranks.is_main) as progress:
+    with Progress("fit_gmm", section.max_iter, "iterations", done=state.n_iter, enabled=ranks.is_main) as progress:
         if beyond and not state.converged:
             progress.say(
-                f"goes on from iteration {state.n_iter}: what is kept of earlier runs ({beyond}) is above gmm.max_iter"
+                f"resuming at iteration {state.n_iter}, the newest within gmm.max_iter; an earlier run reached {beyond}"
             )
         for state in iterations:
             _save(rows, state_dir, state)
@@ -177,30 +173,21 @@ def _run_em(rows: Rows, settings: Gmm, state_dir: Path, dtype: torch.dtype, numb
 
 
 def _save(rows: Rows, state_dir: Path, state: EMState) -> None:
-    """Write a state from the main process, with the winners of all."""
+    """Write a state on the main process, with the winners of all processes."""
     if state.winners is not None:
-        parts = rows.ranks.gather(state.winners.cpu())
-        state = replace(state, winners=torch.cat(parts))
+        state = replace(state, winners=torch.cat(rows.ranks.gather(state.winners.cpu())))
     rows.ranks.from_main(functools.partial(save_iteration, state_dir, state))
 
 
-def _truncation_gap(rows: Rows, state: EMState, dtype: torch.dtype) -> dict[str, float]:
-    mean, error, images = measure_gap(rows, state.mixture, state.winners, Truncation(), dtype)
-    return {"nats_per_image": mean, "standard_error": error, "images": images}
-
-
 def _collapsed(mixture: Mixture, counts: np.ndarray, reg_covar: float) -> int:
+    """Return the number of components with images whose variances are all close to ``reg_covar``."""
     return int(((mixture.diagonal().amax(1) <= _COLLAPSED * reg_covar).cpu().numpy() & (counts > 0)).sum())
 
 
-def _iteration_path(state_dir: Path, number: int) -> Path:
-    return state_dir / f"iteration-{number:05d}.safetensors"
-
-
 def save_iteration(state_dir: Path, state: EMState) -> None:
-    """Write the state whole; keep it, the one before (in case this one is damaged) and the start.
+    """Write a state, and remove older ones except iteration 0 and the previous one, in case this file gets damaged.
 
-    Later iterations, left by a run with a larger ``max_iter``, stay.
+    Later iterations, from a run with a larger ``max_iter``, stay.
     """
     metadata = {
         "lower_bounds": list(state.lower_bounds),
@@ -208,15 +195,15 @@ def save_iteration(state_dir: Path, state: EMState) -> None:
         "reseeded": list(state.reseeded),
         "slack": state.slack if math.isfinite(state.slack) else None,
     }
-    metadata["metadata_digest"] = store.fingerprint(metadata)  # the arrays' digest is the file's own
+    metadata["metadata_digest"] = store.fingerprint(metadata)  # the file's own digest covers the arrays only
     winners = {} if state.winners is None else {"winners": state.winners.numpy()}
-    state.mixture.save(_iteration_path(state_dir, state.n_iter), metadata, winners)
+    state.mixture.save(state_dir / f"iteration-{state.n_iter:05d}.safetensors", metadata, winners)
     for path in state_dir.glob("iteration-*.safetensors"):
-        if 0 < _number(path) < state.n_iter - 1:
+        if 0 < _iteration_number(path) < state.n_iter - 1:
             path.unlink()
 
 
-def _number(path: Path) -> int:
+def _iteration_number(path: Path) -> int:
     return int(path.stem.split("-")[1])
 
 
@@ -224,10 +211,10 @@ def load_iteration(path: Path, device: torch.device | str = "cpu", local: range 
     """Read what :func:`save_iteration` wrote.
 
     Args:
-        local: global indices of the rows whose winners are wanted; None for all.
+        local: rows whose winners to read; None for all.
 
     Raises:
-        ValueError: the file is truncated, or its contents don't have the digests that they were written with.
+        ValueError: the file is truncated, damaged, or not a checkpoint of EM.
     """
     arrays, metadata = store.map_arrays(path)
     if metadata.get("digest") != store.array_digest(*(arrays[name] for name in sorted(arrays))):
@@ -256,29 +243,30 @@ def _local_winners(arrays: dict[str, np.ndarray], local: range | None, device: t
 
 
 def newest_iteration(state_dir: Path, max_iter: int) -> tuple[Path | None, int]:
-    """Return the newest whole iteration that ``max_iter`` allows, and the number of the newest that it does not.
+    """Find the iteration to continue from.
 
     Returns:
-        Its path, None if there is none; and that number, 0 if there is none.
+        The path of the newest undamaged iteration up to ``max_iter``, or None; and the number of the newest iteration
+        beyond ``max_iter``, or 0.
     """
-    files = {_number(path): path for path in state_dir.glob("iteration-*.safetensors")}
+    files = {_iteration_number(path): path for path in state_dir.glob("iteration-*.safetensors")}
     beyond = max((number for number in files if number > max_iter), default=0)
     for number in sorted((number for number in files if number <= max_iter), reverse=True):
         try:
             load_iteration(files[number])
-        except ValueError:  # damaged
+        except ValueError:
             continue
         return files[number], beyond
     return None, beyond
 
 
 def predict_all(rows: Rows, mixture: Mixture, dtype: torch.dtype) -> tuple[np.ndarray, float]:
-    """Return the component with the largest posterior of every row, (N,) int32, and the mean log-likelihood (nats)."""
+    """Return every row's component of largest posterior, (N,) int32, and the mean log-likelihood in nats."""
     device = rows.ranks.device
     total = torch.zeros((), dtype=torch.float64, device=device)
     labels = torch.empty(len(rows.local), dtype=torch.int32, device=device)
     for chunk, x in rows:
-        joint = mixture.log_joint(x, dtype, rows.space)
+        joint = mixture.log_joint(x, dtype, rows.workspace)
         top, best = joint.max(1, keepdim=True)
         labels[chunk.start - rows.local.start :][: len(x)] = best.squeeze(1)
         total += (joint.sub_(top).exp_().sum(1).double().log() + top.squeeze(1)).sum()
@@ -287,12 +275,11 @@ def predict_all(rows: Rows, mixture: Mixture, dtype: torch.dtype) -> tuple[np.nd
 
 
 def _write(finished: Path, fitted: _Fitted, tokens: TokenStore) -> None:
-    """Write all results but the picture of the modes."""
+    """Write all results except the picture of the modes."""
     state, labels, counts = fitted.state, fitted.labels, fitted.counts
-    report = mixture_report.summarise(
-        state.mixture, labels, counts, fitted.log_likelihood, np.asarray(tokens.labels[:])
-    )
-    report |= fitted.numbers
+    classes = np.asarray(tokens.labels[:])
+    report = mixture_report.summarise(state.mixture, labels, counts, fitted.log_likelihood, classes)
+    report |= fitted.diagnostics
     about = {
         "tokens_digest": tokens.digest,
         "listing_digest": tokens.listing_digest,
@@ -311,10 +298,10 @@ def _write(finished: Path, fitted: _Fitted, tokens: TokenStore) -> None:
 
 
 def _add_picture(context: Context, tokens: TokenStore, listing: Path) -> None:
-    """Publish a picture of some modes beside the mixture, unless it is there."""
+    """Add the picture of some modes to the published results, unless it exists."""
     if context.outputs[_MODES].is_file():
         return
     labels = store.map_arrays(context.outputs[_ASSIGNMENT])[0]["labels"]
     mixture, images = Mixture.load(context.outputs[_MIXTURE]), Listing.open(listing)
-    rows = context.config.gmm.chunk_size
-    runner.amend(context, lambda made: contact_sheet.draw(made / _MODES, images, tokens.read, labels, mixture, rows))
+    size = context.config.gmm.chunk_size
+    runner.amend(context, lambda made: contact_sheet.draw(made / _MODES, images, tokens.read, labels, mixture, size))

@@ -1,7 +1,9 @@
-"""``latent_stats``: mean and variance of the latents per position, which normalise them.
+"""``latent_stats``: mean and variance of the latents at every position, by which latents are normalised.
 
-Reads the latent moments of `extract`. Writes ``stats.pt``, {"mean", "var"} (C, H, W) float32 with the population
-variance, and ``stats.json``. Takes milliseconds: there is nothing to resume.
+Reads: the latent moments of `extract`.
+Writes: ``stats.pt``, {"mean", "var"} (C, H, W) float32 with the population variance, and ``stats.json``.
+Unit of work: none; the stage takes milliseconds and there is nothing to resume.
+After a kill: either the old files or the new ones, each whole.
 """
 
 import io
@@ -17,18 +19,18 @@ from mmfm.infra import store
 
 
 def latent_stats(moments: Path, out: Path, out_json: Path) -> dict[str, Any]:
-    """Turn moments into statistics, and return their description.
+    """Turn moments into statistics and return the contents of ``stats.json``.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it holds no latent moments.
+        ValueError: the file holds no latent moments.
     """
     arrays, metadata = store.map_arrays(moments)
     if not {"count", "mean", "m2"} <= set(arrays) or "listing_digest" not in metadata:
-        raise ValueError(f"'{moments}' holds no latent moments; make it with extract")
+        raise ValueError(f"'{moments}' holds no latent moments; give the latent_moments.safetensors that extract wrote")
     found = Moments.from_arrays(arrays)
     mean, var = (torch.as_tensor(np.asarray(a)).float() for a in (found.mean, found.variance()))
-    content = io.BytesIO()  # torch.save writes a file's name into it: through memory, equal statistics are equal files
+    content = io.BytesIO()  # torch.save(path) would write the file name into the file: equal statistics would differ
     torch.save({"mean": mean, "var": var}, content)
     with store.whole_file(out) as partial:
         partial.write_bytes(content.getvalue())

@@ -1,37 +1,49 @@
-"""``list_images``: the sorted listing that numbers the images for every later stage.
+"""``list_images``: the sorted listings, which number the images for all later stages.
 
-Reads the image folder: names and sizes; with ``data.unreadable: skip`` every image is decoded. Writes
-``listing.train.safetensors`` and ``listing.heldout.safetensors``. There is nothing to resume: a kill leaves no output.
+Reads: the names and sizes of the files in the image folder; with ``data.unreadable: skip`` it also decodes every image.
+Writes: ``listing.train.safetensors`` and ``listing.heldout.safetensors``.
+Unit of work: none; there is nothing to resume.
+After a kill: no output, or whole listings.
 """
 
+import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from mmfm import data
 from mmfm.config import StageConfig
+from mmfm.infra import image_files
 
 
 def list_images(config: StageConfig, root: Path, train: Path, heldout: Path) -> None:
-    """Scan an ImageFolder, hold some images out, and write both listings.
+    """Scan an image folder, hold some images out, and write both listings.
 
     Raises:
-        FileNotFoundError: ``root`` is no folder.
-        ValueError: no images, a class folder without any, or more held out than there are.
+        FileNotFoundError: ``root`` is not a folder.
+        ValueError: there are no images, a class folder has none, ``data.holdout`` exceeds their number, or a file can't
+            be accessed and ``data.unreadable`` is not ``skip``.
     """
-    settings, skipped = config.data, 0
-    classes, paths, labels, sizes = data.scan(root)
-    if settings.unreadable == "skip":
-        readable = data.find_readable(root, paths, settings.workers)
-        skipped = len(paths) - int(readable.sum())
+    section, skipped, skip = config.data, 0, config.data.unreadable == "skip"
+    ignored: Counter[str] = Counter()
+    lost: list[str] = []
+    classes, paths, labels, sizes = data.scan(root, ignored, lost if skip else None)
+    if ignored:
+        print(f"list_images: ignored files: {image_files.spell(ignored)}")
+    if skip:
+        for what in lost:
+            print(f"list_images: left out: {what}", file=sys.stderr)
+        readable = data.find_readable(root, paths, section.workers)
+        skipped = len(lost) + len(paths) - int(readable.sum())
         if missing := sorted(set(labels.tolist()) - set(labels[readable].tolist())):
             raise ValueError(
-                f"no readable image in class folder '{classes[missing[0]]}' of '{root}'; mend or remove it"
+                f"no readable image in class folder '{classes[missing[0]]}' of '{root}'; repair or remove it"
             )
         rows = np.flatnonzero(readable)
         paths, labels, sizes = [paths[row] for row in rows], labels[rows], sizes[rows]
         print(f"list_images: {skipped:,} unreadable images left out")
-    held = data.choose_heldout(paths, settings.holdout, settings.seed)
+    held = data.choose_heldout(paths, section.holdout, section.seed)
     for path, split, chosen in ((train, "train", ~held), (heldout, "heldout", held)):
         rows = np.flatnonzero(chosen)
         chosen_paths = [paths[row] for row in rows]

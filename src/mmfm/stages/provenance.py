@@ -1,24 +1,20 @@
-"""What belongs together: the files that a stage reads, their digests, and what each says that it was made from.
+"""Provenance: the digests of the files that a stage reads, and the check that these files belong together.
 
-A file that says less of itself than this project's do (a published or imported one) can't be checked and passes.
+Files of this project record the digests of the files that they were made from. Published or imported files that record
+none can't be checked and are accepted.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from mmfm.config import StageConfig
-from mmfm.config.choices import SETTINGS
 from mmfm.data.listing import Listing
 from mmfm.data.tokens import TokenStore
 from mmfm.evaluation.detector import Detector
 from mmfm.evaluation.reference import Reference
 from mmfm.infra import store
-from mmfm.infra.precision import uses_bf16
 from mmfm.mixture.gaussian import Mixture
 from mmfm.mixture.spatial import SpatialMixture
 from mmfm.models.weights import weights_metadata
@@ -29,21 +25,21 @@ class Input:
     """A file or folder that a stage reads.
 
     Attributes:
-        name: of its digest; another file's ``NAME_digest`` says that it was made from this one.
-        what: what it is, for messages.
-        path: where it lies.
-        digest: of its contents.
-        remedy: what makes it again.
-        about: what it says of itself.
-        made: how it came from the others, for messages.
+        name: short name; files made from this one record its digest as ``NAME_digest``.
+        noun: what the file is, for error messages.
+        path: where it is; None for tokens that are in memory only.
+        digest: digest of its contents.
+        remedy: what makes it again, for error messages.
+        about: its metadata, with the digests of what it was made from.
+        made: how it relates to the others ("made from", "trained with"), for error messages.
     """
 
     name: str
-    what: str
-    path: Path
+    noun: str
+    path: Path | None
     digest: str
     remedy: str = ""
-    about: Mapping[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
     made: str = "made from"
 
 
@@ -53,20 +49,20 @@ def listing(path: Path, name: str = "listing") -> Input:
 
 
 def encoder(folder: Path) -> Input:
-    """The frozen encoder's folder."""
+    """The folder of the frozen encoder."""
     return Input("encoder", "encoder", folder, store.folder_digest(folder))
 
 
 def statistics(path: Path) -> Input:
-    """The latent statistics, with the description that `latent_stats` writes beside them.
+    """The latent statistics, with the metadata that `latent_stats` writes beside them.
 
     Raises:
-        ValueError: the description is of another file.
+        ValueError: the metadata describe a different file.
     """
-    beside, digest = path.with_suffix(".json"), store.file_digest(path)
-    about = store.read_json(beside) if beside.is_file() else {}
+    description, digest = path.with_suffix(".json"), store.file_digest(path)
+    about = store.read_json(description) if description.is_file() else {}
     if about.get("digest", digest) != digest:
-        raise ValueError(f"{path} is not the file that {beside} describes; run latent_stats again")
+        raise ValueError(f"{path} is not the file that {description} describes; run latent_stats again")
     return Input("stats", "set of latent statistics", path, digest, "run extract and latent_stats", about)
 
 
@@ -76,40 +72,40 @@ def tokens(opened: TokenStore) -> Input:
 
 
 def mixture(path: Path, opened: Mixture | None = None) -> Input:
-    """The mixture of the global tokens; ``opened``, if it is already."""
+    """The mixture of the global tokens; pass ``opened`` if it is already loaded."""
     about = (opened or Mixture.load(path)).metadata
     return Input("gmm", "mixture", path, about["digest"], "run extract and fit_gmm", about)
 
 
 def labels(path: Path) -> np.ndarray:
-    """Return the mode of every image, (N,) int32, memory-mapped from an assignment.
+    """Return the mode of every image, (N,) int32, memory-mapped from an assignment file.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the file is not an assignment.
     """
     arrays, _ = store.map_arrays(path)
     if "labels" not in arrays:
-        raise ValueError(f"'{path}' is no assignment of images to modes; make it with fit_gmm")
+        raise ValueError(f"'{path}' does not assign images to modes; make it with fit_gmm")
     return arrays["labels"]
 
 
 def assignment(path: Path) -> Input:
-    """The modes of the images."""
+    """The assignment of the images to modes."""
     about = store.map_arrays(path)[1]
     return Input("assignment", "assignment", path, about["digest"], "run fit_gmm", about)
 
 
 def spatial_mixture(path: Path) -> Input:
-    """The mixture over latents."""
+    """The spatial mixture."""
     about = SpatialMixture.open(path).attributes
     return Input("spatial_gmm", "spatial mixture", path, about["digest"], "run spatial_gmm", about)
 
 
 def weights(path: Path, name: str = "ema") -> Input:
-    """EMA weights, or those of a guide."""
+    """The EMA weights; with the name ``guide`` those of the guide."""
     about = weights_metadata(path)
-    what = "weights" if name == "ema" else "guide"
-    return Input(name, what, path, about["digest"], "run train", about, "trained with")
+    noun = "weights" if name == "ema" else "guide"
+    return Input(name, noun, path, about["digest"], "run train", about, "trained with")
 
 
 def decoder(path: Path) -> Input:
@@ -119,78 +115,68 @@ def decoder(path: Path) -> Input:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Files that belong together.
+    """The files that a stage reads.
 
     Attributes:
-        digests: by name.
-        files: where they lie, by the same names.
+        digests: digest of every file, by name.
+        files: paths, by the same names.
     """
 
     digests: dict[str, str]
     files: dict[str, Path | None] = field(default_factory=dict)
 
     def made_from(self) -> dict[str, str]:
-        """Return the digests as what is made from these files says of itself."""
+        """Return the digests as files made from these record them."""
         return {f"{name}_digest": digest for name, digest in self.digests.items()}
 
 
 def belong_together(*inputs: Input) -> Inputs:
-    """Return digests and places of files, after comparing what each was made from with the others.
+    """Return digests and paths of the files, after comparing the digests that each records with the others.
 
     Raises:
-        ValueError: two were not made from one another; the message names both and the remedy.
+        ValueError: a file was made from another one than given here; the message names both and the remedy.
     """
-    present = {each.name: each for each in inputs}
     for made in inputs:
         for source in inputs:
             recorded = made.about.get(f"{source.name}_digest")
             if recorded is not None and recorded != source.digest:
-                found = f"digest {recorded[:12]}, not {source.digest[:12]}"
                 raise ValueError(
-                    f"{made.path} was {made.made} another {source.what} than {source.path} ({found}); {made.remedy} "
-                    "with this one, or give files that belong together"
+                    f"{made.path} was {made.made} another {source.noun} than {source.path} (digest {recorded[:12]}, "
+                    f"not {source.digest[:12]}); {made.remedy} with this one, or give files that belong together"
                 )
-    return Inputs({n: i.digest for n, i in present.items()}, {n: i.path for n, i in present.items()})
+    return Inputs({each.name: each.digest for each in inputs}, {each.name: each.path for each in inputs})
 
 
 def reference_for(
     path: Path, detector: Detector, size: int, images: str, listing_digest: str | None = None
 ) -> Reference:
-    """Open the reference that images are compared with.
+    """Open the reference for a Frechet distance, after checking that it fits.
 
     Args:
-        size: pixels a side of the images, and ``images`` their name for the message.
-        listing_digest: of the listing that the reference must be of; None: any.
+        size: side of the generated images in pixels.
+        images: what to call these images in the error message.
+        listing_digest: digest of the listing that the reference must belong to; None accepts any.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or of another detector, size or listing.
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or was made with another detector, image size or listing.
     """
-    found = Reference.open(path)
-    about = found.about
+    reference = Reference.open(path)
+    about = reference.about
     if about["detector_digest"] != detector.digest:
         raise ValueError(
-            f"the reference '{path}' has features of another detector ({about['detector']}, weights "
-            f"{about['detector_digest'][:12]}) than {detector.name} ({detector.digest[:12]}); run fid_reference with it"
+            f"the reference '{path}' was made with another detector ({about['detector']}, weights "
+            f"{about['detector_digest'][:12]}) than {detector.name} ({detector.digest[:12]}); run fid_reference with "
+            "this one"
         )
     if listing_digest is not None and about["listing_digest"] not in (None, listing_digest):
         raise ValueError(
-            f"the reference '{path}' is of the images of another listing (digest {about['listing_digest'][:12]}, not "
-            f"{listing_digest[:12]}); run fid_reference with this one"
+            f"the reference '{path}' was made from the images of another listing (digest "
+            f"{about['listing_digest'][:12]}, not {listing_digest[:12]}); run fid_reference with this one"
         )
     if about["image_size"] not in (None, size):
         raise ValueError(
-            f"{images} have {size} pixels a side, those of the reference {about['image_size']}; run fid_reference with "
+            f"{images} are {size} pixels wide, those of the reference {about['image_size']}; run fid_reference with "
             f"image.size={size}"
         )
-    return found
-
-
-def training_identity(config: StageConfig, device: torch.device) -> dict[str, Any]:
-    """Return the identity of ``train`` on a device, where ``auto`` must not continue a float32 run in bf16."""
-    identity = {"setting": config.setting, **config.identity()}
-    if uses_bf16(config.train.precision, device):
-        identity["autocast"] = "bf16"
-    if SETTINGS[config.setting].mixture and uses_bf16(config.train.means_precision, device):
-        identity["means"] = "bf16"
-    return identity
+    return reference

@@ -1,13 +1,13 @@
-"""The one way from killed to finished.
+"""How a stage resumes: find its state, make what is missing, publish the results.
 
-A stage that is cut into units (shards, groups of modes) hands them to :func:`run_units`. A stage that goes on from
-checkpoints of its own asks :func:`restore` first and ends with :func:`publish`.
+A stage whose work splits into independent units (shards, groups of modes) passes them to :func:`run_units`. A stage
+that resumes from checkpoints of its own begins with :func:`restore` and ends with :func:`finish`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from mmfm.config import STAGES, StageConfig
 from mmfm.infra import disk, stage_state
@@ -18,21 +18,21 @@ from mmfm.stages.provenance import Inputs
 Unit = TypeVar("Unit")
 
 Advance = Callable[..., None]
-"""(images of this process that are done, a note) -> None."""
+"""(number of images that this process has just finished, note for the progress line) -> None."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage works with; inside ``with`` its state is nobody else's.
+    """What a stage runs with. As a context manager it holds the lock on the state directory.
 
     Attributes:
-        config: what it reads of the configuration.
+        config: the sections of the configuration that the stage reads.
         ranks: this process among the others.
-        inputs: digests of what it reads.
-        identity: what its results depend on besides the inputs; JSON values.
-        outputs: places of the results by their names. The first is replaced in one step; the others, which describe it,
-            are never there beside another one.
-        state: directory of its unfinished work, see :mod:`mmfm.infra.stage_state`.
+        inputs: digests of the files that the stage reads.
+        identity: everything else that determines the results, as JSON values.
+        outputs: final paths of the results, by name. The first is replaced atomically; the others describe it and never
+            lie beside a different one.
+        state: directory of the unfinished work; see :mod:`mmfm.infra.stage_state`.
     """
 
     config: StageConfig
@@ -51,13 +51,13 @@ class Context:
         outputs: Mapping[str, Path],
         identity: Mapping[str, Any] | None = None,
     ) -> "Context":
-        """Take the state directory that belongs to configuration and inputs; a collective call.
+        """Create or find the state directory of this configuration and these inputs, and lock it; a collective call.
 
         Args:
-            identity: where it is more than ``config.identity()``.
+            identity: replaces ``config.identity()`` if the results depend on more than that.
 
         Raises:
-            ValueError: another process is at work there.
+            ValueError: another process is using the state directory.
         """
         known = config.identity() if identity is None else identity
         first, version = next(iter(outputs.values())), STAGES[config.stage].version
@@ -70,106 +70,119 @@ class Context:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Let go of the state, if the stage came to its end."""
+        """Release the lock if the stage succeeded; after an error it is held until the process ends."""
         if kind is None and self.ranks.is_main:
             stage_state.unlock(self.state)
 
     @property
-    def stage(self) -> str:
-        """Name of the stage."""
-        return self.config.stage
+    def version(self) -> int:
+        """Version of the stage, from the registry."""
+        return STAGES[self.config.stage].version
+
+
+@dataclass(frozen=True)
+class Work(Generic[Unit]):
+    """Work that splits into independent units, each made by one process.
+
+    Attributes:
+        units: all of them, in order.
+        make: makes the given units. Called on every process, perhaps with none; must write the file that marks a unit
+            as done last.
+        is_done: whether an earlier run made a unit; called on the main process.
+        begin: called on every process before units are made, if any is missing.
+        size: number of images in a unit.
+        counted: what the progress line counts.
+    """
+
+    units: Sequence[Unit]
+    make: Callable[[list[Unit], Advance], None]
+    is_done: Callable[[Unit], bool]
+    begin: Callable[[], None] = lambda: None
+    size: Callable[[Any], int] = len
+    counted: str = "images"
 
     @property
-    def version(self) -> int:
-        """VERSION of the stage."""
-        return STAGES[self.stage].version
+    def total(self) -> int:
+        """Number of images in all units."""
+        return sum(map(self.size, self.units))
 
 
 def run_units(
     context: Context,
-    units: Sequence[Unit],
+    work: Work[Unit],
     *,
-    make: Callable[[list[Unit], Advance], None],
-    is_done: Callable[[Unit], bool],
     publish: Callable[[Path], None],
-    size: Callable[[Unit], int] = len,
     prepare: Callable[[], None] = lambda: None,
     bytes_written: Callable[[], int] = lambda: 0,
     complete: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Make the units that are missing, and of all of them the results; a collective call.
+    """Make the missing units and publish the results, or restore the results of a finished run; a collective call.
 
-    Results of a run that was finished are put in their places again. A unit is made by one process, so results don't
-    depend on their number, and a restarted run makes only what is missing.
+    One process makes a unit, so the results do not depend on the number of processes.
 
     Args:
-        make: called with its units on every process, if any is missing; a unit is done when its last file is renamed.
-        is_done: whether an earlier run finished a unit; asked on the main process.
-        publish: writes the results, under their names in ``context.outputs``, into the folder that it is given; on the
-            main process.
-        size: images of a unit.
-        prepare: makes the state ready for the units; on the main process.
-        bytes_written: by the stage when it is finished, all together; asked on the main process.
-        complete: called on every process when all units are there.
+        publish: writes the results into the given folder, under their names in ``context.outputs``; called on the main
+            process.
+        prepare: prepares the state directory for the units; called on the main process.
+        bytes_written: bytes that the stage writes in total, to check the free disk space; called on the main process.
+        complete: called on every process once all units are made.
 
     Returns:
-        Whether the stage was finished before.
+        Whether the stage was already finished.
     """
-    ranks, total = context.ranks, sum(map(size, units))
+    ranks = context.ranks
     if restore(context):
-        Progress(context.stage, total, "images", done=total, enabled=ranks.is_main)
+        _report_all_done(context, work)
         return True
 
     def begin() -> None:
         prepare()
-        disk.require(context.state, context.stage, bytes_written())
+        disk.require(context.state, context.config.stage, bytes_written())
 
     ranks.from_main(begin)
-    if not make_missing(context, units, make=make, is_done=is_done, size=size):
-        Progress(context.stage, total, "images", done=total, enabled=ranks.is_main)
+    if not make_missing(context, work):
+        _report_all_done(context, work)
     complete()
     finish(context, publish)
     return False
 
 
-def make_missing(
-    context: Context,
-    units: Sequence[Unit],
-    *,
-    make: Callable[[list[Unit], Advance], None],
-    is_done: Callable[[Unit], bool],
-    size: Callable[[Unit], int] = len,
-    counted: str = "images",
-) -> bool:
-    """Deal the units that are missing to the processes, and have each make its own; see :func:`run_units`.
+def _report_all_done(context: Context, work: Work[Unit]) -> None:
+    """Print that the stage resumes with nothing left to make."""
+    Progress(context.config.stage, work.total, "images", done=work.total, enabled=context.ranks.is_main)
+
+
+def make_missing(context: Context, work: Work[Unit]) -> bool:
+    """Distribute the missing units over the processes and make them; a collective call.
 
     Returns:
         Whether any was missing.
     """
-    ranks, total = context.ranks, sum(map(size, units))
-    # One process looks at the disk, so that all deal from the same list.
-    missing = ranks.from_main(lambda: [number for number, unit in enumerate(units) if not is_done(unit)])
+    ranks, units, total, stage = context.ranks, work.units, work.total, context.config.stage
+    # Only the main process looks at the disk, so that all processes share out the same list.
+    missing = ranks.from_main(lambda: [number for number, unit in enumerate(units) if not work.is_done(unit)])
     if not missing:
         return False
-    mine = deal([size(units[number]) for number in missing], ranks.world)[ranks.rank]
-    done = total - sum(size(units[number]) for number in missing)
-    with Progress(context.stage, total, counted, done=done, enabled=ranks.is_main) as progress:
+    work.begin()
+    sizes = [work.size(units[number]) for number in missing]
+    mine = deal(sizes, ranks.world)[ranks.rank]
+    with Progress(stage, total, work.counted, done=total - sum(sizes), enabled=ranks.is_main) as progress:
 
         def advance(images: int, note: str = "") -> None:
-            # The others are about as far.
+            # The other processes are assumed to be equally fast.
             progress.advance(min(images * ranks.world, total - progress.done), note)
 
-        make([units[missing[number]] for number in mine], advance)
+        work.make([units[missing[number]] for number in mine], advance)
         ranks.barrier()
         progress.advance(total - progress.done)
     return True
 
 
 def deal(sizes: Sequence[int], world: int) -> list[list[int]]:
-    """Deal jobs to processes by the longest-processing-time rule (Graham 1969).
+    """Assign jobs to processes by the longest-processing-time rule (Graham 1969).
 
     Returns:
-        For every process the numbers of its jobs, ascending; the largest load is at most 4/3 of the best possible.
+        The job numbers of every process, ascending. The largest load is at most 4/3 of the optimum.
     """
     hands: list[list[int]] = [[] for _ in range(world)]
     loads = [0] * world
@@ -181,11 +194,11 @@ def deal(sizes: Sequence[int], world: int) -> list[list[int]]:
 
 
 def restore(context: Context, budget: Mapping[str, Any] | None = None, wanted: Sequence[str] = ()) -> bool:
-    """Put the results in their places if the stage is finished, and say whether it is; a collective call.
+    """Put the results back in place and return True if the stage is finished; a collective call.
 
     Args:
-        budget: how far it was to go; None for a stage without.
-        wanted: names of results that must be among them.
+        budget: the configured budget; None for a stage without one.
+        wanted: names of results without which the stage is not finished.
     """
     return context.ranks.from_main(
         lambda: stage_state.restore(context.state, context.outputs, budget=budget, wanted=wanted)
@@ -193,10 +206,10 @@ def restore(context: Context, budget: Mapping[str, Any] | None = None, wanted: S
 
 
 def finish(context: Context, write: Callable[[Path], None], budget: Mapping[str, Any] | None = None) -> None:
-    """Publish the results that ``write`` puts into the folder that it is given; a collective call.
+    """Publish the results that ``write`` puts into the given folder; a collective call.
 
     Args:
-        budget: how far the stage has gone, where more would continue it: what it would go on from stays.
+        budget: the budget reached, if a larger one can continue the stage; the checkpoints are then kept.
     """
 
     def publish() -> None:
@@ -207,6 +220,6 @@ def finish(context: Context, write: Callable[[Path], None], budget: Mapping[str,
 
 
 def amend(context: Context, write: Callable[[Path], None]) -> None:
-    """Publish what ``write`` adds to results that are published already; of the main process."""
+    """Add what ``write`` puts into the given folder to the published results; call on the main process only."""
     with stage_state.finishing(context.state, context.outputs, amend=True) as finished:
         write(finished)

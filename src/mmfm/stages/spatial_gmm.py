@@ -1,12 +1,12 @@
-"""``spatial_gmm``: mean latent and variance of every mode, streamed image by image.
+"""``spatial_gmm``: the mixture over latents, with a mean latent and a variance for every mode.
 
-Reads the listing, the images, encoder, latent statistics, mixture and assignment. Writes ``spatial_gmm.zarr``, one row
-a mode, and ``report.json``. The images are read sorted by mode through one continuous loader, and nothing of a latent
-is kept but its contribution to the moments of its mode: 3 MB at [768, 16, 16].
-
-The unit of work is a mode: its rows in the state's ``spatial.zarr``, then ``component-00012.safetensors`` with its
-variance, its number of images and the digest of the rows. Processes are dealt groups of modes. A kill leaves whole
-modes; a restarted run encodes the batches that hold images of unfinished ones.
+Reads: the listing, the images, the encoder, the latent statistics, the mixture and the assignment; latents from the
+    latent cache, which it fills first. It takes the images sorted by mode, and of every latent only its contribution to
+    the moments of its mode is kept: 3 MB per mode for latents [768, 16, 16].
+Writes: ``spatial_gmm.zarr``, one row per mode, and ``report.json``.
+Unit of work: a mode. Its rows go into ``spatial.zarr`` in the state; then ``component-00012.safetensors``, with its
+    variance, number of images and digest of the rows, marks it as done. Processes are dealt groups of modes.
+After a kill: modes with a marker are kept; a restarted run takes the batches that hold images of the others.
 """
 
 import functools
@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mmfm import data
 from mmfm.autoencoder.encoders import load_encoder
+from mmfm.autoencoder.latent_cache import Encode, ReadLatents
 from mmfm.autoencoder.rae import RAE, load_statistics
 from mmfm.config import StageConfig
 from mmfm.data.moments import Moments
@@ -30,20 +31,32 @@ from mmfm.infra import store
 from mmfm.infra.distributed import Ranks
 from mmfm.mixture.coupling import CouplingCost
 from mmfm.mixture.gaussian import Mixture
-from mmfm.mixture.grouping import ImagesByMode
+from mmfm.mixture.images_by_mode import ImagesByMode
 from mmfm.mixture.spatial import position_variances, union_with_flips
 from mmfm.stages import provenance
-from mmfm.stages.runner import Advance, Context, run_units
+from mmfm.stages.cached_latents import encoded, open_cache
+from mmfm.stages.runner import Advance, Context, Work, run_units
 
 _STORE, _REPORT = "spatial_gmm.zarr", "report.json"
 
-Encode = Callable[[Tensor], Tensor]
-"""Images (B, 3, h, w) float32 in [0, 1] -> normalised latents (B, C, H, W) float32."""
+
+class Autoencoder(NamedTuple):
+    """What makes the latents.
+
+    Attributes:
+        encode: images (B, 3, h, w) float32 in [0, 1] -> normalised latents (B, C, H, W) and global tokens (B, C).
+        latent_shape: (C, H, W).
+        open_cache: opens the latent cache for the same latents, or returns None; a collective call.
+    """
+
+    encode: Encode
+    latent_shape: tuple[int, int, int]
+    open_cache: Callable[[], ReadLatents | None] = lambda: None
 
 
 @dataclass(frozen=True)
 class SpatialFiles:
-    """Files that ``spatial_gmm`` reads besides the images."""
+    """The files that ``spatial_gmm`` reads, besides the images."""
 
     listing: Path
     encoder_weights: Path
@@ -52,10 +65,11 @@ class SpatialFiles:
     assignment: Path
 
     def inputs(self, mixture: Mixture) -> provenance.Inputs:
-        """Return digests and places of the files, after checking that they belong together."""
+        """Return digests and paths of the files, after checking that they belong together."""
         listing, encoder = provenance.listing(self.listing), provenance.encoder(self.encoder_weights)
         stats, gmm = provenance.statistics(self.stats), provenance.mixture(self.gmm, mixture)
         provenance.belong_together(listing, encoder, stats, gmm, provenance.assignment(self.assignment))
+        # The assignment is no input of its own: fit_gmm makes it together with the mixture.
         read = {f"{each.name}_digest": each for each in (listing, encoder, stats, gmm)}
         return provenance.Inputs({n: i.digest for n, i in read.items()}, {n: i.path for n, i in read.items()})
 
@@ -65,18 +79,23 @@ def spatial_gmm(config: StageConfig, files: SpatialFiles, out: Path, ranks: Rank
 
     Raises:
         FileNotFoundError: an input is missing.
-        ValueError: inputs that do not belong together, an unreadable image, latents that are not finite.
+        ValueError: the inputs do not belong together, an image can't be read, or latents are not finite.
     """
     mixture = Mixture.load(files.gmm)
     labels = provenance.labels(files.assignment)
     inputs = ranks.from_main(lambda: files.inputs(mixture))
 
-    def open_encoder() -> tuple[Encode, tuple[int, int, int]]:
-        about = config.encoder
-        encoder = load_encoder(about.family, files.encoder_weights, about.input_size, ranks.device)
+    def open_encoder() -> Autoencoder:
+        section = config.encoder
+        encoder = load_encoder(section.family, files.encoder_weights, section.input_size, ranks.device)
         latent_shape = (encoder.hidden_size, *encoder.grid)
         rae = RAE(encoder, None, *load_statistics(files.stats, latent_shape))
-        return (lambda images: rae.encode(images).latent), latent_shape
+        workers = config.spatial_gmm.workers
+
+        def cached() -> ReadLatents | None:
+            return open_cache(context, files.listing, encoder, files.encoder_weights, rae.normalise, workers=workers)
+
+        return Autoencoder(rae.encode, latent_shape, cached)
 
     with Context.open(config, ranks, inputs, {_STORE: out, _REPORT: out.with_name(_REPORT)}) as context:
         return fit(context, files.listing, labels, mixture.weights.numpy(), open_encoder)
@@ -87,23 +106,23 @@ def fit(
     listing: Path,
     labels: np.ndarray,
     weights: np.ndarray,
-    open_encoder: Callable[[], tuple[Encode, tuple[int, int, int]]],
+    open_encoder: Callable[[], Autoencoder],
 ) -> dict[str, Any]:
     """Make the spatial mixture of an assignment; see :func:`spatial_gmm`.
 
     Args:
         labels: (N,) mode of every image, in [0, K).
         weights: (K,) weights of the modes.
-        open_encoder: called where there is something to encode; returns it and the shape (C, H, W) of its latents.
+        open_encoder: called if there is work to do.
 
     Raises:
-        ValueError: labels that don't fit the listing, an unreadable image, latents that are not finite.
+        ValueError: the labels do not fit the listing, an image can't be read, or latents are not finite.
     """
     n, k = len(data.Listing.open(listing)), len(weights)
     if len(labels) != n or labels.min() < 0 or labels.max() >= k:
         raise ValueError(
             f"the assignment has {len(labels)} images in modes {labels.min()} to {labels.max()}, the listing {n} "
-            f"images and the mixture {k} modes; run fit_gmm again on this listing"
+            f"images and the mixture {k} modes; run extract and fit_gmm again on this listing"
         )
     _SpatialFit(context, listing, labels, np.asarray(weights, np.float64), open_encoder).run()
     return context.ranks.from_main(lambda: store.read_json(context.outputs[_REPORT]))
@@ -111,7 +130,7 @@ def fit(
 
 @dataclass
 class _Accumulator:
-    """Moments of the modes that are being streamed; hands over each one with its last image."""
+    """Moments of the modes that are being streamed; calls ``finish`` for a mode after its last image."""
 
     images: ImagesByMode
     done: set[int]
@@ -119,14 +138,14 @@ class _Accumulator:
     current: dict[int, Moments] = field(default_factory=dict)
 
     def add(self, batch: range, latents: Tensor) -> None:
-        """Add latents (B, C, H, W) of the images at consecutive positions."""
+        """Add the latents (B, C, H, W) of the images at the positions ``batch``."""
         for k in self.images.modes(batch):
             if k in self.done:
                 continue
             start, stop = int(self.images.offsets[k]), int(self.images.offsets[k + 1])
-            own = latents[max(start - batch.start, 0) : stop - batch.start]
+            of_mode = latents[max(start - batch.start, 0) : stop - batch.start]
             moments = self.current.setdefault(k, Moments.zeros(tuple(latents.shape[1:]), latents.device))
-            moments.update(own)
+            moments.update(of_mode)
             if stop <= batch.stop:
                 self.finish(k, self.current.pop(k))
                 self.done.add(k)
@@ -136,116 +155,134 @@ class _SpatialFit:
     """The modes of one run."""
 
     def __init__(
-        self, context: Context, listing: Path, labels: np.ndarray, weights: np.ndarray, open_encoder: Callable
+        self,
+        context: Context,
+        listing: Path,
+        labels: np.ndarray,
+        weights: np.ndarray,
+        open_encoder: Callable[[], Autoencoder],
     ) -> None:
         self.context, self.listing, self.weights = context, listing, weights
-        self.config, self.device = context.config, context.ranks.device
-        self.images = ImagesByMode.make(labels, len(weights), self.config.spatial_gmm.batch_size)
+        self.section, self.device = context.config.spatial_gmm, context.ranks.device
+        self.images = ImagesByMode.make(labels, len(weights), self.section.batch_size)
         self.counts = np.diff(self.images.offsets)
-        self.diag = self.config.spatial_gmm.covariance_type == "diag"
+        self.diag = self.section.covariance_type == "diag"
+        self.row_names = ("means", "variances") if self.diag else ("means",)
         self.store = context.state / "spatial.zarr"
         self._open_encoder = open_encoder
+        self.cache: ReadLatents | None = None
 
     @functools.cached_property
-    def encoder(self) -> tuple[Encode, tuple[int, int, int]]:
-        """Loaded where there is something to encode, with the shape (C, H, W) of its latents."""
+    def encoder(self) -> Autoencoder:
+        """What makes the latents, loaded on first use: a finished run does not need it."""
         return self._open_encoder()
 
     def run(self) -> None:
-        """Make the modes that are missing, and both results."""
-        run_units(
-            self.context,
+        """Make the missing modes and publish both results."""
+        work = Work(
             self.images.groups,
-            make=self.encode,
+            self.encode,
             is_done=lambda group: not self.images.batches(group, self.finished(group)),
-            publish=self.publish,
+            begin=self.open_cache,
             size=lambda group: int(self.counts[group.start : group.stop].sum()),
-            prepare=self.prepare,
-            bytes_written=lambda: (8 if self.diag else 4) * len(self.weights) * math.prod(self.encoder[1]),
         )
+        run_units(self.context, work, publish=self.publish, prepare=self.prepare, bytes_written=self.bytes_written)
+
+    def bytes_written(self) -> int:
+        """Bytes of the float32 rows of all modes."""
+        return 4 * len(self.row_names) * len(self.weights) * math.prod(self.encoder.latent_shape)
 
     def marker(self, mode: int) -> Path:
-        """The file whose existence says that a mode's rows are finished."""
+        """The file whose existence marks a mode as done."""
         return self.context.state / f"component-{mode:05d}.safetensors"
 
     def finished(self, group: range) -> set[int]:
-        """The finished modes of a group."""
+        """Return the modes of a group that are done."""
         return {mode for mode in group if self.marker(mode).exists()}
 
     def prepare(self) -> None:
-        """Lay out the store."""
+        """Create the store unless it exists."""
         if (self.store / "zarr.json").exists():
             return
         for stale in self.context.state.glob("component-*.safetensors"):
-            stale.unlink()  # without a store it speaks of rows that are gone
-        fresh, shape = self.context.state / ".spatial.partial", self.encoder[1]
+            stale.unlink()  # the rows that it marks are lost with the store
+        fresh, shape = self.context.state / ".spatial.partial", self.encoder.latent_shape
         group = zarr.open_group(fresh, mode="w")
-        # One chunk a mode and no shards: processes then never write to the same file.
-        for name in ("means", "variances") if self.diag else ("means",):
+        # One chunk per mode and no zarr shards, so that two processes never write to the same file.
+        for name in self.row_names:
             group.create_array(
                 name, shape=(len(self.weights), *shape), dtype="float32", chunks=(1, *shape), compressors=None
             )
         store.publish_directory(fresh, self.store)
 
+    def open_cache(self) -> None:
+        """Open the latent cache, if there is one; a collective call."""
+        self.cache = self.encoder.open_cache()
+
     @torch.no_grad()
     def encode(self, groups: list[range], advance: Advance) -> None:
-        """Encode the images of unfinished modes, and finish each mode with its last image."""
+        """Take the latents of the images of unfinished modes; a mode is written after its last image."""
         if not groups:
             return
         done = {mode for group in groups for mode in self.finished(group)}
         batches = [batch for group in groups for batch in self.images.batches(group, done)]
         indices = [self.images.order[batch.start : batch.stop].tolist() for batch in batches]
-        workers, size = self.config.spatial_gmm.workers, self.config.image.size
-        loaded = data.image_batches(self.listing, size, indices, workers, pin=self.device.type == "cuda")
-        rows = zarr.open_group(self.store, mode="r+")
+        workers = self.section.workers
+        latents = encoded(self.context, self.listing, indices, self.encoder.encode, self.cache, workers)
+        rows = self.open_rows()
         accumulator = _Accumulator(self.images, done, functools.partial(self.finish, rows))
-        for batch, (_, pixels) in zip(batches, loaded, strict=True):
-            accumulator.add(batch, self.encoder[0](data.to_float(pixels, self.device)))
+        for batch, (latent, _) in zip(batches, latents, strict=True):
+            accumulator.add(batch, latent)
             advance(len(batch), note=f"{len(accumulator.done):,} modes")
 
-    def finish(self, rows: zarr.Group, mode: int, moments: Moments) -> None:
+    def open_rows(self) -> list[zarr.Array]:
+        """Open the arrays in ``row_names``, (K, C, H, W) float32, for reading and writing."""
+        return [zarr.open_array(self.store / name, mode="r+") for name in self.row_names]
+
+    def finish(self, rows: list[zarr.Array], mode: int, moments: Moments) -> None:
         """Write the rows of a mode, then its marker."""
         mean, variance = union_with_flips(moments)
         if not math.isfinite(variance):
             raise ValueError(f"latents of images in mode {mode} are not finite; check the encoder and the statistics")
-        own = {"means": mean.float().cpu().numpy()}
+        values = [mean.float().cpu().numpy()]
         arrays = {"variance": np.array([variance]), "count": np.array([moments.count], np.int64)}
         if self.diag:
             positions, raised = position_variances(moments)
-            own["variances"], arrays["raised"] = positions.float().cpu().numpy(), np.array([raised], np.int64)
-        for name, row in own.items():
-            rows[name][mode] = row
-        store.write_arrays(self.marker(mode), arrays, {"row_digest": store.array_digest(*own.values())})
+            values.append(positions.float().cpu().numpy())
+            arrays["raised"] = np.array([raised], np.int64)
+        for array, row in zip(rows, values, strict=True):
+            array[mode] = row
+        store.write_arrays(self.marker(mode), arrays, {"row_digest": store.array_digest(*values)})
 
     def publish(self, finished: Path) -> None:
-        """Check every row against its marker, fill in the modes without images, write store and report.
+        """Check every row against its marker, give empty modes the average of the others, write store and report.
 
         Raises:
-            ValueError: a row is not the one that its marker was written for.
+            ValueError: a row does not match its marker.
         """
-        group = zarr.open_group(self.store, mode="r+")
-        large = [group[name] for name in ("means", "variances") if name in group and group[name].ndim == 4]
-        weights, counts, cost = self.weights, self.counts, CouplingCost(self.weights, self.counts)
-        filled, empty = np.flatnonzero(counts), np.flatnonzero(counts == 0)
-        variances, raised, row_digests = np.empty(len(counts)), 0, []
-        totals = [np.zeros(array.shape[1:]) for array in large]
+        arrays, weights, counts = self.open_rows(), self.weights, self.counts
+        filled, empty = np.flatnonzero(counts).tolist(), np.flatnonzero(counts == 0).tolist()
+        cost, row_digests = CouplingCost(weights, counts), []
+        variances, raised = np.empty(len(counts)), 0
+        totals = [np.zeros(array.shape[1:]) for array in arrays]
         for k in filled:
-            rows = [array[int(k)] for array in large]
-            variances[k], floored = self.check_rows(k, rows)
-            raised += floored
+            rows = [np.asarray(array[k]) for array in arrays]
+            variances[k], raised_in_mode = self.check_rows(k, rows)
+            raised += raised_in_mode
             row_digests.append(store.array_digest(*rows))
             for total, row in zip(totals, rows, strict=True):
                 total += row
-            source = float(rows[-1].mean(dtype=np.float64)) if self.diag else variances[k]
-            cost.add(k, rows[0], source, variances[k])
+            source_variance = float(rows[-1].mean(dtype=np.float64)) if self.diag else variances[k]
+            cost.add(k, rows[0], source_variance, variances[k])
         variances[empty] = variances[filled].mean()
         for k in empty:
-            for array, total in zip(large, totals, strict=True):
-                array[int(k)] = (total / len(filled)).astype(np.float32)
-            source = float(totals[-1].mean() / len(filled)) if self.diag else variances[k]
-            cost.add(k, large[0][int(k)], source, 0.0)
-        small = {"weights": weights, "counts": counts} | ({"variances": variances} if not self.diag else {})
-        for name, values in small.items():
+            for array, total in zip(arrays, totals, strict=True):
+                array[k] = (total / len(filled)).astype(np.float32)
+            source_variance = float(totals[-1].mean() / len(filled)) if self.diag else variances[k]
+            cost.add(k, np.asarray(arrays[0][k]), source_variance, 0.0)
+        group = zarr.open_group(self.store, mode="r+")
+        per_mode = {"weights": weights, "counts": counts} | ({} if self.diag else {"variances": variances})
+        for name, values in per_mode.items():
             group.create_array(name, data=values, chunks=values.shape, overwrite=True)
         digest = store.array_digest(np.frombuffer("".join(row_digests).encode(), np.uint8), variances, weights, counts)
         group.attrs.update({**self.context.inputs.digests, "digest": digest})
@@ -256,7 +293,7 @@ class _SpatialFit:
             "n_components": len(counts),
             "empty_components": len(empty),
             "components_of_one_image": int((counts == 1).sum()),
-            "latent_shape": list(large[0].shape[1:]),
+            "latent_shape": list(arrays[0].shape[1:]),
             "variance": {"min": variances.min(), "median": float(np.median(variances)), "max": variances.max()},
             "mean_variance_by_images": float(variances @ counts / counts.sum()),
             "share_of_positions_raised_to_the_floor": raised / (len(filled) * totals[0].size),
@@ -267,9 +304,9 @@ class _SpatialFit:
         store.place_linked(self.store, finished / _STORE)
 
     def check_rows(self, mode: int, rows: list[np.ndarray]) -> tuple[float, int]:
-        """Return a mode's average variance and its number of raised positions, after comparing rows and marker."""
+        """Return the average variance of a mode and how many positions were raised, after comparing rows and marker."""
         arrays, metadata = store.map_arrays(self.marker(mode))
         if metadata["row_digest"] != store.array_digest(*rows) or arrays["count"][0] != self.counts[mode]:
             self.marker(mode).unlink()
-            raise ValueError(f"the row of mode {mode} was damaged on disk; run the same command again to make it anew")
+            raise ValueError(f"the row of mode {mode} is damaged on disk; run the same command again to redo it")
         return float(arrays["variance"][0]), int(arrays["raised"][0]) if "raised" in arrays else 0

@@ -1,17 +1,23 @@
-"""``train``: flow matching in the latent space, in one setting.
+"""``train``: train the flow-matching model of one setting in the latent space.
 
-Reads the listing with its classes, the images, encoder and latent statistics; in the settings with a mixture both
-mixtures. Writes ``ema.safetensors``, ``history.jsonl``, ``curve.png``; with a decoder ``preview.png``, and where
-distances are measured ``fid.jsonl``.
-
-The unit of work is an optimiser step. The state keeps checkpoints ``step-00000500/``, the history and pictures as they
-grow: a kill loses the steps since the newest checkpoint, and more epochs go on from the last one.
+Reads: the listing with its classes, the images, the encoder and the latent statistics; both mixtures in settings with a
+    mixture. Latents come from the latent cache, which it fills first, with mirror images for flips. The decoder, the
+    detector and the reference are used for previews and distances only.
+Writes: ``ema.safetensors``, ``history.jsonl`` and ``curve.png``; with a decoder ``preview.png``, and ``fid.jsonl`` if
+    distances are measured.
+Unit of work: an optimiser step; the state holds checkpoints ``step-00000500/``, the history, the curve and previews.
+After a kill: training continues from the newest checkpoint. A larger ``train.epochs`` continues a finished run.
 """
 
+import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
+from PIL import Image
 from torch import nn
 
 from mmfm import config
@@ -26,12 +32,16 @@ from mmfm.generation.generator import Generator
 from mmfm.infra import memory
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.pictures import save_picture
+from mmfm.infra.precision import uses_bf16
+from mmfm.models.dit import DiT
 from mmfm.models.weights import save_ema
 from mmfm.stages import provenance, runner
+from mmfm.stages.cached_latents import open_cache
 from mmfm.stages.runner import Context
 from mmfm.training import latents, setup
 from mmfm.training.fid_curve import FidCurve
 from mmfm.training.history import DISTANCES, HISTORY, draw_curve_of, preview_file, publish_history, read_history
+from mmfm.training.options import Run
 from mmfm.training.previews import generator, measured_images, previewer
 from mmfm.training.trainer import Trainer
 
@@ -40,15 +50,18 @@ log = logging.getLogger(__name__)
 _WEIGHTS, _PREVIEW = "ema.safetensors", "preview.png"
 _OUTPUTS = (_WEIGHTS, HISTORY, "curve.png", DISTANCES, _PREVIEW)
 
-_ROOM = (
-    "Model, average, optimiser and the source's means do not fit: set train.means_device to host (changes no result), "
-    "train.means_precision to bf16, or take train.sharding fsdp with several GPUs"
+_MEMORY_REMEDY = (
+    "The model, its average, the optimiser and the source's means do not fit: set train.means_device to host (which "
+    "changes no result), train.means_precision to bf16, or train.sharding to fsdp with several GPUs"
 )
+
+Previewer = Callable[[nn.Module], Image.Image]
+"""model -> picture of its samples."""
 
 
 @dataclass(frozen=True)
 class TrainFiles:
-    """Files that ``train`` reads; the two mixtures in the settings with a mixture, the decoder for previews."""
+    """The files that ``train`` reads: the two mixtures in settings with a mixture, the decoder for previews."""
 
     listing: Path
     encoder_weights: Path
@@ -58,7 +71,7 @@ class TrainFiles:
     decoder: Path | None = None
 
     def inputs(self, setting: str) -> provenance.Inputs:
-        """Return digests and places of what the weights depend on, after checking that it belongs together.
+        """Return digests and paths of the files that determine the weights, after checking that they belong together.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -70,21 +83,21 @@ class TrainFiles:
             provenance.statistics(self.stats),
         ]
         if SETTINGS[setting].mixture:
-            for name, path in (("--gmm", self.gmm), ("--spatial-gmm", self.spatial_gmm)):
-                if path is None:
-                    raise ValueError(f"setting '{setting}' draws its source from a mixture: give {name}")
+            if self.gmm is None or self.spatial_gmm is None:
+                option = "--gmm" if self.gmm is None else "--spatial-gmm"
+                raise ValueError(f"setting '{setting}' draws its source from a mixture: give {option}")
             read += [provenance.mixture(self.gmm), provenance.spatial_mixture(self.spatial_gmm)]
         return provenance.belong_together(*read)
 
 
 @dataclass(frozen=True)
 class DistanceFiles:
-    """What distances are measured with. No input of the weights, so in no digest of them.
+    """Detector and reference for distances during training. They do not affect the weights, so no digest covers them.
 
     Attributes:
-        kind: of the detector, see :func:`mmfm.evaluation.detector.load_detector`.
-        weights: the detector's file.
-        reference: from fid_reference; it may come while training runs.
+        kind: name of the detector; see :func:`mmfm.evaluation.detector.load_detector`.
+        weights: weights of the detector.
+        reference: reference from fid_reference; it may appear while training runs.
     """
 
     kind: str
@@ -98,138 +111,143 @@ def train(
     """Train the velocity model of a setting and publish its EMA weights.
 
     Args:
-        distance_files: what distances are measured with, where ``train.preview.fid_every`` asks for them and there is
-            a decoder.
+        distance_files: used if ``train.preview.fid_every`` is set and there is a decoder.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: inputs that do not belong together, an impossible setting, or NaN or Inf in training.
-        KeyboardInterrupt: stopped by a signal, after a checkpoint.
+        ValueError: there is no setting, the inputs do not belong together, or training meets NaN or Inf.
+        KeyboardInterrupt: a signal stopped training; a checkpoint was written first.
     """
-    inputs = ranks.from_main(lambda: files.inputs(config.setting))
-    identity = provenance.training_identity(config, ranks.device)
+    setting = config.setting
+    if setting is None:
+        raise ValueError(f"train needs a setting: give --setting, one of {', '.join(SETTINGS)}")
+    inputs = ranks.from_main(lambda: files.inputs(setting))
     if not config.train.preview.fid_every or files.decoder is None:
         distance_files = None
     outputs = {name: out_dir / name for name in _OUTPUTS}
-    with Context.open(config, ranks, inputs, outputs, identity) as context:
+    with Context.open(config, ranks, inputs, outputs, identity(config, setting, ranks.device)) as context:
         _Training(context, files, distance_files).run()
 
 
+def identity(config: StageConfig, setting: str, device: torch.device) -> dict[str, Any]:
+    """Return everything besides the files that determines the weights.
+
+    With ``auto`` precision that includes the device: a run that began in float32 must not continue in bf16.
+    """
+    found = {"setting": setting, **config.identity()}
+    if uses_bf16(config.train.precision, device):
+        found["autocast"] = "bf16"
+    if SETTINGS[setting].mixture and uses_bf16(config.train.means_precision, device):
+        found["means"] = "bf16"
+    return found
+
+
 class _Training:
-    """One run to a number of epochs."""
+    """One run up to the configured number of epochs."""
 
     def __init__(self, context: Context, files: TrainFiles, distance_files: DistanceFiles | None) -> None:
         self.context, self.files, self.distance_files = context, files, distance_files
         self.config, self.ranks, self.state = context.config, context.ranks, context.state
-        self.settings = self.config.train
+        self.section = section = self.config.train
         self.title = f"train {self.config.setting}"
-        s, n_images = self.settings, len(Listing.open(files.listing))
+        n_images, ranks = len(Listing.open(files.listing)), self.ranks
         self.plan = latents.BatchPlan(
-            s.seed, n_images, s.global_batch, self.ranks.rank, self.ranks.world, s.micro_batch, s.flip
+            section.seed, n_images, section.global_batch, ranks.rank, ranks.world, section.micro_batch, section.flip
         )
-        self.target = s.epochs * self.plan.steps_per_epoch
+        self.target = section.epochs * self.plan.steps_per_epoch
         self.budget = {"step": self.target}
 
     def run(self) -> None:
-        """Train what is missing, and publish."""
-        beyond = [epoch for epoch in self.settings.milestones if epoch > self.settings.epochs]
+        """Train the missing steps and publish the weights."""
+        beyond = [epoch for epoch in self.section.milestones if epoch > self.section.epochs]
         if beyond and self.ranks.is_main:
-            log.warning("train.milestones %s are not reached: train.epochs is %d", beyond, self.settings.epochs)
+            log.warning("train.milestones %s are not reached: train.epochs is %d", beyond, self.section.epochs)
         wanted = [_PREVIEW] if self.files.decoder else []
         if self.is_measured() and runner.restore(self.context, self.budget, wanted):
             return
-        with memory.explained(_ROOM):
+        with memory.explained(_MEMORY_REMEDY):
             self.load()
-            trainer = self.trainer()
+            preview = previewer(self.generator("preview"), self.task) if self.files.decoder else None
+            trainer = self.trainer(preview)
             finished = trainer.resume(self.target)
         if not finished:
             trainer.run(self.target, self.batches())
         elif trainer.owes(self.target):
             trainer.run(self.target, None)
         average = trainer.average()
+        assert isinstance(average, DiT)  # the trainer averages any module; this one is of setup.model
         runner.finish(self.context, lambda finished: self.write(finished, average, trainer.step), self.budget)
-        if self.preview is not None:
-            self.ranks.from_main(lambda: self.add_preview(average))
+        if preview is not None:
+            self.ranks.from_main(lambda: self.add_preview(preview, average))
 
     def is_measured(self) -> bool:
-        """Whether no distance of the last step is missing from what is published; a collective call."""
+        """Whether the published results include the distance of the last step, if one is wanted; a collective call."""
         if self.distance_files is None:
             return True
         published = self.state / "finished" / DISTANCES
         return self.ranks.from_main(lambda: any(line["step"] == self.target for line in read_history(published)))
 
     def load(self) -> None:
-        """Load the autoencoder, build source, loss and model."""
-        self.autoencoder = self.load_autoencoder()
-        encoder = self.autoencoder.encoder
+        """Load the autoencoder and build the loss, with its source, and the model."""
+        section, device, decoder_path = self.config.encoder, self.ranks.device, self.files.decoder
+        encoder = load_encoder(section.family, self.files.encoder_weights, section.input_size, device)
         self.latent_shape = (encoder.hidden_size, *encoder.grid)
-        if self.files.decoder:
-            self.autoencoder.require_image_size(self.config.image.size, self.files.decoder)
+        decoder = load_decoder(decoder_path, device, latent_dim=encoder.hidden_size) if decoder_path else None
+        self.autoencoder = rae.RAE(encoder, decoder, *rae.load_statistics(self.files.stats, self.latent_shape))
+        if decoder_path:
+            self.autoencoder.require_image_size(self.config.image.size, decoder_path)
         self.task = setup.flow_matching(
             self.config, self.files.listing, self.files.gmm, self.files.spatial_gmm, self.latent_shape,
-            self.plan.steps_per_epoch, self.ranks.device,
+            self.plan.steps_per_epoch, device,
         )  # fmt: skip
-        self.model = setup.model(self.task, self.config.model, self.latent_shape).to(self.ranks.device)
-        self.preview = self.distances = None
-        if self.files.decoder:
-            self.preview = previewer(self.generator("preview"), self.task)
-        if self.distance_files is not None:
-            self.distances = self.fid_curve(self.distance_files)
-
-    def load_autoencoder(self) -> rae.RAE:
-        """The frozen encoder, its statistics and, where there is one, the decoder."""
-        about, device = self.config.encoder, self.ranks.device
-        frozen = load_encoder(about.family, self.files.encoder_weights, about.input_size, device)
-        latent_shape = (frozen.hidden_size, *frozen.grid)
-        decoder = None
-        if self.files.decoder:
-            decoder = load_decoder(self.files.decoder, device, latent_dim=latent_shape[0])
-        return rae.RAE(frozen, decoder, *rae.load_statistics(self.files.stats, latent_shape))
+        self.model = setup.model(self.task, self.config.model, self.latent_shape).to(device)
 
     def generator(self, purpose: str) -> Generator:
-        """What previews and distances are generated with."""
+        """Return the generator of images for previews or distances."""
         return generator(self.task, self.autoencoder, self.latent_shape, self.ranks.device, purpose)
 
     def fid_curve(self, files: DistanceFiles) -> FidCurve:
-        """What measures distances as the run goes."""
-        size = self.latent_shape[1] * self.autoencoder.decoder.config.patch_size
+        """Return what measures distances during training."""
+        size = self.config.image.size
         detector = load_detector(files.kind, files.weights, self.ranks.device)
         listing = self.context.inputs.digests["listing"]
         return FidCurve(
             detector,
             lambda: provenance.reference_for(files.reference, detector, size, "the decoder's images", listing),
             measured_images(self.generator("fid_curve"), self.task),
-            self.settings.preview,
+            self.section.preview,
             self.state,
             self.title,
             self.ranks,
         )
 
-    def trainer(self) -> Trainer:
-        """The optimiser's loop."""
-        optimizer_options = setup.optimizer_options(self.settings, self.plan.steps_per_epoch)
-        options = setup.loop_options(self.settings, self.plan.steps_per_epoch)
-        return Trainer(
-            "train", self.model, self.task.losses, self.plan, optimizer_options, options, self.state, self.ranks,
-            self.draw_preview if self.preview else None, self.task.weighting, self.distances,
-        )  # fmt: skip
+    def trainer(self, preview: Previewer | None) -> Trainer:
+        """Return the optimiser's loop."""
+        optimizer_options = setup.optimizer_options(self.section, self.plan.steps_per_epoch)
+        options = setup.loop_options(self.section, self.plan.steps_per_epoch)
+        draw_preview = functools.partial(self.draw_preview, preview) if preview else None
+        distances = self.fid_curve(self.distance_files) if self.distance_files else None
+        run = Run("train", self.model, self.task.losses, self.plan, self.state, self.ranks, self.task.weighting)
+        return Trainer(run, optimizer_options, options, draw_preview, distances)
 
-    def draw_preview(self, average: nn.Module, step: int) -> None:
-        """Draw picture and curve into the state."""
-        save_picture(self.preview(average), preview_file(self.state, step))
+    def draw_preview(self, preview: Previewer, average: nn.Module, step: int) -> None:
+        """Draw the preview of a step and the learning curve into the state."""
+        save_picture(preview(average), preview_file(self.state, step))
         draw_curve_of(self.state, step, self.state / "curve.png", self.title)
 
-    def batches(self) -> latents.CachedLatents | latents.EncodedImages:
-        """The latents of every step."""
-        return latents.open_batches(
-            self.plan, self.files.listing, self.config.image.size, self.autoencoder.encode, self.latent_shape,
-            self.ranks, stage="train", workers=self.settings.workers, cache_gb=self.settings.latent_cache_gb,
+    def batches(self) -> latents.TrainingBatches:
+        """Return the latents and tokens of every step; a collective call."""
+        listing, autoencoder, workers = self.files.listing, self.autoencoder, self.section.workers
+        cached = open_cache(
+            self.context, listing, autoencoder.encoder, self.files.encoder_weights, autoencoder.normalise,
+            views=self.plan.views, workers=workers,
         )  # fmt: skip
+        source = latents.TrainingImages(listing, self.config.image.size, autoencoder.encode, cached, workers)
+        return latents.TrainingBatches(self.plan, source, self.ranks.device)
 
-    def write(self, finished: Path, average: nn.Module, step: int) -> None:
+    def write(self, finished: Path, average: DiT, step: int) -> None:
         """Write weights, history and curve."""
         publish_history(self.state, step, finished, self.title)
-        digests = self.context.inputs.digests
         about = {
             "setting": self.config.setting,
             "encoder": config.keys_of_kind(self.config.encoder, "identity"),
@@ -239,16 +257,16 @@ class _Training:
             "seed": self.plan.seed,
             "images_seen": step * self.plan.global_batch,
             "settings": replace(self.config, setting=None).identity(),
-            "digests": digests,
+            "digests": self.context.inputs.digests,
             **self.context.inputs.made_from(),
         }
         save_ema(finished / _WEIGHTS, average, about)
 
-    def add_preview(self, average: nn.Module) -> None:
-        """Publish the last picture. The weights did not wait for it, as it may not fit into memory."""
+    def add_preview(self, preview: Previewer, average: nn.Module) -> None:
+        """Publish the preview of the final weights. They are published already, in case it does not fit into memory."""
         try:
             with memory.explained("Lower train.preview.n_images"):
-                picture = self.preview(average)
+                picture = preview(average)
             runner.amend(self.context, lambda finished: save_picture(picture, finished / _PREVIEW))
         except (ValueError, OSError, RuntimeError) as error:
             log.warning("the weights are published, but without %s: %s", _PREVIEW, error)

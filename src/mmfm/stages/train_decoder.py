@@ -1,10 +1,9 @@
-"""``train_decoder``: a decoder from the frozen encoder's latents to images.
+"""``train_decoder``: train a decoder from the frozen encoder's latents to images.
 
-Reads the listing, the images, the encoder. Writes ``decoder.safetensors``, ``history.jsonl``, ``curve.png`` and
-``reconstruction.png``.
-
-The unit of work is an optimiser step. The state keeps checkpoints ``step-00000500/``: a kill loses the steps since the
-newest one, and more steps go on from the last.
+Reads: the listing, the images, the encoder; latents from the latent cache, which it fills first.
+Writes: ``decoder.safetensors``, ``history.jsonl``, ``curve.png`` and ``reconstruction.png``.
+Unit of work: an optimiser step; the state holds checkpoints ``step-00000500/``.
+After a kill: training continues from the newest checkpoint. A larger ``decoder.steps`` continues a finished run.
 """
 
 import math
@@ -25,16 +24,17 @@ from mmfm.infra.distributed import Ranks
 from mmfm.infra.pictures import paired_grid, save_picture
 from mmfm.infra.precision import autocast
 from mmfm.stages import provenance, runner
+from mmfm.stages.cached_latents import open_cache
 from mmfm.stages.runner import Context
 from mmfm.training import latents
 from mmfm.training.history import HISTORY, publish_history, read_history
-from mmfm.training.options import LoopOptions, OptimizerOptions
+from mmfm.training.options import LoopOptions, OptimizerOptions, Run
 from mmfm.training.schedule import Cosine
 from mmfm.training.trainer import Trainer
 
 _LOG_EVERY = 20
 _KEEP_CHECKPOINTS = 2
-_SHOWN = 16
+_SHOWN = 16  # images in reconstruction.png
 
 _DECODER = "decoder.safetensors"
 _OUTPUTS = (_DECODER, HISTORY, "curve.png", "reconstruction.png")
@@ -42,11 +42,11 @@ _OUTPUTS = (_DECODER, HISTORY, "curve.png", "reconstruction.png")
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Mean absolute error of images decoded from noisy tokens (Zheng et al. 2025, noise-augmented decoding).
+    """Mean absolute error of images decoded from noisy latents (Zheng et al. 2025, noise-augmented decoding).
 
     Attributes:
-        noise: a token gets noise of a standard deviation uniform in [0, noise], one for all tokens of an image.
-        image_mean, image_std: (3,) the encoder processor's normalisation, in which the decoder answers.
+        noise: largest standard deviation of the noise; each image's is uniform in [0, noise].
+        image_mean, image_std: (3,) the pixel normalisation of the encoder, which the decoder's output has.
     """
 
     seed: int
@@ -55,22 +55,23 @@ class Reconstruction:
     image_std: Tensor
 
     def losses(self, model: nn.Module, micro: latents.MicroBatch, inputs: latents.Inputs) -> Tensor:
-        """L1 distance in [0, 1] per image, (b,) float32."""
-        z, keys = inputs.latent, micro.key_tensor(inputs.latent.device)
-        level = self.noise * rng.uniform(self.seed, "decoder/level", keys).float()
-        z = torch.addcmul(z, level.view(-1, 1, 1, 1), rng.normal(self.seed, "decoder/noise", keys, tuple(z.shape[1:])))
-        with autocast("auto", z.device):
-            output = model(z.flatten(2).transpose(1, 2))
+        """Return the mean absolute error per image, (b,) float32, for pixels in [0, 1]."""
+        latent, keys = inputs.latent, micro.key_tensor(inputs.latent.device)
+        std = self.noise * rng.uniform(self.seed, "decoder/level", keys).float()
+        noise = rng.normal(self.seed, "decoder/noise", keys, tuple(latent.shape[1:]))
+        noisy = torch.addcmul(latent, std.view(-1, 1, 1, 1), noise)
+        with autocast("auto", noisy.device):
+            output = model(noisy.flatten(2).transpose(1, 2))
         images = output.float() * self.image_std[:, None, None] + self.image_mean[:, None, None]
         return (images - inputs.images).abs().flatten(1).mean(1)
 
 
 def train_decoder(config: StageConfig, listing: Path, encoder_weights: Path, out_dir: Path, ranks: Ranks) -> None:
-    """Train a decoder for an encoder's latents and publish it.
+    """Train a decoder for the latents of an encoder and publish it.
 
     Raises:
-        ValueError: an image size that the latent's grid does not divide, or NaN or Inf in training.
-        KeyboardInterrupt: stopped by a signal, after a checkpoint.
+        ValueError: ``image.size`` is no multiple of the latent's rows, or training meets NaN or Inf.
+        KeyboardInterrupt: a signal stopped training; a checkpoint was written first.
     """
     inputs = ranks.from_main(
         lambda: provenance.belong_together(provenance.listing(listing), provenance.encoder(encoder_weights))
@@ -81,31 +82,27 @@ def train_decoder(config: StageConfig, listing: Path, encoder_weights: Path, out
 
 def _train(context: Context, listing: Path, encoder_weights: Path) -> None:
     config, ranks, inputs = context.config, context.ranks, context.inputs
-    settings, size, n_images = config.decoder, config.image.size, len(data.Listing.open(listing))
-    budget = {"step": settings.steps}
+    section, size, n_images = config.decoder, config.image.size, len(data.Listing.open(listing))
+    budget = {"step": section.steps}
     if runner.restore(context, budget):
         return
     encoder = load_encoder(config.encoder.family, encoder_weights, config.encoder.input_size, ranks.device)
-    plan = latents.BatchPlan(
-        settings.seed, n_images, settings.global_batch, ranks.rank, ranks.world, settings.micro_batch
-    )
-    generator = torch.Generator().manual_seed(rng.derive_seed(settings.seed, "decoder/init"))
-    model = Decoder(_sizes(settings, encoder, size), generator=generator).to(ranks.device)
-    task = Reconstruction(settings.seed, settings.noise, encoder.image_mean, encoder.image_std)
-    optimizer_options = OptimizerOptions(Cosine(settings.lr, 0.0, 0, settings.horizon), (0.9, 0.95), 0.0, 1.0, None)
+    plan = latents.BatchPlan(section.seed, n_images, section.global_batch, ranks.rank, ranks.world, section.micro_batch)
+    generator = torch.Generator().manual_seed(rng.derive_seed(section.seed, "decoder/init"))
+    model = Decoder(_decoder_config(section, encoder, size), generator=generator).to(ranks.device)
+    task = Reconstruction(section.seed, section.noise, encoder.image_mean, encoder.image_std)
+    optimizer_options = OptimizerOptions(Cosine(section.lr, 0.0, 0, section.horizon), (0.9, 0.95), 0.0, 1.0, None)
     options = LoopOptions(
-        settings.checkpoint_every, _LOG_EVERY, _KEEP_CHECKPOINTS,
-        remedy=f"Lower decoder.micro_batch (now {settings.micro_batch or 'the whole share'})"
-        " or decoder.latent_cache_gb; neither changes the results",
-    )  # fmt: skip
-    trainer = Trainer("train_decoder", model, task.losses, plan, optimizer_options, options, context.state, ranks)
-    if not trainer.resume(settings.steps):
-        shape = (encoder.hidden_size, *encoder.grid)
-        batches = latents.open_batches(
-            plan, listing, size, encoder, shape, ranks,
-            stage="train_decoder", workers=settings.workers, cache_gb=settings.latent_cache_gb, keep_images=True,
-        )  # fmt: skip
-        trainer.run(settings.steps, batches)
+        section.checkpoint_every,
+        _LOG_EVERY,
+        _KEEP_CHECKPOINTS,
+        remedy=f"Lower decoder.micro_batch (now {section.micro_batch or 'the whole share'}), which changes no result",
+    )
+    trainer = Trainer(Run("train_decoder", model, task.losses, plan, context.state, ranks), optimizer_options, options)
+    if not trainer.resume(section.steps):
+        cached = open_cache(context, listing, encoder, encoder_weights, workers=section.workers)
+        source = latents.TrainingImages(listing, size, encoder, cached, section.workers, wanted=True)
+        trainer.run(section.steps, latents.TrainingBatches(plan, source, ranks.device))
 
     def write(finished: Path) -> None:
         publish_history(context.state, trainer.step, finished, "train_decoder")
@@ -114,7 +111,7 @@ def _train(context: Context, listing: Path, encoder_weights: Path) -> None:
             "command": "mmfm train_decoder",
             "version": context.version,
             "settings": dict(context.identity),
-            "seed": settings.seed,
+            "seed": section.seed,
             "digests": inputs.digests,
             "n_images": n_images,
             "steps": trainer.step,
@@ -125,22 +122,22 @@ def _train(context: Context, listing: Path, encoder_weights: Path) -> None:
     runner.finish(context, write, budget)
 
 
-def _sizes(settings: config.Decoder, encoder: Encoder, size: int) -> DecoderConfig:
-    """The decoder whose patches are the image's shares of the latent's positions."""
+def _decoder_config(section: config.Decoder, encoder: Encoder, size: int) -> DecoderConfig:
+    """Return the sizes of a decoder that turns each position of the latent into one patch of the image."""
     height, width = encoder.grid
     if size % height:
         raise ValueError(
             f"image.size {size} is no multiple of the latent's {height} rows; take {height * (size // height or 1)}"
         )
     return DecoderConfig(
-        encoder.hidden_size, settings.hidden_size, settings.intermediate_size, settings.num_heads,
-        settings.num_layers, size // height, height * width,
+        encoder.hidden_size, section.hidden_size, section.intermediate_size, section.num_heads, section.num_layers,
+        patch_size=size // height, num_patches=height * width,
     )  # fmt: skip
 
 
 @torch.no_grad()
 def _reconstructions(listing: Path, size: int, encoder: Encoder, model: Decoder) -> Any:
-    """Picture of images from all over the listing above what the decoder makes of their latents."""
+    """Draw images spread over the listing, each with its reconstruction."""
     n = len(data.Listing.open(listing))
     shown = [math.floor(i * n / min(n, _SHOWN)) for i in range(min(n, _SHOWN))]
     _, images = next(data.image_batches(listing, size, [shown]))

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there, and the published EMA weights.
+"""Atomic checkpoints of a training run.
 
-A checkpoint is a directory ``step-00000500/`` with one file per part and a ``manifest.json`` that names the run, the
-step and the SHA-256 of every file. It is written beside and renamed.
+A checkpoint is a directory ``step-00000500/`` with one file per part and a ``manifest.json`` with the run, the step
+and the SHA-256 of every file. It is written under a temporary name and renamed.
 """
 
 import logging
@@ -26,12 +26,12 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files are as they were written.
+    """A checkpoint whose digests were verified.
 
     Attributes:
         path: its directory.
-        step: optimiser steps that it has behind it.
-        values: the small state that goes with it, JSON values.
+        step: optimiser steps taken.
+        values: the run's small state, JSON values.
     """
 
     path: Path
@@ -39,11 +39,11 @@ class Checkpoint:
     values: dict[str, Any]
 
     def tensors(self, part: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Load the state dict ``part`` (``model``, ``ema``)."""
+        """Load a state dict: ``model`` or ``ema``."""
         return load_file(self.path / f"{part}.safetensors", device=str(device))
 
     def optimizer(self) -> dict[str, Any]:
-        """Load the optimiser's state dict, mapped: eight processes with 7 GB each would not fit many a node."""
+        """Memory-map the optimiser's state dict: eight processes with 7 GB each would not fit on many nodes."""
         return torch.load(self.path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -57,21 +57,21 @@ def save(
     milestone: bool,
     keep: int,
 ) -> Path:
-    """Write the checkpoint of ``step`` below ``state``, then remove old ones.
+    """Write the checkpoint of ``step`` to ``state``, then remove old ones.
 
     Args:
         tensors: state dicts by part.
         optimizer: the optimiser's state dict.
         values: JSON-serialisable state.
-        milestone: whether it ended a run, or may; such a checkpoint is never pruned.
-        keep: how many of the newest other checkpoints stay.
+        milestone: keep this checkpoint for good, because a run ends or may end here.
+        keep: how many of the newest other checkpoints to keep.
 
     Returns:
         The checkpoint's directory.
     """
     final = state / f"step-{step:08d}"
     partial = state / f".partial-{os.getpid()}-{final.name}"
-    _remove_leftovers(state)  # they would take the room of this one
+    _remove_leftovers(state)  # makes room first
     partial.mkdir(parents=True)
     for part, tensor in tensors.items():
         with store.whole_file(partial / f"{part}.safetensors") as file:
@@ -87,9 +87,9 @@ def save(
 
 
 def _prune(state: Path, keep: int, saved: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints up to step ``saved`` and the milestones, and what is none.
+    """Remove broken checkpoints, and all but the milestones and the newest ``keep`` others up to step ``saved``.
 
-    What lies above the step just saved could not be read when this run started, so it does not count.
+    Checkpoints of later steps do not count: they could not be read when this run started.
     """
     found = {path: _is_milestone(path) for step, path in _candidates(state) if step <= saved}
     ordinary = [path for path, milestone in found.items() if milestone is False]
@@ -100,7 +100,7 @@ def _prune(state: Path, keep: int, saved: int) -> None:
 
 
 def _is_milestone(path: Path) -> bool | None:
-    """Whether a checkpoint stays for good; None where its manifest is broken, so that it is none."""
+    """Whether a checkpoint is kept for good; None if its manifest is broken."""
     try:
         return bool(store.read_json(path / "manifest.json")["milestone"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -108,20 +108,20 @@ def _is_milestone(path: Path) -> bool | None:
 
 
 def replaceable(state: Path) -> int:
-    """Return the bytes of checkpoints that later ones push out, and of leftovers."""
-    passing = [path for _, path in _candidates(state) if not _is_milestone(path)]
-    return sum(map(disk.used, [*passing, *_leftovers(state)]))
+    """Return the bytes that later checkpoints will free: those of leftovers and of all checkpoints but milestones."""
+    pruned = [path for _, path in _candidates(state) if not _is_milestone(path)]
+    return sum(map(disk.used, [*pruned, *_leftovers(state)]))
 
 
 def _set_aside(path: Path) -> None:
-    """Take its name from a checkpoint: a kill in the middle of its removal must not leave half of one."""
+    """Rename a checkpoint before it is removed, so that a kill in between leaves no damaged one under its name."""
     doomed = path.with_name(f".partial-{path.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(path, doomed)
 
 
 def _leftovers(state: Path) -> list[Path]:
-    """What a kill or a full disk left unfinished (the latter pattern: in publish_directory), and what was set aside."""
+    """Return unfinished and renamed checkpoints; ``.step-*.old`` comes from a kill in ``publish_directory``."""
     return [*state.glob(".partial-*"), *state.glob(".step-*.old")]
 
 
@@ -131,7 +131,7 @@ def _remove_leftovers(state: Path) -> None:
 
 
 def _candidates(state: Path) -> list[tuple[int, Path]]:
-    """Steps and directories that are named like checkpoints, newest first."""
+    """Return step and path of every directory named like a checkpoint, newest first."""
     named = [(_NAME.fullmatch(path.name), path) for path in state.iterdir() if path.is_dir()]
     return sorted(((int(match[1]), path) for match, path in named if match), reverse=True)
 
@@ -140,7 +140,7 @@ def read(path: Path) -> Checkpoint:
     """Open a checkpoint and verify every file.
 
     Raises:
-        ValueError: it is not whole, changed, or belongs to another run.
+        ValueError: a file is missing or was changed, or the checkpoint belongs to another run.
     """
     if not (path / "manifest.json").is_file():
         raise ValueError("it has no manifest.json")
@@ -159,30 +159,30 @@ def read(path: Path) -> Checkpoint:
 
 
 def find(state: Path, target: int) -> Checkpoint | None:
-    """Find the checkpoint from which a run to step ``target`` goes on.
+    """Find the checkpoint from which a run to step ``target`` continues: that of this step, or else the newest.
 
-    That is the one of exactly that step, or else the newest. Those that are not whole are passed over with a warning,
-    and removed with the next :func:`save`: they must not push out good ones.
+    Damaged checkpoints are skipped with a warning. The next :func:`save` removes them, so that they do not count
+    towards the number to keep.
 
     Returns:
         None if there is none.
 
     Raises:
-        ValueError: training is already beyond ``target`` and no checkpoint of that step was kept.
+        ValueError: training is already past ``target`` and no checkpoint of that step was kept.
     """
     for _, path in sorted(_candidates(state), key=lambda candidate: (candidate[0] != target, -candidate[0])):
         try:
             found = read(path)
         except (ValueError, OSError) as error:
-            log.warning("checkpoint %s is passed over: %s", path, error)
-            if isinstance(error, ValueError):  # a disk that can't be read now may be later
+            log.warning("skipping checkpoint %s: %s", path, error)
+            if isinstance(error, ValueError):  # an OSError may be temporary
                 _set_aside(path)
             continue
         if found.step > target:
             kept = ", ".join(str(step) for step, _ in reversed(_candidates(state)))
             raise ValueError(
                 f"training in {state} is already at step {found.step}, and step {target} was not kept (there are: "
-                f"{kept}); raise the budget to one of these or more, or remove the directory to start anew"
+                f"{kept}); train to one of these or further, or remove the directory to start over"
             )
         return found
     return None

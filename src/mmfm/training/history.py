@@ -1,4 +1,4 @@
-"""The records of a training run, one JSON line per logged step or measured distance, and its curve."""
+"""The records of a training run, one JSON object per line for a logged step or measured distance, and its curve."""
 
 import json
 import os
@@ -8,14 +8,14 @@ from typing import Any
 from mmfm.infra import store
 
 HISTORY, DISTANCES = "history.jsonl", "fid.jsonl"
-"""Names of the two records."""
+"""File names of the logged steps and of the measured distances."""
 
 _CIRCUMSTANCES = ("measure", "n_images", "time_points", "detector_digest", "reference_digest")
-"""Distances that differ in one of these can't be compared."""
+"""Distances are comparable only if all of these are equal."""
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """Read the lines of a record; a last line that a kill cut short is left out, a file that is not there has none."""
+    """Read the lines of a record; none if there is no file. A last line cut short by a kill is dropped."""
     path = Path(path)
     lines = []
     for line in path.read_text().splitlines() if path.is_file() else []:
@@ -33,13 +33,13 @@ def write_history(path: str | Path, lines: list[dict[str, Any]]) -> None:
 
 
 def keep_until(path: Path, step: int | None) -> None:
-    """Remove the lines of steps beyond ``step`` (None: of none), and one that a kill cut short."""
+    """Remove the lines of steps after ``step`` (None keeps all), and a line cut short by a kill."""
     if path.is_file():
         write_history(path, [line for line in read_history(path) if step is None or line["step"] <= step])
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add one line and hand it to the operating system at once, so that a kill loses none."""
+    """Append a line and sync it to disk at once, so that a kill loses none."""
     with open(path, "a") as file:
         file.write(store.canonical_json(line) + "\n")
         file.flush()
@@ -47,23 +47,23 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def preview_file(state: Path, step: int) -> Path:
-    """Return the place of the picture that shows the average of ``step``."""
+    """Return the path of the preview of ``step``."""
     return state / f"preview-{step:08d}.png"
 
 
 def previews(state: Path) -> dict[int, Path]:
-    """Return the pictures that there are, by step."""
+    """Return the paths of the existing previews by step."""
     return {int(path.stem.removeprefix("preview-")): path for path in sorted(state.glob("preview-*.png"))}
 
 
 def draw_curve(
     lines: list[dict[str, Any]], path: str | Path, title: str, distances: list[dict[str, Any]] | None = None
 ) -> None:
-    """Draw loss, learning rate and, where some were measured, distances over the steps as a PNG.
+    """Plot loss, learning rate and distances, if any were measured, over the steps as a PNG.
 
     Args:
-        lines: of the history; the loss is shown with a running mean where it is noisy.
-        distances: lines of the other record; only those that can be compared are joined.
+        lines: of the history. A long history's loss gets a running mean.
+        distances: lines of the other record. Only comparable ones are joined.
     """
     import matplotlib
 
@@ -109,10 +109,10 @@ def _draw_loss(axis: Any, lines: list[dict[str, Any]]) -> None:
 def _draw_distances(axis: Any, distances: list[dict[str, Any]]) -> None:
     from matplotlib.ticker import LogFormatter
 
-    alike: dict[tuple, list[dict[str, Any]]] = {}
+    comparable: dict[tuple, list[dict[str, Any]]] = {}
     for line in distances:
-        alike.setdefault(tuple(line[name] for name in _CIRCUMSTANCES), []).append(line)
-    for lines in alike.values():
+        comparable.setdefault(tuple(line[name] for name in _CIRCUMSTANCES), []).append(line)
+    for lines in comparable.values():
         values = [line["distance"] for line in lines]
         about = f"{lines[0]['n_images']:,} images, {lines[0]['time_points']} time points; last {values[-1]:.4g}"
         axis.plot([line["step"] for line in lines], values, marker=".", linewidth=1.5, label=about)
@@ -120,7 +120,7 @@ def _draw_distances(axis: Any, distances: list[dict[str, Any]]) -> None:
     if min(found) > 0 and max(found) > 5 * min(found):
         axis.set_yscale("log")
         for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            which(LogFormatter(minor_thresholds=(2, 0.5)))  # 20 and 200, not powers of ten
+            which(LogFormatter(minor_thresholds=(2, 0.5)))  # label 20 and 200, not only powers of ten
     else:
         axis.set_ylim(0, 1.1 * max(found) or 1)
     axis.set_ylabel(" / ".join(dict.fromkeys(line["measure"] for line in distances)))
@@ -128,12 +128,12 @@ def _draw_distances(axis: Any, distances: list[dict[str, Any]]) -> None:
 
 
 def draw_curve_of(state: Path, step: int, path: Path, title: str) -> None:
-    """Draw the curve of the records in a run's state up to ``step``."""
+    """Plot the records in a run's state up to ``step``."""
     draw_curve(_until(state / HISTORY, step), path, title, _until(state / DISTANCES, step))
 
 
 def publish_history(state: Path, step: int, out_dir: Path, title: str) -> None:
-    """Write ``history.jsonl`` and ``curve.png`` of a run that ends at ``step``, and ``fid.jsonl`` if it has lines.
+    """Write ``history.jsonl``, ``curve.png`` and, if distances were measured, ``fid.jsonl`` of a run up to ``step``.
 
     Args:
         out_dir: an empty folder.

@@ -1,10 +1,10 @@
-"""Where a run can be watched besides its history: TensorBoard, or Weights and Biases.
+"""Loggers that show a run as it trains: TensorBoard, or Weights and Biases.
 
-Nothing here is state. What a logger keeps in files is made again from the history when a run goes on, so that no step
-appears twice; a server of Weights and Biases is told what it has not seen.
+Loggers hold no state. When a run resumes, their files are written again from the history, so that no step appears
+twice; a Weights and Biases server is sent only the steps that it lacks.
 
-A line is a dictionary of ``step`` and what belongs to it: numbers, or the path of a picture. A name without a slash is
-shown below ``train/``.
+A line is a dictionary with ``step`` and its values: numbers, or the path of a picture. A name without a slash is shown
+as ``train/NAME``.
 """
 
 import logging
@@ -26,13 +26,13 @@ _FINISH_SECONDS = 60
 
 
 class Logger(Protocol):
-    """Takes the lines of a history as they are made."""
+    """Shows the lines of a history as they are written."""
 
     def write(self, line: dict[str, Any]) -> None:
-        """Show one line; ``step`` is its place."""
+        """Show one line at its ``step``."""
 
     def close(self) -> None:
-        """Finish."""
+        """Finish; no line follows."""
 
 
 class NoLogger:
@@ -49,10 +49,10 @@ class NoLogger:
 
 
 class TensorBoard:
-    """Event files in ``tensorboard/`` of a run's state, for ``tensorboard --logdir``.
+    """Writes event files to ``tensorboard/`` in the run's state, for ``tensorboard --logdir``.
 
     Args:
-        lines: what the history holds already; written again in place of older files.
+        lines: the history so far, written again in place of older files.
     """
 
     def __init__(self, state: Path, lines: list[dict[str, Any]]) -> None:
@@ -65,7 +65,7 @@ class TensorBoard:
             self._add(line)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Write one line through to the file."""
+        """Write one line and flush the file."""
         self._add(line)
         self._writer.flush()
 
@@ -83,16 +83,17 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights and Biases, one for a state directory however often it is resumed.
+    """Sends a run to Weights and Biases: one run there per state directory, however often it is resumed.
 
-    Where nothing can be sent (no network, no key, a wrong one) it is recorded offline, in ``folder/wandb``, for
-    ``wandb sync``. A recording has the whole history, and takes the place of those of earlier, interrupted runs.
+    Without network or a valid key the run is recorded offline in ``folder/wandb``, for ``wandb sync``. A recording
+    holds the whole history and replaces those of earlier, interrupted runs.
 
-    The steps are an axis of their own, one for each kind of line: the steps that wandb counts by itself must rise, and
-    a line that comes late, as a distance after a kill, would be dropped.
+    Each kind of line has a step axis of its own: wandb's own step must increase, and a late line, such as a distance
+    measured after a kill, would be dropped.
 
     Args:
-        lines: what the history holds already; what the server has of it is not sent again.
+        folder: the run's state.
+        lines: the history so far; lines that the server already has are not sent again.
 
     Raises:
         ValueError: the package is not installed.
@@ -103,13 +104,13 @@ class Wandb:
             import wandb
         except ImportError as error:
             raise ValueError(
-                "train.logger is wandb, which is not installed: pip install 'wandb>=0.31,<1', or take another"
+                "train.logger is wandb, which is not installed: pip install 'wandb>=0.31,<1', or set another logger"
             ) from error
         self._wandb = wandb
         earlier = list(folder.glob("wandb/offline-run-*"))
         self._run = self._online(folder) or self._start(folder)
-        for left in [] if self._run.disabled else earlier:
-            shutil.rmtree(left, ignore_errors=True)
+        for recording in [] if self._run.disabled else earlier:
+            shutil.rmtree(recording, ignore_errors=True)
         for metric in ("train/*", "preview/fid", "preview/images"):
             self._run.define_metric(metric, step_metric=_axis(metric))
         self._seen = {name: value for name, value in dict(self._run.summary).items() if name.endswith("/step")}
@@ -117,7 +118,7 @@ class Wandb:
             self.write(line)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Send or record one line, unless the server has it."""
+        """Send or record one line, unless the server already has it."""
         values = _named(line)
         axis = _axis(next(iter(values)))
         if line["step"] > self._seen.get(axis, -1):
@@ -125,15 +126,15 @@ class Wandb:
             self._run.log({axis: line["step"], **shown})
 
     def close(self) -> None:
-        """Finish the run; where the network is gone, that is given up after a minute and left to ``wandb sync``."""
+        """Finish the run. Without network this gives up after a minute and leaves the rest to ``wandb sync``."""
         self._run.finish()
 
     def _online(self, folder: Path) -> Any:
-        """Return a run that is sent, or None where WANDB_MODE is another, or with a warning if that can't be."""
+        """Return an online run, or None if WANDB_MODE is not ``online``; warn and return an offline run on failure."""
         if os.environ.get("WANDB_MODE", "online") != "online":
             return None
         try:
-            # Without the question for a key on a terminal, which nobody may be there to answer.
+            # Do not prompt for a key: nobody may be at the terminal.
             if self._wandb.login(prompt=False, verify=True):
                 return self._start(folder, mode="online", resume="allow")
             problem = "no API key (wandb login)"
@@ -144,13 +145,17 @@ class Wandb:
 
     def _start(self, folder: Path, **options: Any) -> Any:
         return self._wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "mmfm"), name=folder.parent.name, id=_run_id(folder),
-            dir=str(folder), settings={"finish_timeout": _FINISH_SECONDS}, **options,
-        )  # fmt: skip
+            project=os.environ.get("WANDB_PROJECT", "mmfm"),
+            name=folder.parent.name,
+            id=_run_id(folder),
+            dir=str(folder),
+            settings={"finish_timeout": _FINISH_SECONDS},
+            **options,
+        )
 
 
 def _run_id(folder: Path) -> str:
-    """Return the id of a state's run, made once: training the same anew is another run."""
+    """Return the id of a state's run. A state that is made again gets another id."""
     path = folder / "wandb" / "id"
     if not path.is_file():
         with store.whole_file(path) as partial:
@@ -163,18 +168,19 @@ def _named(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _axis(name: str) -> str:
-    """Return the axis of the steps of what has this name."""
+    """Return the name of a value's step axis."""
     return "train/step" if name.startswith("train/") else f"{name}/step"
 
 
 def open_logger(logger: str, state: Path, lines: list[dict[str, Any]]) -> Logger:
-    """Open the logger of a run whose checkpoints lie in ``state``.
+    """Open the logger of a run.
 
     Args:
         logger: name in :data:`mmfm.config.choices.LOGGERS`.
-        lines: of the history so far.
+        state: directory of the run.
+        lines: the history so far.
 
     Raises:
-        ValueError: an unknown name, or a package that is not installed.
+        ValueError: the name is unknown, or its package is not installed.
     """
     return LOGGERS[logger].load()(state, lines)

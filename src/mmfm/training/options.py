@@ -1,47 +1,70 @@
-"""What a trainer is given: the losses, what feeds them, what moves with them, and the settings."""
+"""What a trainer is given: the run, its batches, and how to optimise, save and log."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from mmfm.infra.distributed import Ranks
-from mmfm.training.latents import MicroBatch
+from mmfm.training.latents import BatchPlan, MicroBatch
 
 Losses = Callable[[nn.Module, MicroBatch, Any], Tensor]
-"""(model, micro batch, its inputs) -> (b,) float32, the loss of every image."""
+"""(model, micro batch, its inputs) -> (b,) float32, one loss per image."""
 
 
 class Batches(Protocol):
-    """Gives the micro batches of consecutive steps, each with its inputs."""
+    """Yields the micro batches of consecutive steps with their inputs."""
 
     def batches(self, first_step: int, stop_step: int) -> Iterator[tuple[MicroBatch, Any]]:
         """Yield the micro batches of steps [first_step, stop_step) with their inputs."""
 
 
 class Callback(Protocol):
-    """What moves with the steps besides the weights, and is kept in the checkpoints."""
+    """State besides the weights that changes with every step and is saved in the checkpoints."""
 
     def after_step(self, ranks: Ranks, step: int) -> None:
-        """Called by all processes after optimiser step ``step``; must not wait for the device."""
+        """Called by all processes after ``step`` steps were taken; must not wait for the device."""
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps, as JSON values."""
+        """Return the state for a checkpoint, as JSON values."""
 
     def load(self, state: dict[str, Any], step: int) -> None:
-        """Take up what a checkpoint of ``step`` keeps."""
+        """Restore :meth:`state` from the checkpoint of ``step``."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: what to train, on which images, and where to keep its state.
+
+    Attributes:
+        stage: name for messages.
+        model: on its device, with the same initial weights in all processes.
+        losses: see :data:`Losses`.
+        plan: the images of every step.
+        state: directory of the checkpoints.
+        callback: see :class:`Callback`.
+    """
+
+    stage: str
+    model: nn.Module
+    losses: Losses
+    plan: BatchPlan
+    state: Path
+    ranks: Ranks
+    callback: Callback | None = None
 
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """What the optimiser does: AdamW (Loshchilov and Hutter 2019).
+    """Options of AdamW (Loshchilov and Hutter 2019) and of the average.
 
     Attributes:
         lr: learning rate of a step, counted from 0.
         betas, weight_decay: of AdamW.
-        clip_norm: largest norm of the whole gradient; 0 for no clipping.
-        ema_decay: of the average; None for none.
+        clip_norm: maximal norm of the whole gradient; 0 for no clipping.
+        ema_decay: decay of the moving average of the weights; None for no average.
     """
 
     lr: Callable[[int], float]
@@ -53,17 +76,17 @@ class OptimizerOptions:
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """How often a run does what changes no number; all in steps.
+    """Options of the loop that do not affect the results.
 
     Attributes:
-        checkpoint_every, log_every: intervals.
-        keep_checkpoints: newest checkpoints that stay.
-        preview_every: interval of previews; 0 for none.
+        checkpoint_every, log_every: intervals in steps.
+        keep_checkpoints: how many of the newest checkpoints to keep.
+        preview_every: interval of previews in steps; 0 for none.
         compile: use torch.compile.
-        sharding: how the model is divided among processes; see :mod:`mmfm.training.parallel`.
-        milestones: steps whose checkpoints stay for ever.
-        logger: where the run is shown; see :mod:`mmfm.training.loggers`.
-        remedy: what to do when memory runs out.
+        sharding: see :mod:`mmfm.training.parallel`.
+        milestones: steps whose checkpoints are never removed.
+        logger: see :mod:`mmfm.training.loggers`.
+        remedy: advice for when memory runs out.
     """
 
     checkpoint_every: int

@@ -1,7 +1,7 @@
-"""How a model is divided among processes: whole in each of them (DDP), or in shards (FSDP2).
+"""Data parallelism: the whole model in every process (DDP), or sharded among them (FSDP2).
 
-Whichever it is, the optimiser and the average move plain tensors (whole parameters, or this process's shards of them),
-and checkpoints hold whole tensors, so that a run may go on in another number of processes or the other way.
+In both cases the optimiser and the average update plain tensors (whole parameters, or this process's shards), and
+checkpoints hold whole tensors, so that a run can resume with another number of processes or the other method.
 
 Sources: Li et al. 2020, "PyTorch Distributed"; Zhao et al. 2023, "PyTorch FSDP", in the per-parameter form of
 ``torch.distributed.fsdp.fully_shard``.
@@ -25,16 +25,17 @@ class Whole:
     """Every process holds the whole model.
 
     Args:
-        model: what is trained, on its device and equal in all processes.
+        model: on its device, with the same weights in all processes.
         average: its moving average, or None.
 
     Attributes:
-        tensors: trained tensors that the optimiser moves, each with its gradient after :meth:`gradients`.
-        averages: the same ones of the average.
+        tensors: the tensors that the optimiser updates, each with its gradient after :meth:`gradients`.
+        averages: the corresponding tensors of the average.
     """
 
     def __init__(self, model: nn.Module, average: nn.Module | None, ranks: Ranks, compiled: bool = False) -> None:
         self.model, self.average, self.ranks = model, average, ranks
+        self._modules = {"model": model} if average is None else {"model": model, "ema": average}
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.tensors: list[Tensor] = list(self._trained.values())
         self.averages: list[Tensor] = (
@@ -42,7 +43,7 @@ class Whole:
         )
 
     def wrapped(self, compiled: bool) -> nn.Module:
-        """The model as the forward pass calls it; its parameters are the model's own."""
+        """Return the module to call in the forward pass; it shares the model's parameters."""
         if compiled:
             self.model.compile()
         if self.ranks.world == 1:
@@ -53,15 +54,17 @@ class Whole:
         )
 
     def part(self, forward: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        """Surrounds forward and backward pass of a micro batch; gradients are exchanged in a step's last one alone."""
-        return forward.no_sync() if self.ranks.world > 1 and not last else contextlib.nullcontext()
+        """Return the context of a micro batch's passes; only the last one of a step exchanges gradients."""
+        if isinstance(forward, DistributedDataParallel) and not last:
+            return forward.no_sync()
+        return contextlib.nullcontext()
 
     def gradients(self) -> list[Tensor]:
-        """This process's gradients, averaged over the processes."""
+        """Return the gradients, averaged over the processes."""
         return [t.grad for t in self.tensors if t.grad is not None]
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
-        """Euclidean norm of the whole gradient."""
+        """Return the Euclidean norm of the whole gradient."""
         return nn.utils.get_total_norm(gradients)
 
     def forget_gradients(self) -> None:
@@ -70,71 +73,71 @@ class Whole:
             tensor.grad = None
 
     def state(self, part: str) -> dict[str, Tensor]:
-        """Whole state dict of ``model`` or ``ema``; a collective call, of use on the main process."""
-        return self._module(part).state_dict()
+        """Return the whole state dict of ``model`` or ``ema``; collective, valid on the main process."""
+        return self._modules[part].state_dict()
 
     def load(self, part: str, tensors: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`state` gave."""
-        self._module(part).load_state_dict(tensors)
+        """Load a state dict from :meth:`state`."""
+        self._modules[part].load_state_dict(tensors)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Whole state dict of an optimiser over :attr:`tensors`; a collective call, of use on the main process."""
+        """Return the whole state dict of an optimiser of :attr:`tensors`; collective, valid on the main process."""
         return optimizer.state_dict()
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Take up what :meth:`optimizer_state` gave."""
+        """Load a state dict from :meth:`optimizer_state`."""
         optimizer.load_state_dict(state)
 
     def whole_average(self, everywhere: bool = False) -> nn.Module:
-        """The average, or else the model, as a plain module; a collective call, of use on the main process.
+        """Return the average, or without one the model, as a plain module; collective, valid on the main process.
 
         Args:
-            everywhere: of use on every process, which then holds the whole of it.
+            everywhere: make the result valid on every process; each then holds the whole model.
         """
         return self.model if self.average is None else self.average
 
-    def _module(self, part: str) -> nn.Module:
-        return self.model if part == "model" else self.average
-
 
 class Sharded(Whole):
-    """Parameters, gradients, average and optimiser in shards; a block is gathered for as long as it computes.
+    """Shards parameters, gradients, average and optimiser state; a block is gathered while it computes.
 
-    The elements of module lists (a transformer's blocks) are the units, what is left is one more.
+    The FSDP units are the elements of module lists (a transformer's blocks), plus one for the rest of the model.
     """
 
     def __init__(self, model: nn.Module, average: nn.Module | None, ranks: Ranks, compiled: bool) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import FSDPModule, fully_shard
 
-        # The model returns a view of its last product; nothing here changes it in place.
+        # FSDP warns because the model's output is a view; nothing modifies it in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         self._plain = copy.deepcopy(model).to("meta")
         mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-        for module in (model, average):
-            if module is None:
-                continue
-            blocks = [b for part in module.modules() if isinstance(part, nn.ModuleList) for b in part]
-            for block in blocks:
-                if compiled and module is model:
+
+        def shard(module: nn.Module, compiled: bool) -> FSDPModule:
+            for block in [b for part in module.modules() if isinstance(part, nn.ModuleList) for b in part]:
+                if compiled:
                     block.compile()
                 fully_shard(block, mesh=mesh)
-            fully_shard(module, mesh=mesh)
-        super().__init__(model, average, ranks)
-        # FSDP registers whole parameters while it computes: these references are to the shards, which stay.
-        self._shards = {"model": dict(model.named_parameters())}
+            return fully_shard(module, mesh=mesh)
+
+        self._root = shard(model, compiled)
         if average is not None:
-            self._shards["ema"] = dict(average.named_parameters())
-        self.tensors = [p.to_local().detach().requires_grad_() for p in self._trained.values()]
+            shard(average, False)
+        super().__init__(model, average, ranks)
+        # FSDP swaps in whole parameters while it computes, so keep references to the shards.
+        self._shards: dict[str, dict[str, Any]] = {  # of DTensors
+            part: dict(module.named_parameters()) for part, module in self._modules.items()
+        }
+        self._parameters = [self._shards["model"][name] for name in self._trained]
+        self.tensors = [p.to_local().detach().requires_grad_() for p in self._parameters]
         self.averages = [p.to_local().detach() for n, p in self._shards.get("ema", {}).items() if n in self._trained]
 
     def wrapped(self, compiled: bool) -> nn.Module:
-        """The model itself: its blocks were compiled before they were divided."""
+        """Return the model itself; its blocks were compiled before they were sharded."""
         return self.model
 
     def part(self, forward: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """See :class:`Whole`."""
-        self.model.set_requires_gradient_sync(last)
+        self._root.set_requires_gradient_sync(last)
         return contextlib.nullcontext()
 
     def forget_gradients(self) -> None:
@@ -144,25 +147,27 @@ class Sharded(Whole):
             shard.grad = None
 
     def gradients(self) -> list[Tensor]:
-        """This process's shards of the gradients, averaged over the processes."""
-        for shard, parameter in zip(self.tensors, self._trained.values(), strict=True):
+        """Return this process's shards of the gradients, averaged over the processes."""
+        for shard, parameter in zip(self.tensors, self._parameters, strict=True):
             shard.grad = None if parameter.grad is None else parameter.grad.to_local()
         return super().gradients()
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
-        """Euclidean norm of the whole gradient."""
+        """See :class:`Whole`."""
         return self.ranks.sum(super().norm(gradients).square()).sqrt()
 
     def state(self, part: str) -> dict[str, Tensor]:
         """See :class:`Whole`."""
-        buffers = dict(self._module(part).named_buffers())
+        buffers = dict(self._modules[part].named_buffers())
         return {**{name: self._kept(p.full_tensor()) for name, p in self._shards[part].items()}, **buffers}
 
     def load(self, part: str, tensors: Mapping[str, Tensor]) -> None:
         """See :class:`Whole`."""
-        buffers = dict(self._module(part).named_buffers())
+        buffers = dict(self._modules[part].named_buffers())
         if tensors.keys() != self._shards[part].keys() | buffers.keys():
-            raise ValueError(f"a checkpoint's {part} has other tensors than the model: remove the state directory")
+            raise ValueError(
+                f"the checkpoint's {part} has other tensors than the model; remove the state directory to start over"
+            )
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if name in buffers:
@@ -176,30 +181,33 @@ class Sharded(Whole):
         from torch.distributed.tensor import DTensor
 
         state = optimizer.state_dict()
-        whole = {}
-        for index, parameter in enumerate(self._trained.values()):
+        whole: dict[int, dict[str, Any]] = {}
+        for index, parameter in enumerate(self._parameters):
             whole[index] = {}
             for name, value in state["state"].get(index, {}).items():
-                if value.ndim:  # the count of steps is no shard
+                if value.ndim:  # the step count is not sharded
                     value = DTensor.from_local(
-                        value, parameter.device_mesh, parameter.placements,
-                        run_check=False, shape=parameter.shape, stride=parameter.stride(),
-                    ).full_tensor()  # fmt: skip
+                        value,
+                        parameter.device_mesh,
+                        parameter.placements,
+                        run_check=False,
+                        shape=parameter.shape,
+                        stride=parameter.stride(),
+                    ).full_tensor()
                 whole[index][name] = self._kept(value)
         return {**state, "state": whole}
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """See :class:`Whole`."""
-        parameters = list(self._trained.values())
         shards = {
-            index: {name: _shard_of(v, parameters[index]) if v.ndim else v for name, v in values.items()}
+            index: {name: _shard_of(v, self._parameters[index]) if v.ndim else v for name, v in values.items()}
             for index, values in state["state"].items()
         }
         optimizer.load_state_dict({**state, "state": shards})
 
     @torch.no_grad()
     def whole_average(self, everywhere: bool = False) -> nn.Module:
-        """See :class:`Whole`. Gathering gives every process every tensor anyway: it is a matter of keeping them."""
+        """See :class:`Whole`. Every process gathers every tensor; ``everywhere`` decides whether it keeps them."""
         part, whole, own = "model" if self.average is None else "ema", self._plain, {}
         if self.ranks.is_main or everywhere:
             whole = copy.deepcopy(self._plain).to_empty(device=self.ranks.device).eval().requires_grad_(False)
@@ -208,18 +216,18 @@ class Sharded(Whole):
             tensor = shard.full_tensor()
             if own:
                 own[name].copy_(tensor)
-        for name, buffer in self._module(part).named_buffers():
+        for name, buffer in self._modules[part].named_buffers():
             if own:
                 own[name].copy_(buffer)
         return whole
 
     def _kept(self, tensor: Tensor) -> Tensor:
-        """A gathered tensor, which only the main process keeps and not on the device."""
+        """Move a gathered tensor to the CPU of the main process; the others drop it."""
         return tensor.cpu() if self.ranks.is_main else tensor.new_empty(0)
 
 
 def _shard_of(tensor: Tensor, like: Any) -> Tensor:
-    """This process's shard of a whole tensor, divided as the distributed tensor ``like`` is; no communication."""
+    """Return this process's shard of a whole tensor, sharded like the DTensor ``like``, without communication."""
     from torch.distributed.tensor import distribute_tensor
 
     mesh = like.device_mesh
@@ -227,6 +235,6 @@ def _shard_of(tensor: Tensor, like: Any) -> Tensor:
 
 
 def divide(sharding: str, model: nn.Module, average: nn.Module | None, ranks: Ranks, compiled: bool) -> Whole:
-    """Divide a model and its average in one of :data:`mmfm.config.choices.SHARDINGS`; one process has the whole."""
+    """Divide a model and its average by a method in :data:`mmfm.config.choices.SHARDINGS`; one process keeps both."""
     kind = SHARDINGS[sharding].load()
     return kind(model, average, ranks, compiled) if ranks.world > 1 else Whole(model, average, ranks)

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: its clock, the history, the logger and the distances."""
+"""What a run records while it trains: time, history, distances, and the logger's lines."""
 
 import logging
 import time
@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 
 
 class Clock:
-    """Time and speed of training, without previews and measurements.
+    """Time and speed of training, excluding previews and measurements.
 
     Args:
         step: steps taken so far.
-        seconds: that they took, in earlier runs.
+        seconds: the time they took.
     """
 
     def __init__(self, step: int, seconds: float) -> None:
@@ -37,11 +37,11 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Seconds of all runs so far."""
+        """Training time in seconds, including earlier runs."""
         return time.perf_counter() - self._start
 
     def steps_per_second(self, step: int) -> float:
-        """Speed since the last call, ``step`` steps being taken now."""
+        """Return the speed since the last call; ``step`` steps are taken now."""
         (before, first), now = self._last, time.perf_counter()
         self._last = (now, step)
         return (step - first) / max(now - before, 1e-9)
@@ -59,13 +59,13 @@ class Clock:
 
 
 class RunLog:
-    """History, distances and logger of a run; all but the clock is the main process's.
+    """History, distances and logger of a run, all written by the main process.
 
     Args:
         state: directory of the run.
         logger: see :mod:`mmfm.training.loggers`.
-        step: the step that training goes on from. Later lines are of steps that will be taken again, and are removed;
-            none are where it does not go on (None).
+        step: the step that training continues from: lines of later steps are removed, because these steps are taken
+            again. None if no steps are left; nothing is removed then.
 
     Raises:
         ValueError: the logger is unknown or not installed.
@@ -73,7 +73,7 @@ class RunLog:
 
     def __init__(self, state: Path, logger: str, step: int | None, ranks: Ranks) -> None:
         self.state, self.ranks = state, ranks
-        self._logger: Logger | None = None
+        self._logger: Logger = NoLogger()
 
         def open_all() -> None:
             for name in (HISTORY, DISTANCES):
@@ -85,11 +85,11 @@ class RunLog:
         ranks.from_main(open_all)
 
     def add(self, line: dict[str, Any]) -> None:
-        """Add a line of the history; a collective call."""
+        """Add a line to the history; a collective call."""
         self.ranks.from_main(lambda: self._write(HISTORY, line, line))
 
     def add_distance(self, line: dict[str, Any], title: str) -> None:
-        """Add a line of the distances and draw the curve in the state under ``title``; a collective call."""
+        """Add a line to the distances and draw the state's curve again; a collective call."""
 
         def add() -> None:
             self._write(DISTANCES, line, _distance(line))
@@ -98,13 +98,12 @@ class RunLog:
         self.ranks.from_main(add)
 
     def add_preview(self, step: int) -> None:
-        """Show the picture of ``step``; a collective call."""
+        """Show the preview of ``step``; a collective call."""
         self.ranks.from_main(lambda: self._show(_picture(self.state, step)))
 
     def close(self) -> None:
-        """Finish the logger."""
-        if self._logger is not None:
-            self._careful(self._logger.close)
+        """Close the logger."""
+        self._careful(self._logger.close)
 
     def _write(self, name: str, line: dict[str, Any], shown: dict[str, Any]) -> None:
         append_line(self.state / name, line)
@@ -114,16 +113,16 @@ class RunLog:
         self._careful(lambda: self._logger.write(shown))
 
     def _careful(self, call: Callable[[], None]) -> None:
-        """Call the logger, which may lose its server or its process; training must not end by that."""
+        """Call the logger; if it fails, for example because its server is gone, training continues without it."""
         try:
             call()
         except Exception as error:
-            log.warning("the logger fails (%s: %s); training goes on without it", type(error).__name__, error)
+            log.warning("the logger failed (%s: %s); training goes on without it", type(error).__name__, error)
             self._logger = NoLogger()
 
 
 def _distance(line: dict[str, Any]) -> dict[str, Any]:
-    """What a logger shows of a distance."""
+    """Return a distance as a logger's line."""
     return {"step": line["step"], "preview/fid": line["distance"]}
 
 

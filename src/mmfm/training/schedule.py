@@ -1,4 +1,4 @@
-"""Learning rates as functions of the step alone, so that a restarted run needs no schedule state."""
+"""Learning-rate schedules: functions of the step alone, so that checkpoints hold no schedule state."""
 
 import math
 from dataclasses import dataclass
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ConstantThenLinear:
-    """Constant, then falling linearly, then constant again.
+    """Constant, then linear decay, then constant again.
 
     Attributes:
-        lr: learning rate until ``constant_steps``.
+        lr: learning rate before the decay.
         final_lr: learning rate from ``end_step`` on.
-        constant_steps: steps before the fall begins.
-        end_step: step at which the fall ends; above ``constant_steps``.
+        constant_steps: steps before the decay.
+        end_step: step at which the decay ends; above ``constant_steps``.
     """
 
     lr: float
@@ -21,17 +21,17 @@ class ConstantThenLinear:
     end_step: int
 
     def __call__(self, step: int) -> float:
-        """Learning rate of step ``step``, counted from 0."""
+        """Return the learning rate of a step, counted from 0."""
         share = (step - self.constant_steps) / (self.end_step - self.constant_steps)
         return self.lr + (self.final_lr - self.lr) * min(1.0, max(0.0, share))
 
 
 @dataclass(frozen=True)
 class Cosine:
-    """Constant, then half a cosine (Loshchilov and Hutter 2017, "SGDR", without restarts), then constant again.
+    """Constant, then cosine decay (Loshchilov and Hutter 2017, "SGDR", without restarts), then constant again.
 
     Attributes:
-        lr, final_lr, constant_steps, end_step: as of :class:`ConstantThenLinear`.
+        lr, final_lr, constant_steps, end_step: see :class:`ConstantThenLinear`.
     """
 
     lr: float
@@ -40,6 +40,6 @@ class Cosine:
     end_step: int
 
     def __call__(self, step: int) -> float:
-        """Learning rate of step ``step``, counted from 0."""
+        """Return the learning rate of a step, counted from 0."""
         share = min(1.0, max(0.0, (step - self.constant_steps) / (self.end_step - self.constant_steps)))
         return self.final_lr + (self.lr - self.final_lr) * 0.5 * (1 + math.cos(math.pi * share))

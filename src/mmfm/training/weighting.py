@@ -1,8 +1,8 @@
-"""Adaptive loss weights: what the model finds hard or easy among the labels counts more or less.
+"""Adaptive loss weights: labels with a high or low loss get more or less weight.
 
-Every label (a mode or a class) has a running mean of its images' losses. Its ratio to the mean over all labels gives
-the weight of the label's images in the next step. The raw losses of a step are summed over micro batches and processes
-in whole numbers, so the weights are the same however a step is divided.
+Every label (a mode or a class) has a running mean of its images' losses. The ratio of this mean to the average over all
+labels determines the weight of the label's images in the next step. The unweighted losses are summed over micro batches
+and processes in integers, so the weights do not depend on how a step is divided.
 """
 
 from typing import Any
@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfm import config
+from mmfm.config import sections
 from mmfm.config.choices import WEIGHTINGS
 from mmfm.infra.distributed import Ranks
 
 _UNIT = 2.0**32
+"""Losses are summed as integer multiples of 1 / _UNIT."""
+
 _LARGEST_LOSS = 1e6
 
 
-# Unscaled weight of a label from the ratio of its running loss to the labels' mean, and gamma.
+# The rules: (ratio of a label's running loss to the labels' mean, gamma) -> unnormalised weight.
 
 
 def focal(ratio: Tensor, gamma: float) -> Tensor:
@@ -27,7 +29,7 @@ def focal(ratio: Tensor, gamma: float) -> Tensor:
 
 
 def sqrt(ratio: Tensor, gamma: float) -> Tensor:
-    """Root of the ratio."""
+    """Square root of the ratio."""
     return ratio.sqrt()
 
 
@@ -42,35 +44,35 @@ def inverse(ratio: Tensor, gamma: float) -> Tensor:
 
 
 class LossWeighting:
-    """Running losses of L labels and the weights that follow from them.
+    """Running losses of L labels and the loss weights computed from them.
 
     Args:
-        settings: the section ``train.loss_weighting``.
+        config: the section ``train.loss_weighting``.
         num_labels: L.
         warmup_steps: steps with weights of 1.
-        device: where losses are.
+        device: of the losses.
 
     Attributes:
-        running: (L,) float64, running mean of the losses; 0 where a label has not occurred.
-        seen: (L,) bool.
-        weights: (L,) float32, of the present step.
+        running: (L,) float64, running mean of the losses; 0 for labels that have not occurred.
+        seen: (L,) bool, whether a label has occurred.
+        weights: (L,) float32, for the current step.
     """
 
     def __init__(
-        self, settings: config.LossWeighting, num_labels: int, warmup_steps: int, device: torch.device | str
+        self, config: sections.LossWeighting, num_labels: int, warmup_steps: int, device: torch.device | str
     ) -> None:
-        self.settings, self.warmup_steps = settings, warmup_steps
-        self._rule = WEIGHTINGS[settings.rule].load()
+        self.config, self.warmup_steps = config, warmup_steps
+        self._rule = WEIGHTINGS[config.rule].load()
         self.running = torch.zeros(num_labels, dtype=torch.float64, device=device)
         self.seen = torch.zeros(num_labels, dtype=torch.bool, device=device)
         self.weights = torch.ones(num_labels, device=device)
-        # Sums and counts of the step. Integers: their sum does not depend on the order, which on a GPU is not fixed.
+        # Sums and counts of the step. Integer sums do not depend on the order of addition, which varies on a GPU.
         self._step = torch.zeros(2, num_labels, dtype=torch.int64, device=device)
 
     def weigh(self, losses: Tensor, labels: Tensor) -> Tensor:
-        """Return losses (b,) times their labels' (b,) weights; in training the losses are remembered too."""
+        """Return losses (b,) times the weights of their labels (b,); with gradients enabled, count the losses too."""
         if torch.is_grad_enabled():
-            # A loss that is not finite stops the training elsewhere.
+            # The trainer handles losses that are not finite.
             known = losses.detach().double().nan_to_num(0.0).clamp(max=_LARGEST_LOSS)
             fixed = (known * _UNIT).round().long()
             self._step.index_add_(1, labels, torch.stack((fixed, torch.ones_like(fixed))))
@@ -78,14 +80,14 @@ class LossWeighting:
 
     @torch.no_grad()
     def after_step(self, ranks: Ranks, step: int) -> None:
-        """Update the running losses and set the weights of the next step; called by all processes.
+        """Update the running losses and the weights for the next step; a collective call.
 
         Args:
             step: steps taken so far.
         """
         sums, counts = ranks.sum(self._step)
         mean = sums.double() / _UNIT / counts.clamp(min=1)
-        decay = self.settings.decay
+        decay = self.config.decay
         moved = torch.where(self.seen, decay * self.running + (1 - decay) * mean, mean)
         self.running = torch.where(counts > 0, moved, self.running)
         self.seen = self.seen | (counts > 0)
@@ -97,24 +99,24 @@ class LossWeighting:
             return
         number = self.seen.sum().clamp(min=1)
         ratio = self.running / (self.running.sum() / number).clamp(min=1e-30)
-        raw = torch.where(self.seen, self._rule(ratio, self.settings.gamma), 0.0)
-        scaled = (raw / (raw.sum() / number)).clamp(*self.settings.bounds)
+        raw = torch.where(self.seen, self._rule(ratio, self.config.gamma), 0.0)
+        scaled = (raw / (raw.sum() / number)).clamp(*self.config.bounds)
         self.weights = torch.where(self.seen, scaled, 1.0).float()
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps, as JSON values; doubles survive JSON exactly."""
+        """Return the state for a checkpoint as JSON values, which keep doubles exactly."""
         return {"running": self.running.tolist(), "seen": self.seen.tolist()}
 
     def load(self, state: dict[str, Any], step: int) -> None:
-        """Take up :meth:`state` as it was after ``step`` steps.
+        """Restore :meth:`state` as it was after ``step`` steps.
 
         Raises:
-            ValueError: it is of another number of labels.
+            ValueError: the state has another number of labels.
         """
         if len(state["running"]) != len(self.running):
             raise ValueError(
                 f"the checkpoint has running losses of {len(state['running'])} labels, not of {len(self.running)}; "
-                "remove its directory to start anew"
+                "remove the state directory to start over"
             )
         self.running = torch.tensor(state["running"], dtype=torch.float64, device=self.running.device)
         self.seen = torch.tensor(state["seen"], dtype=torch.bool, device=self.seen.device)

@@ -1,27 +1,25 @@
-"""State directories that nothing refers to any more: what ``mmfm clean --unused`` removes.
+"""State directories that no target uses any more, and latent caches, for ``mmfm clean`` to remove.
 
-A state is unused if the same stage, run now, would not take it up: its VERSION is another one, its settings are not
-those of the configuration, or an input that it was made from has been made anew. Whatever a target's name may say
-instead of the configuration (seed, model, modes, time points, guidance) counts as referred to, and so does everything
-that can't be told.
+A state is unused if its stage, run now, would not resume from it: the stage has another version, the configuration has
+other values, or one of the inputs has been remade. Keys that a target's name can set (seed, model, modes, time points,
+guidance) never make a state unused, and when in doubt a state counts as used.
 """
 
-import dataclasses
+import fcntl
 import json
 import re
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmfm import config
 from mmfm.infra import disk, store
-
-RECORD = "configuration.json"
-"""Beside the stages' folders: the configuration of the last run, written by the workflow."""
+from mmfm.workflow import last_run
 
 _FREE = {"gmm": ("n_components", "init_means"), "train": ("seed", "model"), "sample": ("time_points", "guidance")}
-"""Keys that a target's name can carry (`.gN`, and `_ag`, which takes the guide's), and a file known by its digest."""
+"""Keys that do not count: a target's name can set them, or (`init_means`) the file's digest is among the inputs."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class State:
     Attributes:
         path: the directory.
         size: bytes that removing it frees.
-        reason: why nothing refers to it; empty if something does or may.
+        reason: why it is unused; empty if it is or may be used.
     """
 
     path: Path
@@ -39,27 +37,17 @@ class State:
     reason: str
 
 
-def remember(settings: config.Config, results: str | Path, folders: Iterable[str]) -> None:
-    """Record the configuration with which the results below a folder are being made.
-
-    Args:
-        folders: names of the stages' folders there; what lies in others (another run's) is not judged by it.
-    """
-    record = {"configuration": dataclasses.asdict(settings), "folders": sorted(set(folders))}
-    store.write_json(Path(results) / RECORD, record)
-
-
 def find(results: str | Path) -> Iterator[State]:
-    """Yield the state directories below a folder, each judged by the nearest recorded configuration above it.
+    """Yield the state directories below a folder, each compared with the nearest last run recorded above it.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: a recorded configuration is damaged, or of another version of this software.
+        FileNotFoundError: the folder does not exist.
+        ValueError: see :func:`mmfm.workflow.last_run.load`.
     """
     results = Path(results)
     if not results.is_dir():
-        raise FileNotFoundError(f"no folder '{results}'; give the one with the results")
-    known: dict[Path, tuple[config.Config, list[str]] | None] = {}
+        raise FileNotFoundError(f"no folder '{results}'; give the folder of the results")
+    known: dict[Path, last_run.LastRun | None] = {}
     for marker in sorted(results.rglob("state-*/about.json")):
         about = _read(marker)
         if about is None:
@@ -67,19 +55,60 @@ def find(results: str | Path) -> Iterator[State]:
         reason = ""
         for folder in marker.parents[1:]:
             if folder not in known:
-                known[folder] = recorded(folder / RECORD)
-            if record := known[folder]:
-                settings, stages = record
-                if marker.relative_to(folder).parts[0] in stages:
-                    reason = _why_unused(about, settings, marker.parents[1])
+                known[folder] = last_run.load(folder)
+            if last := known[folder]:
+                if marker.relative_to(folder).parts[0] in last.folders:
+                    reason = _why_unused(about, last.configuration, marker.parents[1])
                 break
             if folder == results:
                 break
         yield State(marker.parent, disk.used(marker.parent, freeable=True), reason)
 
 
+@dataclass(frozen=True)
+class LatentCache:
+    """A latent cache of one encoder and image size; see :mod:`mmfm.autoencoder.latent_cache`.
+
+    Attributes:
+        path: its folder.
+        size: bytes.
+        about: what the latents are of, for people.
+    """
+
+    path: Path
+    size: int
+    about: str
+
+
+def find_caches(folder: Path) -> Iterator[LatentCache]:
+    """Yield the latent caches in a folder, by name; it need not exist."""
+    for marker in sorted(folder.glob("*-*/about.json")):
+        path = marker.parent
+        try:
+            about = json.loads(marker.read_text())
+            images = f"{about['image_size']} px images at {about['input_size']} px on {about['device']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        name, _, digest = path.name.rpartition("-")
+        if not path.is_symlink() and digest == store.fingerprint(about):
+            yield LatentCache(path, disk.used(path), f"{name}, {images}")
+
+
+def remove_cache(cache: LatentCache) -> bool:
+    """Remove a latent cache and return True, unless a job is filling it."""
+    with open(cache.path / "lock", "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # a file system without locks
+        shutil.rmtree(cache.path)
+    return True
+
+
 def _read(marker: Path) -> dict[str, Any] | None:
-    """Return what a marker says, or None if its directory is no state directory of ours."""
+    """Return the contents of an about.json; None if its folder is not one of our state directories."""
     if marker.parent.is_symlink() or not re.fullmatch(r"state-[0-9a-f]{16}", marker.parent.name):
         return None
     try:
@@ -90,30 +119,15 @@ def _read(marker: Path) -> dict[str, Any] | None:
     return about if marker.parent.name == f"state-{store.fingerprint(named)}" else None
 
 
-def recorded(path: Path) -> tuple[config.Config, list[str]] | None:
-    """Return what :func:`remember` wrote: the configuration and the stages' folders; None if nothing is there.
-
-    Raises:
-        ValueError: it is damaged, or of another version of this software.
-    """
-    if not path.is_file():
-        return None
-    try:
-        record = store.read_json(path)
-        return config.build(config.Config, record["configuration"]), record["folders"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"'{path}' is no configuration ({error}); run Snakemake once, which writes it anew") from error
-
-
-def _why_unused(about: dict[str, Any], settings: config.Config, folder: Path) -> str:
+def _why_unused(about: dict[str, Any], configuration: config.Config, folder: Path) -> str:
     stage = about["stage"]
     if stage not in config.STAGES:
         return ""
     version = config.STAGES[stage].version
     if about["version"] != version:
-        return f"{stage} is at version {version}, this is of version {about['version']}"
+        return f"{stage} is at version {version}, but was at {about['version']}"
     for name in config.STAGES[stage].sections:
-        if reason := _differs(name, about["identity"], settings):
+        if reason := _difference(name, about["identity"], configuration):
             return reason
     for name, digest in about["inputs"].items():
         file = about.get("files", {}).get(name)
@@ -122,20 +136,20 @@ def _why_unused(about: dict[str, Any], settings: config.Config, folder: Path) ->
     return ""
 
 
-def _differs(section: str, identity: dict[str, Any], settings: config.Config) -> str:
-    """Return the first key of a section in which a state differs from the configuration; empty if in none."""
+def _difference(section: str, identity: dict[str, Any], configuration: config.Config) -> str:
+    """Describe the first key of a section in which a state differs from the configuration; empty if they agree."""
     own = identity.get(section)
     if own is None:
         return ""
     if section == "encoder":
-        candidates = list(settings.encoders.values())
+        candidates: list[Any] = list(configuration.encoders.values())
     elif section == "model":
         name = identity.get("train", {}).get("model")
-        if name not in settings.models:
+        if name not in configuration.models:
             return f"no '{name}' in models"
-        candidates = [settings.models[name]]
+        candidates = [configuration.models[name]]
     else:
-        candidates = [getattr(settings, section)]
+        candidates = [getattr(configuration, section)]
     free, first = _FREE.get(section, ()), ""
     for candidate in candidates:
         setting = identity.get("setting")
@@ -145,12 +159,12 @@ def _differs(section: str, identity: dict[str, Any], settings: config.Config) ->
         if not wrong:
             return ""
         key = wrong[0]
-        first = first or f"{section}.{key} is {wanted.get(key)}, this is for {own.get(key)}"
+        first = first or f"{section}.{key} is {wanted.get(key)}, but was {own.get(key)}"
     return first
 
 
 def has_digest(path: Path, digest: str) -> bool:
-    """Whether a file or folder is what a digest was taken from: the recorded one, or that of its bytes."""
+    """Whether a file or folder has a digest, recorded in it or computed from its bytes; True if it cannot be read."""
     try:
         if path.is_dir() and (path / "zarr.json").exists():
             return json.loads((path / "zarr.json").read_text())["attributes"]["digest"] == digest

@@ -1,4 +1,4 @@
-"""What a job is given: its parameter, its GPUs, its environment."""
+"""The parameter, GPUs and environment of a job."""
 
 import os
 import sys
@@ -10,30 +10,35 @@ from mmfm.infra.store import canonical_json
 
 
 def stage_parameter(
-    settings: config.Config, stage: str, encoder: str = "", setting: str = "", model: str = "", **keys: dict[str, Any]
+    configuration: config.Config,
+    stage: str,
+    encoder: str = "",
+    setting: str = "",
+    model: str = "",
+    **keys: dict[str, Any],
 ) -> str:
-    """Return the one parameter of a rule: canonical JSON of the identity and budget keys that its stage reads.
+    """Return the only parameter of a rule: canonical JSON of the identity and budget keys that its stage reads.
 
-    The stage's VERSION goes with them (the commands pass over it), so that raising it makes the stage run again.
+    It includes the stage's version (which the command ignores), so raising the version reruns the stage.
 
     Args:
-        setting: of the stages that have one; keys that it does not use are not the configured ones.
-        model: entry of `models`, where it is not the configured one.
-        keys: what the target's name sets, by section, e.g. ``gmm={"n_components": 512}``.
+        setting: setting of the job; empty for stages without one. Keys that it ignores have fixed values.
+        model: entry of `models`; empty for ``train.model``.
+        keys: keys set by the target's name, by section, e.g. ``gmm={"n_components": 512}``.
     """
-    read = config.StageConfig.of(settings, stage, encoder=encoder, model=model, setting=setting or None)
+    read = config.StageConfig.of(configuration, stage, encoder=encoder, model=model, setting=setting or None)
     return canonical_json(read.with_keys(**keys).parameter())
 
 
 def gpus_per_job(wanted: str | int, limit: int | None) -> int:
-    """Return the GPUs of each GPU job.
+    """Return the number of GPUs per job.
 
     Args:
         wanted: the key `gpus`: a number, or ``auto`` for the limit.
         limit: Snakemake's global limit of the resource ``gpu``; None if there is none.
 
     Raises:
-        ValueError: more are wanted than the limit. Snakemake would silently clamp the request.
+        ValueError: ``wanted`` exceeds the limit (Snakemake would silently clamp it) or is not a number.
     """
     if wanted == "auto":
         return limit or 0
@@ -48,10 +53,9 @@ def gpus_per_job(wanted: str | int, limit: int | None) -> int:
 
 
 def prepare_environment() -> None:
-    """Make ``python`` in shell commands the one that runs Snakemake, also when its environment is not active.
+    """Make shell commands use the Python that runs Snakemake, even if its environment is not activated.
 
-    The package's own folder goes onto PYTHONPATH, so that rules run in a conda environment (which holds only what the
-    package needs) find it.
+    The package's folder is added to PYTHONPATH, because the rules' conda environment has only its dependencies.
     """
     for variable, first in (("PATH", Path(sys.executable).parent), ("PYTHONPATH", Path(__file__).parents[2])):
         rest = [os.environ[variable]] if os.environ.get(variable) else []

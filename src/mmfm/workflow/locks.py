@@ -1,25 +1,26 @@
-"""Snakemake's locks: left by a killed run, or held by one that is at work."""
+"""Locks of runs: Snakemake's own, left by a killed run, and those on the logs of jobs that outlive it."""
 
 import fcntl
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
 
 def clear_stale_locks(folder: Path) -> IO[str]:
-    """Remove Snakemake's lock files if no process that wrote them is alive.
+    """Remove Snakemake's lock files if no other Snakemake is running in this folder.
 
-    After ``kill -9`` Snakemake's own lock stays for ever and the same command would be refused. Every running Snakemake
-    holds an operating-system lock through this function instead, which dies with its process: whoever gets it
-    exclusively is alone, and lock files that lie there are left over. Otherwise one line says who else is at work:
-    Snakemake refuses only what both would make, in words that suggest removing the lock.
+    After ``kill -9`` Snakemake's own locks stay forever, and it refuses to run again. This function therefore takes an
+    operating-system lock, which ends with the process: if it is free, no other Snakemake is running and all lock files
+    are stale. Otherwise it prints a line that names the other process, because Snakemake's own message, which appears
+    only if both would make the same file, suggests removing the lock.
 
     Args:
-        folder: Snakemake's ``.snakemake`` folder.
+        folder: the ``.snakemake`` folder.
 
     Returns:
-        The open lock file; keep it for as long as the process lives.
+        The open lock file; keep it until the process ends.
     """
     folder.mkdir(exist_ok=True)
     handle = open(folder / "mmfm.lock", "a+")  # noqa: SIM115 - held open for the life of the process
@@ -30,8 +31,8 @@ def clear_stale_locks(folder: Path) -> IO[str]:
         others = [pid for pid in handle.read().split() if pid != str(os.getpid()) and Path(f"/proc/{pid}").exists()]
         if others:
             print(
-                f"another Snakemake (process {', '.join(others)}) is at work in this folder: what it makes is locked; "
-                "wait for it, or end it, and run the same command again",
+                f"another Snakemake (process {', '.join(others)}) is running in this folder and locks its outputs; "
+                "wait for it, or stop it and run the same command again",
                 file=sys.stderr,
             )
     else:
@@ -42,3 +43,40 @@ def clear_stale_locks(folder: Path) -> IO[str]:
     handle.write(f"{os.getpid()}\n")
     handle.flush()
     return handle
+
+
+def refuse_logs_in_use(logs: Iterable[str]) -> None:
+    """Check that no job of another run is still writing one of these logs, because Snakemake would delete it.
+
+    A job can outlive its Snakemake. The shell function ``tee`` in rules/common.smk locks the log while the job runs.
+
+    Raises:
+        ValueError: one is in use; the message names the process.
+    """
+    for log in logs:
+        try:
+            with open(log) as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            processes = ", ".join(map(str, _writers(Path(log))))
+            raise ValueError(
+                f"another run is at work on a job of this one{f' (process {processes})' if processes else ''} and "
+                f"writes '{log}'; wait for it, or kill it, and run the same command again"
+            ) from None
+        except OSError:  # no such log, or a disk without locks
+            continue
+
+
+def _writers(log: Path) -> list[int]:
+    """Return the processes whose output a ``tee`` of this machine copies to a log."""
+    tees = [link.parent for link in Path("/proc").glob("[0-9]*/fd/9") if _target(link) == str(log.resolve())]
+    pipes = {_target(folder / "0") for folder in tees} - {""}
+    return [int(link.parts[2]) for link in Path("/proc").glob("[0-9]*/fd/1") if _target(link) in pipes]
+
+
+def _target(link: Path) -> str:
+    """Return what a link points to; an empty string if it is gone or belongs to another user."""
+    try:
+        return os.readlink(link)
+    except OSError:
+        return ""

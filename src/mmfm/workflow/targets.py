@@ -1,8 +1,10 @@
-"""Targets: what their names say, and what they leave to the configuration."""
+"""Names of targets, completed from the configuration."""
 
+import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from mmfm import config
 from mmfm.config.choices import SETTINGS
@@ -12,13 +14,13 @@ _GUIDANCE = r"\.g\d+(\.\d+)?"
 
 @dataclass(frozen=True)
 class Variant:
-    """The values that a target's name may carry: ``dinov2_mode.seed1.tiny.k512.t10`` or ``dinov2_mode_ag.t10.g1.5``.
+    """The values in a target's name, such as ``dinov2_mode.seed1.tiny.k512.t10`` or ``dinov2_mode_ag.t10.g1.5``.
 
     Attributes:
-        seed: of training and sampling.
+        seed: seed of training and sampling.
         model: entry of `models`.
         k: number of modes; None for settings without a mixture.
-        t: time points of the solver; None where sampling is not concerned.
+        t: time points of the solver; None for a training.
         g: guidance scale; None without guidance.
     """
 
@@ -40,77 +42,212 @@ class Variant:
 
 
 def _decimal(value: float) -> str:
-    """Write a scale without exponent or needless zeros: 1.5, 2, 0.00001."""
+    """Format a scale without exponent or trailing zeros: 1.5, 2, 0.00001."""
     text = f"{value:.6f}".rstrip("0").rstrip(".")
     return text or "0"
 
 
-def has_null_label(setting: str, settings: config.Config) -> bool:
-    """Whether a setting's model can do without a label, so that classifier-free guidance is possible."""
-    dropout = {"class": settings.train.label_dropout, "mode": settings.train.mode_dropout, None: 0.0}
+def has_null_label(setting: str, configuration: config.Config) -> bool:
+    """Whether the model is trained with label dropout, as classifier-free guidance requires."""
+    dropout = {"class": configuration.train.label_dropout, "mode": configuration.train.mode_dropout, None: 0.0}
     return dropout[SETTINGS[setting].condition] > 0
 
 
 def any_of(names: Iterable[str]) -> str:
-    """Return the regular expression of any of the names."""
+    """Return a regular expression that matches any of the names."""
     return f"({'|'.join(map(re.escape, names))})"
 
 
 def variant_pattern(models: Iterable[str]) -> str:
-    """Return the regular expression of any variant, the empty one included, each part led by a dot."""
+    """Return a regular expression for variants; every part starts with a dot and may be missing."""
     return rf"(\.seed\d+)?(\.{any_of(models)})?(\.k\d+)?(\.t\d+)?({_GUIDANCE})?"
 
 
-def complete_pattern(settings: config.Config) -> str:
-    """Return the regular expression of ``SETTING[_ag].VARIANT`` whose variant leaves nothing to the configuration."""
+def complete_pattern(configuration: config.Config) -> str:
+    """Return a regular expression for ``SETTING[_ag].VARIANT`` with no part missing."""
     whole = []
     for name, setting in SETTINGS.items():
         modes = r"\.k\d+" if setting.mixture else ""
         for guide in ("", "_ag"):
-            scale = _GUIDANCE if guide or has_null_label(name, settings) else ""
-            whole.append(rf"{name}{guide}\.seed\d+\.{any_of(settings.models)}{modes}\.t\d+{scale}")
+            scale = _GUIDANCE if guide or has_null_label(name, configuration) else ""
+            whole.append(rf"{name}{guide}\.seed\d+\.{any_of(configuration.models)}{modes}\.t\d+{scale}")
     return f"({'|'.join(whole)})"
 
 
-def parse_variant(text: str, setting: str, settings: config.Config, guided: bool = False) -> Variant:
+def parse_variant(text: str, setting: str, configuration: config.Config, guided: bool = False) -> Variant:
     """Complete a variant such as ``.k512.t10`` with the configured values.
 
     Args:
-        guided: whether the target is one of autoguidance (``_ag``).
+        guided: whether the target uses autoguidance (``_ag``).
 
     Raises:
-        ValueError: it names a number of modes for a setting without a mixture, or a guidance scale where there is no
-            guidance.
+        ValueError: it has a number of modes for a setting without a mixture, or a guidance scale without guidance.
     """
-    match = re.fullmatch(variant_pattern(settings.models), text)
+    match = re.fullmatch(variant_pattern(configuration.models), text)
     if match is None:
-        raise ValueError(f"'{text}' is no variant such as .seed1.{settings.train.model}.k512.t10.g1.5")
+        raise ValueError(f"'{text}' is not a variant such as .seed1.{configuration.train.model}.k512.t10.g1.5")
     seed, model, k, t, g = (match.group(i) for i in (1, 3, 4, 5, 6))
-    has_mixture, has_scale = SETTINGS[setting].mixture, guided or has_null_label(setting, settings)
+    has_mixture, has_scale = SETTINGS[setting].mixture, guided or has_null_label(setting, configuration)
     if k and not has_mixture:
-        raise ValueError(f"the setting '{setting}' has no mixture, so '{k}' means nothing; leave it out")
+        raise ValueError(f"the setting '{setting}' has no mixture; leave out '{k}'")
     if g and not has_scale:
         raise ValueError(
-            f"the setting '{setting}' is trained without label dropout, so '{g}' can't be a scale of classifier-free "
-            f"guidance; leave it out, or take '{setting}_ag' for autoguidance"
+            f"the setting '{setting}' is trained without label dropout, so '{g}' can't be a classifier-free guidance "
+            f"scale; leave it out, or use '{setting}_ag' for autoguidance"
         )
-    scale = settings.guide.scale if guided else settings.sample.guidance.scale
+    scale = configuration.guide.scale if guided else configuration.sample.guidance.scale
     return Variant(
-        seed=int(seed[5:]) if seed else settings.train.seed,
-        model=model or settings.train.model,
-        k=(int(k[2:]) if k else settings.gmm.n_components) if has_mixture else None,
-        t=int(t[2:]) if t else settings.sample.time_points,
+        seed=int(seed[5:]) if seed else configuration.train.seed,
+        model=model or configuration.train.model,
+        k=(int(k[2:]) if k else configuration.gmm.n_components) if has_mixture else None,
+        t=int(t[2:]) if t else configuration.sample.time_points,
         g=(float(g[2:]) if g else scale) if has_scale else None,
     )
 
 
-def guidance_of(scale: float | None, guided: bool, settings: config.Config) -> config.Guidance:
+@dataclass(frozen=True)
+class Target:
+    """A result, with what its name says completed by the configuration.
+
+    Attributes:
+        encoder, setting: entry of `encoders`, and name of the setting.
+        guided: whether it uses autoguidance.
+        variant: the complete variant.
+    """
+
+    encoder: str
+    setting: str
+    guided: bool
+    variant: Variant
+
+
+def parse_target(name: str, configuration: config.Config) -> Target:
+    """Parse a result's name: ``results/[RUN/]fid/ENCODER_SETTING[_ag][VARIANT].txt``, or only its last part.
+
+    Raises:
+        ValueError: it is not the name of a result of this run, or the setting has no such variant.
+    """
+    folder, _, last = name.rpartition("/")
+    own = f"results/{configuration.run}/fid" if configuration.run else "results/fid"
+    if folder and folder != own:
+        raise ValueError(f"'{name}' is not in '{own}', the folder of this configuration's results")
+    encoders, models = configuration.encoders, configuration.models
+    parts = rf"{any_of(encoders)}_{any_of(SETTINGS)}(_ag)?({variant_pattern(models)})\.(txt|json)"
+    match = re.fullmatch(parts, last)
+    if match is None:
+        valid = [f"{encoder}_{setting}.txt" for encoder in encoders for setting in SETTINGS]
+        raise ValueError(f"'{last}' is not a result{config.did_you_mean(last, valid)}; there are {', '.join(valid)}")
+    encoder, setting, guided, text = match.group(1, 2, 3, 4)
+    return Target(encoder, setting, guided is not None, parse_variant(text, setting, configuration, guided is not None))
+
+
+def guidance_of(scale: float | None, guided: bool, configuration: config.Config) -> config.Guidance:
     """Return the section ``sample.guidance`` of a job.
 
     Args:
-        scale: that of the target's name; None without guidance.
-        guided: whether it is autoguidance.
+        scale: scale in the target's name; None without guidance.
+        guided: whether the target uses autoguidance.
     """
     if scale is None:
         return config.Guidance(1.0, (0.0, 1.0))
-    return config.Guidance(scale, settings.guide.interval if guided else settings.sample.guidance.interval)
+    return config.Guidance(scale, configuration.guide.interval if guided else configuration.sample.guidance.interval)
+
+
+DOCUMENT = "README.md#what-it-does"
+"""It explains the names of targets."""
+
+_PART = re.compile(r"\.g\d+(?:\.\d+)?(?![^.])|\.[^.]*")
+"""A part of a name with its dot; the number of a guidance scale may have another."""
+
+
+def snakemake_command(path: Path) -> str:
+    """Return the command that makes a file; Snakemake expects its path from the folder that holds ``results``."""
+    parts = path.absolute().parts
+    start = max((i for i, part in enumerate(parts) if part == "results"), default=0)
+    return f"snakemake {Path(*parts[start:])} --cores all"
+
+
+def explain_unknown(target: str, results: str, configuration: config.Config) -> str:
+    """Say what is wrong with the name of a Frechet distance that no rule makes, and which name is meant, if any.
+
+    Args:
+        target: the name as typed, ``FOLDER/fid/NAME``.
+        results: folder of the configuration's results: ``results``, or ``results/RUN``.
+    """
+    folder, _, name = target.rpartition("/fid/")
+    wrong, meant = _corrected(name, configuration)
+    if folder != results:
+        run = folder.removeprefix("results").strip("/")
+        own = f"this one has {f'`run: {configuration.run}`' if configuration.run else 'no `run`'}"
+        if run:
+            wrong.insert(
+                0, f"'{folder}' belongs to a configuration with `run: {run}`, pass it with --configfile ({own})"
+            )
+        else:
+            wrong.insert(0, f"'{folder}' belongs to a configuration without `run` ({own})")
+        if run and not difflib.get_close_matches(run, [configuration.run]):
+            meant = ""  # another configuration is, not another name
+    hint = f" (did you mean '{results}/fid/{meant}'?)" if meant and f"{results}/fid/{meant}" != target else ""
+    heads = f"{{{','.join(configuration.encoders)}}}_{{{','.join(SETTINGS)}}}"
+    return (
+        f"no target '{target}'{hint}: {'; '.join(wrong)}.\n"
+        f"Targets are {results}/fid/{heads}[_ag][.seedN][.MODEL][.kN][.tN][.gN].txt, "
+        f"with MODEL one of {', '.join(configuration.models)} (see {DOCUMENT})"
+    )
+
+
+def _corrected(name: str, configuration: config.Config) -> tuple[list[str], str]:
+    """Return what is wrong with ``ENCODER_SETTING[_ag].VARIANT.txt``, and the name that is meant, if any."""
+    head = name.partition(".")[0]
+    wrong, meant = _corrected_head(head, configuration)
+    typed, parts, ending = _PART.findall(name[len(head) :]), [], ".txt"
+    if typed and typed[-1] in (".txt", ".json"):
+        ending = typed.pop()
+    else:
+        wrong.append("the name ends in neither .txt nor .json")
+        if typed and (close := difflib.get_close_matches(typed[-1], [".txt", ".json"], n=1)):
+            ending = close[0]
+            typed.pop()
+    for part in typed:
+        if _place(part, configuration) is None:
+            wrong.append(f"'{part}' is no part of a name, nor an entry of `models`")
+            parts += [f".{model}" for model in difflib.get_close_matches(part[1:], list(configuration.models), n=1)]
+        else:
+            parts.append(part)
+    places = [_place(part, configuration) or 0 for part in parts]
+    if len(set(places)) < len(places):
+        return [*wrong, "a part is there twice"], ""
+    if places != sorted(places):
+        wrong.append("its parts are in the wrong order")
+    match = re.fullmatch(rf"{any_of(configuration.encoders)}_{any_of(SETTINGS)}(_ag)?", meant)
+    if match is None:
+        return wrong, ""
+    text = "".join(part for _, part in sorted(zip(places, parts, strict=True)))
+    try:
+        parse_variant(text, match[2], configuration, match[3] is not None)
+    except ValueError as error:
+        return [*wrong, str(error)], ""
+    return wrong, f"{meant}{text}{ending}"
+
+
+def _corrected_head(head: str, configuration: config.Config) -> tuple[list[str], str]:
+    """Return what is wrong with ``ENCODER_SETTING[_ag]``, and the closest that is right, or an empty string."""
+    encoders = list(configuration.encoders)
+    heads = [f"{encoder}_{name}{guide}" for encoder in encoders for name in SETTINGS for guide in ("", "_ag")]
+    if head in heads:
+        return [], head
+    close = difflib.get_close_matches(head, heads, n=1, cutoff=0.5)
+    meant = close[0] if close else ""
+    if match := re.fullmatch(rf"(.+?)_({any_of(SETTINGS)}(_ag)?)", head):
+        named = difflib.get_close_matches(match[1], encoders, n=1) or encoders
+        meant = f"{named[0]}_{match[2]}" if len(named) == 1 else ""
+        return [f"`encoders` has no '{match[1]}', it has {', '.join(encoders)}"], meant
+    if encoder := next((name for name in encoders if head.startswith(f"{name}_")), None):
+        return [f"'{head.removeprefix(f'{encoder}_')}' is no setting"], meant
+    return [f"'{head}' is no encoder with a setting"], meant
+
+
+def _place(part: str, configuration: config.Config) -> int | None:
+    """Return a part's place in a name; None if it is no part."""
+    kinds = (r"\.seed\d+", rf"\.{any_of(configuration.models)}", r"\.k\d+", r"\.t\d+", _GUIDANCE)
+    return next((place for place, kind in enumerate(kinds) if re.fullmatch(kind, part)), None)

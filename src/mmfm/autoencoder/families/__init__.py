@@ -1,1 +1,1 @@
-"""The families of encoders, one module each; mmfm.config.choices names them."""
+"""Encoder families, one module each; listed in mmfm.config.choices."""

@@ -3,13 +3,13 @@
 from mmfm.autoencoder.family import Family  # isort: skip  (before transformers)
 
 from torch import Tensor
-from transformers import SiglipVisionModel
+from transformers import PreTrainedModel, SiglipVisionModel
 
 
-def _run(model: SiglipVisionModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    # SigLIP has no class token: its attention pooling over the normalised tokens stands for it.
+def _run(model: PreTrainedModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    # SigLIP has no CLS token; the global token is its attention pooling over the normalised patch tokens.
     output = model(pixel_values=pixels, interpolate_pos_encoding=True)
     return output.last_hidden_state, output.pooler_output
 
 
-FAMILY = Family(("siglip", "siglip_vision_model"), SiglipVisionModel, "post_layernorm", _run)
+FAMILY = Family(dict.fromkeys(("siglip", "siglip_vision_model"), SiglipVisionModel), "post_layernorm", _run)

@@ -1,1 +1,1 @@
-"""The detectors, one module each; mmfm.config.choices names them."""
+"""Detectors, one module each; listed in mmfm.config.choices."""

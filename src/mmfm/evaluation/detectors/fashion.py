@@ -1,6 +1,6 @@
-"""The demo's feature detector: a small classifier of Fashion-MNIST whose features the Frechet distance is taken in.
+"""The demo's detector: a small Fashion-MNIST classifier in place of the Inception network.
 
-It stands where the Inception network stands at full size. ``tools/train_detector.py`` makes its weights.
+``tools/train_detector.py`` makes its weights.
 """
 
 from pathlib import Path
@@ -13,11 +13,11 @@ from mmfm.evaluation.detector import Detector
 
 
 class FashionDetector(nn.Module):
-    """Convolutional classifier of 32x32 images into ten classes with 64 features before the last layer.
+    """Convolutional classifier of 32x32 images into ten classes, with 64 features before the last layer.
 
-    The features are a standardised linear map, taken before the activation: a rectified layer would leave many of
-    them at zero for most images, and their distribution far from the Gaussian that the Frechet distance assumes. The
-    map sees a 4x4 grid, not a global average, so that misplaced parts of a garment change the features.
+    The features are standardised and taken before the activation: rectified features would be zero for most images, far
+    from the Gaussian that the Fréchet distance assumes. They see a 4x4 grid rather than a global average, so that
+    misplaced parts of a garment change them.
     """
 
     size = 32
@@ -48,28 +48,27 @@ class FashionDetector(nn.Module):
         self.classifier = nn.Sequential(nn.GELU(), nn.Linear(self.feature_dimension, self.classes))
 
     def features(self, images: Tensor) -> Tensor:
-        """Features of images.
+        """Compute the features of images.
 
         Args:
-            images: uint8 (B, 3, 32, 32).
+            images: (B, 3, 32, 32) uint8.
 
         Returns:
-            float32 (B, 64), each of about zero mean and unit variance over the training images.
+            (B, 64) float32, with mean 0 and variance 1 over the training images, approximately.
 
         Raises:
-            ValueError: another dtype or size; images of other sizes have to be made at 32x32, not resized here, since
-                a resize would itself move the distance.
+            ValueError: another dtype or size. Other sizes are not resized, because that would change the distance.
         """
         if images.dtype != torch.uint8:
-            raise ValueError(f"the detector takes uint8 images in 0..255, got {images.dtype}")
+            raise ValueError(f"the detector takes uint8 images in 0..255, not {images.dtype}")
         if images.ndim != 4 or images.shape[1:] != (3, self.size, self.size):
             expected = f"(B, 3, {self.size}, {self.size})"
-            raise ValueError(f"the detector takes images of shape {expected}, got {tuple(images.shape)}")
-        scaled = images.to(self.classifier[1].weight.dtype) / 127.5 - 1
+            raise ValueError(f"the detector takes images of shape {expected}, not {tuple(images.shape)}")
+        scaled = images.to(next(self.parameters()).dtype) / 127.5 - 1
         return self.to_features(self.trunk(scaled)).float()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, float32 (B, 10), of uint8 images (B, 3, 32, 32)."""
+        """Return logits (B, 10) float32 for images (B, 3, 32, 32) uint8."""
         return self.classifier(self.features(images))
 
 

@@ -1,0 +1,41 @@
+"""The three settings side by side."""
+
+
+# The command finds what else it reads from the results' names.
+rule comparison:
+    input:
+        distances=compared("fid/{encoder}_{setting}.{variant}.json"),
+        images=compared("sample/{encoder}_{setting}/{variant}/images.npz"),
+        history=compared("train/{encoder}_{setting}/{training}/history.jsonl"),
+        mixtures=compared("spatial_gmm/{encoder}/k{k}/report.json"),
+    output:
+        picture=report(
+            "<results>/comparison.png",
+            caption="../workflow/report/comparison.rst",
+            category="Comparison",
+            labels={"result": "images"},
+        ),
+        text=report(
+            "<results>/comparison.txt",
+            caption="../workflow/report/comparison.rst",
+            category="Comparison",
+            labels={"result": "distances"},
+        ),
+        json="<results>/comparison.json",
+    log:
+        "<logs>/comparison.log",
+    benchmark:
+        "<benchmarks>/comparison.tsv"
+    conda:
+        "../envs/mmfm.yaml"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=5,
+    shell:
+        "python -m mmfm.cli compare {input.distances:q}"
+        " --out {output.picture:q} --out {output.text:q} --out {output.json:q} 2>&1 | tee {log:q}"
+
+
+localrules:
+    comparison,

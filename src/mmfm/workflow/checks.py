@@ -1,0 +1,126 @@
+"""What the configured files say about themselves, asked before anything runs.
+
+A dry run fails at once, in one line, instead of a job after hours. Nothing here imports PyTorch.
+"""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from mmfm.config.choices import DETECTORS, ENCODER_FAMILIES
+from mmfm.config.sections import Config, Encoder
+
+PROCESSOR = "preprocessor_config.json"
+
+
+def images(root: str) -> None:
+    """Raise ValueError unless ``data.root`` is a folder."""
+    if not Path(root).is_dir():
+        raise ValueError(
+            f"'data.root' is '{root}', which is no folder; set it to a folder of images, best with one folder per class"
+        )
+
+
+def encoder(name: str, about: Encoder) -> None:
+    """Check an encoder's local folder against its entry in the configuration.
+
+    Raises:
+        ValueError: another family, an input size that is no multiple of the patch size, or a file that is missing.
+    """
+    folder, key = Path(about.weights), f"encoders.{name}"
+    if not folder.is_dir():
+        raise ValueError(
+            f"'{key}.weights' is '{folder}', but there is no such folder; set it to a folder with config.json, "
+            f"{PROCESSOR} and model.safetensors, or to `hf:` and a model id"
+        )
+    found = _read_json(folder / "config.json", f"'{key}.weights' is '{folder}'")
+    kind, family = found.get("model_type"), ENCODER_FAMILIES[about.family]
+    if kind not in family.model_types:
+        owner = next((other for other, f in ENCODER_FAMILIES.items() if kind in f.model_types), None)
+        remedy = (
+            f"set '{key}.family' to {owner}"
+            if owner
+            else f"no family reads that; give weights of {' or '.join(family.model_types)}"
+        )
+        raise ValueError(f"'{key}.weights' holds a '{kind}' model, which is not of the family {about.family}; {remedy}")
+    patch = found.get("patch_size") or found.get("vision_config", {}).get("patch_size")
+    if patch and about.input_size % patch:
+        raise ValueError(
+            f"'{key}.input_size' is {about.input_size}, no multiple of the encoder's patch size {patch}; take "
+            f"{nearest_multiples(about.input_size, patch)}"
+        )
+    if not (folder / PROCESSOR).is_file():
+        numbers = json.dumps({"image_mean": family.image_mean, "image_std": family.image_std})
+        raise ValueError(
+            f"'{folder}' has no {PROCESSOR}, the encoder's normalisation; fetch it, or write it "
+            f"(for the usual {about.family} weights: {numbers})"
+        )
+    if not (folder / "model.safetensors").is_file():
+        raise ValueError(f"'{folder}' has no model.safetensors; fetch it, or convert the weights to safetensors")
+
+
+def nearest_multiples(size: int, patch: int) -> str:
+    """Return the multiples of a patch size around a size, as text: ``224 or 238``."""
+    below = size // patch * patch
+    return f"{below} or {below + patch}" if below else str(patch)
+
+
+def decoder(name: str, config: Config, path: Path) -> None:
+    """Check the sizes in a decoder's file against an encoder's local folder and the image size.
+
+    Raises:
+        ValueError: it decodes latents of another shape, or images of another size.
+    """
+    sizes, about = _decoder_sizes(path), config.encoders[name]
+    folder = Path(about.weights)
+    if sizes is None or not (folder / "config.json").is_file():
+        return  # the stages that read it say what is wrong
+    found = _read_json(folder / "config.json", str(folder))
+    found = found.get("vision_config", found)
+    grid = about.input_size // found["patch_size"]
+    expected = (found["hidden_size"], grid * grid, config.image.size)
+    actual = (sizes["latent_dim"], sizes["num_patches"], sizes["patch_size"] * int(sizes["num_patches"] ** 0.5))
+    if actual != expected:
+        raise ValueError(
+            f"'decoder.weights' is '{path}', which decodes {actual[1]} tokens of {actual[0]} channels into images of "
+            f"{actual[2]} pixels, but the encoder '{name}' gives {expected[1]} tokens of {expected[0]} channels for "
+            f"images of {expected[2]} pixels; set 'decoder.weights' to `train`, or to a decoder of this encoder"
+        )
+
+
+def detector(config: Config) -> None:
+    """Check that the detector takes images of the configured size.
+
+    Raises:
+        ValueError: it doesn't.
+    """
+    size = DETECTORS[config.fid.detector].size
+    if size and size != config.image.size:
+        others = " or ".join(name for name, other in DETECTORS.items() if not other.size)
+        raise ValueError(
+            f"'fid.detector' {config.fid.detector} takes images of {size} x {size} pixels, but 'image.size' is "
+            f"{config.image.size}; set 'fid.detector' to {others}"
+        )
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{what}, but its {path.name} can't be read ({error}); fetch the model again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{what}, but its {path.name} is no JSON object; fetch the model again")
+    return values
+
+
+def _decoder_sizes(path: Path) -> dict[str, int] | None:
+    """Return the sizes in the header of a decoder's safetensors file; None if there are none to be read."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            metadata = json.loads(file.read(min(length, 100_000_000)))["__metadata__"]
+        sizes: dict[str, int] = json.loads(metadata["decoder_config"])
+        return sizes
+    except (OSError, ValueError, KeyError, struct.error):
+        return None

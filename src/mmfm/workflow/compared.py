@@ -1,0 +1,112 @@
+"""Finished Frechet distances for a comparison, with what lies beside them in the results folder.
+
+Nothing here imports PyTorch.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmfm.config.choices import SETTINGS
+from mmfm.evaluation.comparison import Result
+from mmfm.infra import store
+from mmfm.training.history import HISTORY, read_history
+from mmfm.workflow.targets import snakemake_command
+
+_COMPLETE = re.compile(r"\.seed\d+\..+\.t\d+(\.g\d+(\.\d+)?)?\.json$")
+"""Ending of a complete name. Short names are copies."""
+
+
+def find(places: Sequence[Path]) -> list[Result]:
+    """Return the finished results in some places, each once.
+
+    Args:
+        places: results folders (``results``, ``results/RUN``), of which all results with complete names are taken, or
+            single results, ``FOLDER/fid/NAME.txt`` or ``.json``.
+
+    Raises:
+        FileNotFoundError: a file or folder does not exist, or nothing in it is finished; the message names the command
+            that makes it.
+        ValueError: a file is damaged, or is not a result of the stage `fid`.
+    """
+    found: dict[str, Result] = {}
+    for path in (path for place in places for path in _files(place)):
+        result = _result(path)
+        known = found.get(content := store.canonical_json(result.record))
+        # Of a result and its copy under a short name, the complete name tells more.
+        if known is None or len(path.name) > len(known.path.name):
+            found[content] = result
+    return list(found.values())
+
+
+def _files(place: Path) -> list[Path]:
+    """Return the JSON files in a results folder, or that of a single result."""
+    if place.is_dir():
+        folder = place if place.name == "fid" else place / "fid"
+        files = sorted(path for path in folder.glob("*.json") if _COMPLETE.search(path.name))
+        if files:
+            return files
+        runs = sorted(str(fid.parent) for fid in place.glob("*/fid"))
+        remedy = f"give {' or '.join(runs)}" if runs else f"make it: {snakemake_command(place / 'comparison.txt')}"
+        raise FileNotFoundError(f"there is no finished result in '{place}'; {remedy}")
+    path = place.with_suffix(".json") if place.suffix == ".txt" else place
+    if not path.is_file():
+        made = place if place.suffix else place / "comparison.txt"
+        raise FileNotFoundError(f"no '{place}'; make it: {snakemake_command(made)}")
+    if path.suffix != ".json":
+        raise ValueError(f"'{place}' is not a result; give FOLDER/fid/NAME.txt, or a results folder")
+    return [path]
+
+
+def _result(path: Path) -> Result:
+    """Read a result and look for its images, its training's history and its mixture's report.
+
+    What has been made anew since, and now belongs to other results, is left out.
+    """
+    record = store.read_json(path)
+    try:
+        samples, setting = record["samples"], record["samples"]["setting"]
+        step, inputs = samples["weights"]["step"], samples.get("inputs", {})
+        match = re.match(rf"(.+)_{setting}(_ag)?(\.|$)", path.stem)
+        if match is None:
+            raise ValueError(f"'{path}' has the setting '{setting}', which its name lacks; restore its original name")
+        folder, encoder, guide = path.parent.parent, match[1], match[2] or ""
+        images = _images(folder / "sample" / f"{encoder}_{setting}{guide}", samples["images_digest"])
+        variant = images.parent.name if images else path.stem[match.end() :]
+        training = re.sub(r"\.t\d+(\.g[\d.]+)?$", "", variant)
+        model = re.fullmatch(r"seed\d+\.(.+?)(\.k\d+)?", training)
+        return Result(
+            path, folder, encoder, bool(guide), model[1] if model else None, record,
+            _training_seconds(folder / "train" / f"{encoder}_{setting}" / training / HISTORY, step),
+            _coupling_cost(folder / "spatial_gmm" / encoder, setting, inputs),
+            images,
+        )  # fmt: skip
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"'{path}' is not a result of fid ({error!r}); make it again") from error
+
+
+def _images(folder: Path, digest: str) -> Path | None:
+    for about in sorted(folder.glob("*/samples.json")):
+        images = about.with_name("images.npz")
+        if images.is_file() and store.read_json(about).get("images_digest") == digest:
+            return images
+    return None
+
+
+def _training_seconds(history: Path, step: int | None) -> float | None:
+    """Return the time until the last step, which is logged in any case."""
+    lines = [line for line in read_history(history) if line["step"] == step]
+    return lines[-1].get("seconds") if lines else None
+
+
+def _coupling_cost(folder: Path, setting: str, inputs: dict[str, Any]) -> float | None:
+    """Return the coupling cost of a setting's source; the Gaussian source's is in the report of every mixture."""
+    mixture = SETTINGS[setting].mixture
+    which, name = ("mode_coupled", "spatial_gmm") if mixture else ("gaussian", "stats")
+    for path in sorted(folder.glob("k*/report.json")):
+        report = store.read_json(path)
+        of = report["digest"] if mixture else report["stats_digest"]
+        if of == inputs.get(name):
+            return report["coupling_cost"][which]
+    return None

@@ -1,0 +1,178 @@
+"""What a failed run ends with: which jobs failed, why, their logs, what to do, and what is finished.
+
+Snakemake prints a failed job's whole command twice and the reason not at all. :class:`Record` listens to its logger,
+keeps these messages from the terminal (they stay in Snakemake's own log) and :func:`summary` says what matters.
+"""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+MOST = 5
+"""Failed jobs that a summary lists."""
+
+_ERROR = re.compile(r"^(?:mmfm )?\w+: error: (.+)$", re.MULTILINE)
+_EXCEPTION = re.compile(r"^(?:\[?rank ?\d+\]?: )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.MULTILINE)
+_STATUS = re.compile(r"returned non-zero exit status (\d+)|died with <Signals\.\w+: (\d+)>")
+_OUT_OF_MEMORY = re.compile(r"SIGKILL|killed by signal: Killed|exitcode\s*: -9")
+_HANGUP, _INTERRUPT, _KILL, _USER, _TERMINATE = 1, 2, 9, 10, 15
+_REQUESTS = {_HANGUP, _INTERRUPT, _USER, _TERMINATE}
+_BY_USER = ("Terminating processes on user request", "Will exit after finishing currently running jobs")
+_REPLACED = ("Exiting because a job execution failed", "Complete log(s):", "Elapsed time:")
+_FINAL = "At least one job did not complete successfully."
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failed job.
+
+    Attributes:
+        rule: name of its rule.
+        log: its log; None if it has none.
+        message: what Snakemake says about it, with the exit status of its command; empty if nothing.
+    """
+
+    rule: str
+    log: Path | None
+    message: str = ""
+
+    @property
+    def name(self) -> str:
+        """The rule and what its log's name adds: encoder, setting and variant."""
+        added = self.log.stem.removeprefix(self.rule).strip(".") if self.log else ""
+        return f"{self.rule} ({added})" if added else self.rule
+
+    @property
+    def signal(self) -> int | None:
+        """Number of the signal that ended the command; None if it ended by itself."""
+        match = _STATUS.search(self.message)
+        if match is None:
+            return None
+        if match[2]:
+            return int(match[2])
+        return int(match[1]) - 128 if int(match[1]) > 128 else None
+
+    def stopped(self) -> bool:
+        """Whether it was asked to stop, as by Ctrl-C or by a scheduler."""
+        return self.signal in _REQUESTS
+
+    def reason(self, mem_mb: Mapping[str, int]) -> str:
+        """Return why it failed, in one line.
+
+        Args:
+            mem_mb: memory that each rule is estimated to take, in MB.
+        """
+        text = self.log.read_text(errors="replace").replace("\r", "\n") if self.log and self.log.is_file() else ""
+        if match := _ERROR.search(text):
+            return match[1].strip()
+        if self.signal == _KILL or _OUT_OF_MEMORY.search(text):
+            need = f"; it is estimated to take {mem_mb[self.rule] / 1000:.1f} GB" if self.rule in mem_mb else ""
+            return f"killed without a message, probably because memory ran out{need} (see docs/scale.md)"
+        if found := _EXCEPTION.findall(text):
+            return str(found[-1]).strip()
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if lines:
+            return f"the log ends with: {lines[-1]}"
+        lines = [] if _STATUS.search(self.message) else self.message.splitlines()
+        return " ".join(lines) or "it left no message"
+
+
+class Record:
+    """The failed jobs of a run, as Snakemake's logger reports them.
+
+    ``keep`` is a filter for the logger, and ``passes`` one for the terminal's handler.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self.summarised = False
+        self._messages: list[str] = []
+        self._jobs: list[tuple[str, Path | None]] = []
+
+    def keep(self, record: logging.LogRecord) -> bool:
+        """Note a record; all pass."""
+        text, event = str(record.msg), getattr(record, "event", None)
+        self.stopped |= text.startswith(_BY_USER)
+        if event == "error":
+            self._messages.append(text)
+        elif event == "job_error":
+            self._jobs.append(_job(record))
+        return True
+
+    def passes(self, record: logging.LogRecord) -> bool:
+        """Whether the terminal shows a record, because the summary does not replace it."""
+        text, event = str(record.msg), getattr(record, "event", None)
+        if event == "error" and "CalledProcessError" in text and _STATUS.search(text):
+            return False
+        return not (text.startswith(_REPLACED) or (self.summarised and text.endswith(_FINAL)))
+
+    def failures(self) -> list[Failure]:
+        """Return the failed jobs, in the order in which they failed."""
+        return [Failure(rule, log, self._message(log)) for rule, log in self._jobs]
+
+    def _message(self, log: Path | None) -> str:
+        return next((text for text in self._messages if log and str(log) in text), "")
+
+
+class Brief(logging.Formatter):
+    """Reports a failed or stopped job in one line, while others go on, and leaves the rest to another formatter."""
+
+    def __init__(self, others: logging.Formatter) -> None:
+        super().__init__()
+        self._others = others
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of a record."""
+        if getattr(record, "event", None) != "job_error":
+            return self._others.format(record)
+        rule, log = _job(record)
+        return f"{Failure(rule, log).name} did not finish; its log: {log or 'none'}"
+
+
+def _job(record: logging.LogRecord) -> tuple[str, Path | None]:
+    """Return the rule and the log of the job whose failure a record reports."""
+    logs = record.__dict__.get("log")
+    return record.__dict__["rule_name"], Path(logs[0]) if logs else None
+
+
+def summary(
+    failures: Sequence[Failure],
+    finished: Mapping[str, tuple[int, int]],
+    mem_mb: Mapping[str, int],
+    log: str,
+    stopped: bool = False,
+) -> list[str]:
+    """Return the lines that a run ends with if not all of its jobs did.
+
+    Args:
+        failures: the failed jobs.
+        finished: for each rule of the run, how many of its jobs are finished, and how many there are.
+        mem_mb: memory that each rule is estimated to take, in MB.
+        log: Snakemake's own log, which has the commands.
+        stopped: whether the run was asked to stop.
+    """
+    done, jobs = sum(have for have, _ in finished.values()), sum(of for _, of in finished.values())
+    names = [name if have == of else f"{name} ({have} of {of})" for name, (have, of) in finished.items() if have]
+    state = f"  finished: {done} of {jobs} jobs{': ' if names else ''}{', '.join(names)}"
+    failed = [failure for failure in failures if not failure.stopped()]
+    if not failed:
+        return ["stopped; the same command resumes", state] if stopped or failures else []
+    if len(failed) == 1:
+        (one,) = failed
+        return [
+            f"{one.name} failed",
+            f"  reason:   {one.reason(mem_mb)}",
+            f"  log:      {one.log or '(none)'} (Snakemake's own, with the command: {log})",
+            f"  to do:    put this right and run the same command; it goes on with {one.rule}",
+            state,
+        ]
+    lines = [f"{one.name} failed: {one.reason(mem_mb)} (log: {one.log or 'none'})" for one in failed[:MOST]]
+    more = f"{len(failed) - MOST} more failed; " if len(failed) > MOST else ""
+    rules = ", ".join(dict.fromkeys(one.rule for one in failed))
+    return [
+        *lines,
+        f"  to do:    {more}put this right and run the same command; it goes on with {rules} (commands: {log})",
+        state,
+    ]

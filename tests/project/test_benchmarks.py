@@ -1,0 +1,140 @@
+"""The benchmarks' own arithmetic, on made-up measurements."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+
+from support.places import ROOT
+
+FOLDER = ROOT / "benchmarks"
+sys.path.append(str(FOLDER))
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_demo_effect_tables(tmp_path):
+    effect = load("demo_effect")
+    runs = [(setting, seed, t) for setting in effect.SETTINGS for seed in (0, 1, 2) for t in (1, 4, 25)]
+    distances = {f"{setting}/{seed}/10/{t}": 10.0 * t + seed for setting, seed, t in runs}
+    distances |= {"uncond/0/3/25": 400.0, "uncond/0/30/25": 100.0}
+    found = {"distances": distances, "floor": 0.5, "steps_per_epoch": 62, "detector": "d"}
+    rows = effect.table(found, 10)
+    assert "| `gmm` | 11.00 (10.00 to 12.00) | 41.00 (40.00 to 42.00) | 251.00 (250.00 to 252.00) | 0.163 |" in rows
+    assert effect.curve(found, 25)["uncond"] == [(186, 400.0), (620, 250.0), (1860, 100.0)]
+    effect.draw(found, tmp_path / "curve.png", 10)
+    assert (tmp_path / "curve.png").stat().st_size > 5000
+
+
+def test_model_arithmetic(tmp_path, monkeypatch, capsys):
+    model = load("model")
+    monkeypatch.setattr(model, "SIZES", {"tiny": (model.dit.DiTConfig(4, 1, 8, (16, 16), (1, 1), (2, 2), 3, 0.0), 2)})
+    model.main(["--rounds", "1", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "model.json").read_text())["sizes"]["tiny"]
+    assert found["relative_difference"] < 1e-5
+    assert set(found["gain"]) == {*model.PLAIN, "all"} and "| all | " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_killed_training(tmp_path, capsys):
+    kill = load("train_kill")
+    assert kill.main(["--quick", "--out", str(tmp_path)]) == 0
+    (series,) = json.loads((tmp_path / "train_kill.json").read_text())["series"]
+    assert series["bit_equal"] and len(series["kills"]) == 2 and series["steps"] == 60
+    assert not kill.passed({**series, "bit_equal": False}), "one process must be equal to the bit"
+
+
+@pytest.mark.slow
+def test_divided_training(tmp_path):
+    names = ["1 process", "1 process, micro-batches of 5"]
+    assert load("train_processes").main(["--steps", "10", "--variants", *names, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "train_processes.json").read_text())
+    assert found["steps"] == 10 and 0 < found["variants"][names[1]]["loss"] < 1e-4
+
+
+@pytest.mark.slow
+def test_training_speed(tmp_path):
+    speed = load("train_speed")
+    speed.main(
+        [
+            "--steps",
+            "2",
+            "--images",
+            "64",
+            "--out",
+            str(tmp_path),
+            "--overrides",
+            "train.global_batch=16",
+            *load("runs").SMALL,
+        ]
+    )
+    found = json.loads((tmp_path / "train_speed.json").read_text())
+    (run,) = found["measured"]
+    assert sum(run["parts"].values()) == pytest.approx(1) and all(share > 0 for share in run["parts"].values())
+    assert 0 < run["bare_share"] < 1.5 and run["batch"] == 16
+    assert "| H100-80GB |" in (tmp_path / "train_speed.md").read_text()
+
+
+def test_steps_of_the_real_size_in_small(tmp_path, monkeypatch, capsys):
+    full = load("full_size")
+    for name, value in (("SHAPE", (8, 4, 4)), ("LABELS", 5), ("IMAGES", 6)):
+        monkeypatch.setattr(full, name, value)
+    found = full.train("tiny_guide", 2, 1, tmp_path / "state-x", True)
+    assert found["flops_per_step"] > 1e6 and found["gflops"] > 0 and found["gflops_of_passes"] > found["gflops"]
+    assert found["loss"] == pytest.approx(2, abs=0.3)  # two independent normals
+    assert found["checkpoint_gb"] == pytest.approx(16 * found["parameters"] / 1e9, rel=0.05)
+    again = full.resume("tiny_guide", 2, 1, tmp_path / "state-x")
+    run = {"model": "tiny_guide", "threads": 1, "batch": 2, **found, **again}
+    assert "| DiTDH-tiny_guide | 1 | 2 |" in full.report([run])
+    monkeypatch.setattr(full, "free_gb", lambda: 3.0)
+    assert full.main(["--models", "XL", "--out", str(tmp_path)]) == 0
+    assert "| DiTDH-XL | 1 | 1 | does not fit: about 18.4 GB, 3.0 free |" in capsys.readouterr().out
+
+
+def test_counted_operations_and_bytes():
+    """One linear map after another, by hand."""
+    estimate = load("estimate")
+    width, tokens, inner = 16, 16, int(2 / 3 * 64)
+    config = estimate.DiTConfig(4, 1, 8, (width, width), (1, 1), (2, 2), 0, 0.0)
+    attention = 2 * tokens * width * 4 * width + 2 * 2 * tokens * tokens * width
+    block = attention + 2 * tokens * width * 3 * inner
+    embedding = 2 * (2 * tokens * 8 * width) + 2 * (512 * width + width * width)
+    modulation = 2 * width * 6 * width * (1 + tokens) + 2 * tokens * width * 2 * width
+    expected = 2 * block + embedding + modulation + 2 * tokens * width * 8
+    assert estimate.flops_per_image(config, backward=False) == expected
+    assert 2.7 < estimate.flops_per_image(config) / expected < 3
+    deep = estimate.DiTConfig(4, 1, 8, (width, width), (8, 1), (2, 2), 0, 0.0)
+    whole, less = (estimate.activation_bytes_per_image(deep, checkpoint_activations=c) for c in (False, True))
+    assert 0 < less < whole / 4
+    assert estimate.state_bytes(estimate.XL, 8) < estimate.state_bytes(estimate.XL) == 846_959_828 * 22
+
+
+def test_stage_times(tmp_path, capsys, monkeypatch):
+    times = load("stage_times")
+    (tmp_path / "benchmarks").mkdir()
+    for name, seconds in (("train.dinov2_mode.seed0", 100.5), ("extract.dinov2", 10.25), ("short_name.x", 1)):
+        (tmp_path / "benchmarks" / f"{name}.tsv").write_text(f"s\th:m:s\tmax_rss\n{seconds}\t0\t1500.0\n")
+    monkeypatch.setattr("sys.argv", ["stage_times.py", str(tmp_path)])
+    times.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| `extract` | dinov2 | 10.2 | 1.5 GB |" and lines[-1] == "| sum | | 110.8 | |"
+
+
+def test_guidance(tmp_path, capsys, monkeypatch):
+    guidance = load("guidance")
+    found = guidance.summary({"model": [2.0, 9.0, 2.0], "guide": [1.0], "autoguided": [3.0, 3.6, 3.3]})
+    assert found["ratio"] == pytest.approx(1.1) and found["median_seconds"]["model"] == 2.0
+    small = ["--model", "tiny_guide", "--batch", "2", "--labels", "3", "--quick", "--out-dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["guidance.py", *small])
+    guidance.main()
+    text = capsys.readouterr().out
+    assert "tiny_guide guided by tiny_guide" in text and "| autoguided |" in text
+    (written,) = tmp_path.glob("guidance-tiny_guide-*.json")
+    seconds = json.loads(written.read_text())["seconds"]
+    assert {len(values) for values in seconds.values()} == {7} and len(seconds) == 4

@@ -1,0 +1,65 @@
+"""The command line: every stage explains itself, and mistakes are one line."""
+
+import dataclasses
+import subprocess
+import sys
+import typing
+
+import pytest
+
+from mmfm import config
+from mmfm.cli.__main__ import COMMANDS, main
+
+STAGES = [name for name in COMMANDS if name in config.STAGES]
+
+
+def keys(section, prefix):
+    for name, hint in typing.get_type_hints(section).items():
+        if dataclasses.is_dataclass(hint):
+            yield from keys(hint, f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_names_every_key_and_an_example(stage, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([stage, "--help"])
+    text = capsys.readouterr().out
+    assert done.value.code == 0 and f"mmfm {stage} " in text
+    for section in config.STAGES[stage].sections:
+        for name in keys(config.SECTIONS[section], section):
+            assert f"  {name} " in text, f"--help of {stage} does not explain {name}"
+
+
+def test_every_command_exists():
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as done:
+            main([command, "--help"])
+        assert done.value.code == 0
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    assert main(["extrat"]) == 2
+    assert "did you mean 'extract'" in capsys.readouterr().err
+
+
+def test_a_users_mistake_is_one_line():
+    line = [sys.executable, "-m", "mmfm.cli", "latent_stats", "--settings", "{}", "--moments", "absent.safetensors"]
+    result = subprocess.run([*line, "--out", "a", "--out-json", "b"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "absent.safetensors" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--settings", "{}", "gmm.tolerance=1"], "gmm.tolerance"),
+        (["--settings", "{}", "train.lr=1"], "fit_gmm does not read the section 'train'"),
+        (["--settings", '{"gmm": {}}'], "'gmm.n_components', "),
+        (["--config", "absent.yaml"], "absent.yaml"),
+    ],
+)
+def test_bad_settings_are_named(arguments, message, capsys):
+    assert main(["fit_gmm", "--tokens", "x", "--out-dir", "y", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,131 @@
+"""`mmfm init`: the file it writes, what it prints, and what it refuses."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmfm import config
+from mmfm.cli import init
+from mmfm.cli.__main__ import main
+from mmfm.workflow import checks
+from support.places import DEFAULTS, DEMO, ROOT
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A flat folder of 80 small images and a broken one."""
+    folder = tmp_path / "My Photos (2)"
+    folder.mkdir()
+    for i in range(80):
+        Image.fromarray(np.full((40, 50, 3), 3 * i, np.uint8)).save(folder / f"{i}.png")
+    (folder / "broken.jpg").write_bytes(b"no image")
+    (folder / "moving.gif").write_bytes(b"no image")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """In the checkout, without waiting for a measurement, and without what this machine has or can reach."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(init, "measured_rate", lambda: 4e11)
+    monkeypatch.setattr(init.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("HF_HUB_CACHE", "/nowhere")
+
+    def unreachable(*arguments, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(init.urllib.request, "urlopen", unreachable)
+
+
+def run(*arguments):
+    return main(["init", *map(str, arguments)])
+
+
+def test_what_is_written_and_said(photos, tmp_path, capsys):
+    out = tmp_path / "mine.yaml"
+    assert run(photos, "--out", out) == 0
+    said = capsys.readouterr().out
+    for expected in ("81 images in one class", "1 .gif", "broken.jpg", "median 40", "80 RGB"):
+        assert expected in said, expected
+    loaded = config.load([DEFAULTS, out])
+    assert loaded.run == "my-photos-2" and loaded.data.root == str(photos) and loaded.data.unreadable == "skip"
+    for name, encoder in loaded.encoders.items():
+        checks.encoder(name, encoder)
+    checks.images(loaded.data.root)
+    checks.detector(loaded)
+    last = said.strip().splitlines()[-1].strip()
+    assert last == f"snakemake results/my-photos-2/comparison.txt --configfile {out}"
+    text = out.read_text()
+    assert last in text and "minutes on" in text and "a TOY" in text
+    with Image.open(tmp_path / "mine.png") as sheet:
+        assert sheet.width > 700
+
+
+def test_nothing_is_overwritten_without_force(photos, tmp_path, capsys):
+    out = tmp_path / "mine.yaml"
+    out.write_text("mine")
+    assert run(photos, "--out", out) == 2
+    assert "is there already; give --force" in capsys.readouterr().err and out.read_text() == "mine"
+    assert run(photos, "--out", out, "--force") == 0
+    assert "data:" in out.read_text()
+
+
+def test_three_images_are_too_few(photos, tmp_path, capsys):
+    for path in sorted(photos.glob("*.png"))[3:]:
+        path.unlink()
+    assert run(photos, "--out", tmp_path / "mine.yaml") == 2
+    said = capsys.readouterr()
+    assert "has 3 readable images; at least 64 are needed" in said.err and "4 images in one class" in said.out
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_what_a_listing_would_refuse_is_said_at_once(photos, tmp_path, capsys):
+    (photos / "more").mkdir()
+    assert run(photos, "--out", tmp_path / "mine.yaml") == 2
+    assert "both class folders and images of its own" in capsys.readouterr().err
+    assert run(photos / "absent", "--out", tmp_path / "mine.yaml") == 2
+    assert "absent' is no folder" in capsys.readouterr().err
+
+
+def test_which_encoder_is_taken(tmp_path, monkeypatch):
+    assert init.choose_encoder(None).weights == str(init.TOY)
+    for size in ("base", "small"):
+        folder = tmp_path / f"models--facebook--dinov2-{size}" / "snapshots" / "abc"
+        shutil.copytree(DEMO / "encoder", folder)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    found = init.choose_encoder(None)
+    assert "dinov2-small" in found.weights and (found.width, found.patch, found.family) == (96, 8, "dinov2")
+    named = init.choose_encoder(str(DEMO / "encoder"))
+    assert named.weights == str(DEMO / "encoder") and named.reason == "as asked for"
+
+
+def test_an_encoder_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        init.choose_encoder(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 768}))
+    with pytest.raises(ValueError, match=r"type 'bert'.*give one of type dinov2"):
+        init.choose_encoder(str(tmp_path))
+    with pytest.raises(ValueError, match=r"'hf:some/model' can't be looked up \(no network\)"):
+        init.choose_encoder("hf:some/model")
+
+
+def test_a_model_of_the_hub(monkeypatch):
+    about = {"model_type": "siglip", "vision_config": {"hidden_size": 768, "patch_size": 16, "num_hidden_layers": 12}}
+    monkeypatch.setattr(init, "hub_config", lambda name: about)
+    found = init.choose_encoder("hf:google/siglip2-base-patch16-256")
+    assert (found.family, found.weights, found.width) == ("siglip2", "hf:google/siglip2-base-patch16-256", 768)
+
+
+def test_a_folder_named_like_a_number_gives_a_run_named_in_text(photos, tmp_path):
+    folder = photos.rename(tmp_path / "64")
+    assert run(folder, "--out", tmp_path / "mine.yaml", "--encoder", DEMO / "encoder") == 0
+    assert config.load([DEFAULTS, tmp_path / "mine.yaml"]).run == "64"
+
+
+def test_elsewhere_than_in_the_checkout(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(photos) == 2
+    assert "run it in the folder of the Snakefile" in capsys.readouterr().err

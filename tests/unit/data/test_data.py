@@ -1,0 +1,181 @@
+"""Listing, splits, reading and cropping of images."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmfm import data
+from mmfm.data.fashion_mnist import pad_to_rgb
+from mmfm.data.moments import CovarianceMoments
+from support.tiny import write_images
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, count in (("cats", 5), ("dogs", 7)):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        for i in range(count):
+            where = tmp_path / name / ("deep" if i % 2 else "")
+            Image.fromarray(np.full((10 + i, 12, 3), i * 10, np.uint8)).save(where / f"{count - i:02d}.png")
+        (tmp_path / name / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+def write(folder, path, split="train"):
+    classes, paths, labels, sizes = data.scan(folder)
+    return data.write_listing(path, folder, split, classes, paths, labels, sizes), paths
+
+
+def test_listing_round_trip(folder, tmp_path):
+    digest, paths = write(folder, tmp_path / "l.safetensors")
+    listing = data.Listing.open(tmp_path / "l.safetensors")
+    assert len(listing) == 12 and listing.classes == ("cats", "dogs") and listing.digest == digest
+    assert [listing.relative_path(i) for i in range(12)] == paths
+    assert paths[:5] == sorted(paths[:5]) and paths[5:] == sorted(paths[5:])
+    assert listing.labels.tolist() == [0] * 5 + [1] * 7
+    assert listing.sizes[3] == listing.path(3).stat().st_size
+
+
+def test_digest_notices_a_changed_folder(folder, tmp_path):
+    before, _ = write(folder, tmp_path / "a.safetensors")
+    again, _ = write(folder, tmp_path / "b.safetensors")
+    (folder / "cats" / "05.png").rename(folder / "cats" / "99.png")
+    after, _ = write(folder, tmp_path / "c.safetensors")
+    assert before == again != after
+
+
+def test_flat_folder_is_one_class(folder):
+    classes, paths, labels, _ = data.scan(folder / "cats" / "deep")
+    assert classes == ["deep"] and len(paths) == 2 and set(labels.tolist()) == {0}
+
+
+def test_images_beside_class_folders_are_refused(folder):
+    (folder / "cats" / "05.png").rename(folder / "loose.png")
+    with pytest.raises(ValueError, match=r"both class folders \(cats.*loose\.png"):
+        data.scan(folder)
+
+
+def test_errors_name_the_folder(folder, tmp_path):
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty"):
+        data.scan(folder)
+    with pytest.raises(FileNotFoundError, match=r"data.root '.*absent'"):
+        data.scan(tmp_path / "absent")
+
+
+def test_heldout_images_are_chosen_by_path():
+    paths = [f"c/{i:05d}.png" for i in range(1000)]
+    chosen = data.choose_heldout(paths, 200, seed=0)
+    assert chosen.sum() == 200
+    fewer = data.choose_heldout(paths[:-1], 200, seed=0)
+    assert (chosen[:-1] != fewer).sum() <= 1
+    assert (chosen != data.choose_heldout(paths, 200, seed=1)).any()
+    with pytest.raises(ValueError, match=r"data\.holdout"):
+        data.choose_heldout(paths, 1000, seed=0)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "I;16", "P", "1", "LA"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    grey = np.linspace(0, 255, 64, dtype=np.uint8).reshape(8, 8)
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(grey).convert("RGB" if mode in ("RGBA", "CMYK") else "L")
+        image = image.quantize(256) if mode == "P" else image.convert(mode)
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    image.save(path)
+    read = data.read_image(path)
+    assert read.mode == "RGB"
+    if mode != "1":
+        assert np.abs(np.asarray(read, int) - grey[..., None]).max() <= 4
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    image = Image.new("RGB", (20, 10))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "x.jpg", exif=exif)
+    assert data.read_image(tmp_path / "x.jpg").size == (10, 20)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", None])
+def test_an_unreadable_image_is_named(tmp_path, content):
+    path = tmp_path / "broken.png"
+    if content is None:
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
+        content = path.read_bytes()[:2000]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        data.read_image(path)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (31, 90), (500, 333), (20, 16), (129, 128)])
+def test_crop_has_the_size(size):
+    assert data.center_crop(Image.new("RGB", size), 32).size == (32, 32)
+
+
+def test_crop_takes_the_centre():
+    array = np.zeros((32, 64, 3), np.uint8)
+    array[:, 16:48] = 255
+    assert np.asarray(data.center_crop(Image.fromarray(array), 32)).min() == 255
+
+
+def crop_of_adm(image, size):
+    """ADM's rule by its numbers: how often the shorter side holds the size says how often the image is halved."""
+    for _ in range((min(image.size) // size).bit_length() - 1):
+        image = image.resize([side // 2 for side in image.size], Image.Resampling.BOX)
+    ratio = size / min(image.size)
+    pixels = np.asarray(image.resize([round(side * ratio) for side in image.size], Image.Resampling.BICUBIC))
+    first_row, first_column = (int((side - size) / 2) for side in pixels.shape[:2])  # an odd margin's half is cut off
+    return pixels[first_row : first_row + size, first_column : first_column + size]
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        (16, 16), (19, 16), (16, 19), (23, 16), (16, 23), (20, 18), (31, 31), (31, 38), (32, 32), (32, 39), (39, 32),
+        (33, 34), (63, 70), (64, 64), (65, 131), (14, 11),
+    ],
+)  # fmt: skip
+def test_crop_is_adms(size):
+    """Margins of both parities on either side, and both sides of where an image is halved once and once more."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    image = Image.fromarray(noise)
+    np.testing.assert_array_equal(np.asarray(data.center_crop(image, 16)), crop_of_adm(image, 16))
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_batches_come_in_order(folder, tmp_path, workers):
+    write(folder, tmp_path / "l.safetensors")
+    wanted = [[3, 1], [11], [0, 5, 7]]
+    batches = list(data.image_batches(tmp_path / "l.safetensors", 8, wanted, workers))
+    assert [indices.tolist() for indices, _ in batches] == wanted
+    images = batches[2][1]
+    assert images.shape == (3, 3, 8, 8) and images.dtype == torch.uint8
+    listing = data.Listing.open(tmp_path / "l.safetensors")
+    expected = np.asarray(data.center_crop(data.read_image(listing.path(5)), 8))
+    np.testing.assert_array_equal(images[1].permute(1, 2, 0).numpy(), expected)
+
+
+def test_unreadable_images_are_told_from_readable_ones(tmp_path):
+    write_images(tmp_path, 3, classes=1)
+    paths = data.scan(tmp_path)[1]
+    broken = tmp_path / paths[1]
+    broken.write_bytes(broken.read_bytes()[:60])
+    assert data.find_readable(tmp_path, paths).tolist() == [True, False, True]
+
+
+def test_one_row_has_a_population_variance_and_two_an_unbiased_one():
+    rows = torch.tensor([[1.0, 4.0], [3.0, 4.0]])
+    found = CovarianceMoments.zeros(2).update(rows[:1])
+    with pytest.raises(ValueError, match="1 rows seen, 2 needed"):
+        found.covariance()
+    found.update(rows[1:])
+    assert found.covariance().tolist() == [[2, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("shape, dtype", [((2, 28, 28), "float32"), ((28, 28), "uint8"), ((2, 28, 27), "uint8")])
+def test_arrays_that_are_no_garments_are_refused(shape, dtype):
+    with pytest.raises(ValueError, match=r"28"):
+        pad_to_rgb(np.zeros(shape, dtype))

@@ -1,0 +1,103 @@
+"""The launcher: threads, processes, GPUs that two jobs never share."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mmfm.infra import launch
+
+
+def test_one_process_is_the_module_itself():
+    line = launch.command(["extract", "--x"], processes=1)
+    assert line[1:] == ["-m", "mmfm.cli", "extract", "--x"]
+    assert "torch.distributed.run" in launch.command(["extract"], processes=2)
+
+
+def test_threads_are_shared_among_processes():
+    variables = launch.environment(threads=8, processes=3)
+    assert {variables[n] for n in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")} == {"2"}
+    assert variables["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(("declared", "expected"), [("0,1", ["0", "1"]), ("", []), ("-1", []), ("GPU-a", ["GPU-a"])])
+def test_visible_gpus(monkeypatch, declared, expected):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", declared)
+    assert launch.visible_gpus() == expected
+
+
+def test_two_jobs_never_hold_the_same_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    monkeypatch.setattr(launch, "_LOCK_FOLDER", tmp_path / "locks")
+    first, locks = launch.hold_gpus(2)
+    second, more = launch.hold_gpus(1)
+    assert sorted(first + second) == ["0", "1", "2"]
+    with pytest.raises(ValueError, match="only 0 of 3 are free"):
+        launch.hold_gpus(1)
+    for lock in locks + more:
+        lock.close()
+    assert launch.hold_gpus(3)[0] == ["0", "1", "2"]
+
+
+@pytest.mark.slow
+def test_workers_hold_their_gpus_without_torchrun(monkeypatch, tmp_path):
+    """torchrun killed, its workers still at work: the GPUs are not free before they end."""
+    fifo = tmp_path / "moments"
+    os.mkfifo(fifo)
+    arguments = ["--settings", "{}", "--moments", str(fifo), "--out", str(tmp_path / "a"), "--out-json", "b"]
+    line = [sys.executable, "-m", "mmfm.infra.launch", "--gpus", "2", "--", "latent_stats", *arguments]
+    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1,2", "TMPDIR": str(tmp_path)}
+    torchrun = subprocess.Popen(line, env=variables, stderr=subprocess.DEVNULL, start_new_session=True)
+    workers = []
+    try:
+        while len(workers) < 2 or not all(_holds_locks(pid) for pid in workers):
+            assert torchrun.poll() is None
+            time.sleep(0.1)
+            children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+            workers = [int(pid) for pid in children]
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+        monkeypatch.setattr(launch, "_LOCK_FOLDER", next(tmp_path.glob("mmfm-gpus-*")))
+        assert launch.hold_gpus(1)[0] == ["2"]
+        torchrun.kill()
+        torchrun.wait()
+        assert launch.hold_gpus(1)[0] == ["2"]
+    finally:
+        torchrun.kill()
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while launch._lock("0.workers") is None or launch._lock("1.workers") is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert launch.hold_gpus(2)[0] == ["0", "1"]
+
+
+def _holds_locks(pid):
+    return sum(os.readlink(fd).endswith(".workers") for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()) == 2
+
+
+def test_more_gpus_than_there_are_is_an_error():
+    result = subprocess.run(
+        [sys.executable, "-m", "mmfm.infra.launch", "--gpus", "2", "--", "extract"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert result.returncode == 2
+    assert result.stderr.strip() == (
+        "launch: error: 2 GPUs requested, but 0 visible; lower `gpus` in the configuration (0 for the CPU)"
+    )
+
+
+def test_the_stage_gets_its_threads():
+    """The child's environment, read in the child: `doctor` prints it."""
+    result = subprocess.run(
+        [sys.executable, "-m", "mmfm.infra.launch", "--threads", "3", "--", "doctor", "--threads"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.split() == ["OMP_NUM_THREADS=3", "MKL_NUM_THREADS=3", "OPENBLAS_NUM_THREADS=3"], result.stderr

@@ -1,0 +1,67 @@
+"""Names that are no target: what is wrong with them, and which is meant."""
+
+from dataclasses import replace
+
+import pytest
+
+from mmfm import config
+from mmfm.workflow import targets
+from support.places import DEFAULTS, ROOT
+
+DEMO = config.load([DEFAULTS])
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant", "why"),
+    [
+        ("dinov2_mode", "dinov2_mode.txt", "neither .txt nor .json"),
+        ("dinov2_mode.k4", "dinov2_mode.k4.txt", "neither .txt nor .json"),
+        ("dinov2_mode.jsn", "dinov2_mode.json", "neither .txt nor .json"),
+        ("dinov2_mode.t4.seed1.txt", "dinov2_mode.seed1.t4.txt", "wrong order"),
+        ("dinov2_mode_ag.g1.5.t4.json", "dinov2_mode_ag.t4.g1.5.json", "wrong order"),
+        ("dinov2_moed.txt", "dinov2_mode.txt", "'moed' is no setting"),
+        ("dino_class_gmm.t4.txt", "dinov2_class_gmm.t4.txt", "`encoders` has no 'dino'"),
+        ("clip_mode.txt", "dinov2_mode.txt", "`encoders` has no 'clip'"),
+        ("dinov2_mode.XXL.txt", "dinov2_mode.XL.txt", "'.XXL' is no part of a name"),
+        ("dinov2_mode.XXL.t4.k9.txt", "dinov2_mode.XL.k9.t4.txt", "wrong order"),
+        ("dinov2_mode.t4.t5.txt", None, "twice"),
+        ("dinov2_uncond.t4.k4.txt", None, "has no mixture"),
+        ("readme", None, "no encoder with a setting"),
+    ],
+)
+def test_a_wrong_name_is_explained_and_corrected(typed, meant, why):
+    message = targets.explain_unknown(f"results/fid/{typed}", "results", DEMO)
+    assert why in message and "(see README.md#what-it-does)" in message
+    assert (f"(did you mean 'results/fid/{meant}'?)" in message) if meant else ("did you mean" not in message)
+    assert f"did you mean 'results/fid/{typed}'" not in message
+
+
+@pytest.mark.parametrize(
+    ("run", "typed", "said"),
+    [
+        ("", "results/imagenet256/fid/x.txt", "`run: imagenet256`, pass it with --configfile (this one has no `run`)"),
+        ("flowers", "results/fid/dinov2_mode.txt", "did you mean 'results/flowers/fid/dinov2_mode.txt'"),
+        ("flowers", "results/flower/fid/dinov2_mode.t4", "did you mean 'results/flowers/fid/dinov2_mode.t4.txt'"),
+        ("flowers", "results/birds/fid/x.txt", "`run: birds`, pass it with --configfile (this one has `run: flowers`)"),
+    ],
+)  # fmt: skip
+def test_results_of_another_run_are_said_to_be_so(run, typed, said):
+    results = f"results/{run}" if run else "results"
+    message = targets.explain_unknown(typed, results, replace(DEMO, run=run))
+    assert said in message and f"did you mean '{typed}'" not in message
+
+
+def test_the_documents_of_errors_exist():
+    """Files and headings, as GitHub links to them."""
+    named = {stage.document for stage in config.STAGES.values()} | {targets.DOCUMENT}
+    named |= {
+        "config/README.md",
+        "docs/your-own-data.md",
+        "README.md#changing-stopping-resuming",
+        "docs/scale.md",
+    }  # rules/common.smk, failure.py
+    for document in named:
+        path, _, anchor = document.partition("#")
+        lines = (ROOT / path).read_text().splitlines()
+        headings = [line.lstrip("# ").lower().replace(" ", "-").replace(",", "") for line in lines if line[:1] == "#"]
+        assert not anchor or anchor in headings, document
