@@ -209,6 +209,15 @@ DETECTORS = Choices(
 METRICS = Choices("metric", {"frechet": Metric("mmfm.evaluation.frechet:from_moments", "Frechet distance")})
 """`fid` computes all of them; the first is the headline number."""
 
+MIN_PATCHES, MAX_PATCHES = 8, 16
+"""Patches per side for the detector `encoder`: small images are enlarged, and 16 patches of 14 pixels are 224."""
+
+
+def feature_patches(size: int, patch: int) -> int:
+    """Return the patches per side to which the detector `encoder` resizes images of ``size`` pixels."""
+    return min(max(round(size / patch), MIN_PATCHES), MAX_PATCHES)
+
+
 SOLVERS = Choices(
     "solver",
     {

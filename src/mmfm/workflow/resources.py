@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from mmfm.config import SETTINGS, STAGES, Config
-from mmfm.config.choices import DETECTORS, ENCODER_FAMILIES, SOLVERS, STARTS, DetectorKind
+from mmfm.config.choices import DETECTORS, ENCODER_FAMILIES, SOLVERS, STARTS, DetectorKind, feature_patches
 from mmfm.workflow import costs
 from mmfm.workflow.costs import DOUBLE, FLOAT, Resources, Work
 from mmfm.workflow.facts import Facts, assumed
@@ -50,7 +50,7 @@ class Estimator:
         entry = config.encoders[config.fid.encoder or encoder]
         patch = ENCODER_FAMILIES[entry.family].patch
         # Images are resized to about their own size, between 8 and 16 patches per side.
-        side = patch * min(max(round(config.image.size / patch), 8), 16)
+        side = patch * feature_patches(config.image.size, patch)
         size = costs.encoder_size(entry.weights, side, patch)
         return replace(kind, features=size.width, flops=size.flops, weight_bytes=size.parameters * FLOAT)
 

@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from mmfm.autoencoder.encoders import Encoder, family_of, load_encoder
+from mmfm.config.choices import MAX_PATCHES, MIN_PATCHES, feature_patches
 from mmfm.data.loader import to_float
 from mmfm.evaluation.detector import Detector
 from mmfm.infra import store
-
-MIN_PATCHES, MAX_PATCHES = 8, 16
-"""Patches per side. Small images are enlarged to the minimum; 16 patches of 14 pixels are the usual 224 pixels."""
 
 
 class _Tokens:
@@ -22,7 +20,7 @@ class _Tokens:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return (B, C) float32 for images (B, 3, S, S) uint8."""
-        patches = min(max(round(images.shape[-1] / self.patch), MIN_PATCHES), MAX_PATCHES)
+        patches = feature_patches(images.shape[-1], self.patch)
         if self.encoder.grid[0] != patches:
             old = self.encoder
             mean, std = old.image_mean.tolist(), old.image_std.tolist()
