@@ -2,8 +2,8 @@
 
     snakemake results/fid/dinov2_mode.txt
 
-Targets: results/fid/{encoder}_{setting}[_ag][.seedN][.MODEL][.kN][.tN][.gN].txt; parts that are left out are taken from
-the configuration.
+Targets: results/fid/{encoder}_{setting}[_ag][.seedN][.MODEL][.kN][.stepN][.tN][.gN].txt; parts that are left out are
+taken from the configuration.
 """
 
 from snakemake.utils import min_version
@@ -37,7 +37,6 @@ include: "rules/compare.smk"
 onstart:
     refuse_logs_in_use()
     remember_configuration()
-    shorten_errors()
     say_what_comes()
 
 

@@ -15,70 +15,42 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import estimate
 import runs
 import train_speed
 from mmfm import config
-from mmfm.flow.path import time_shift
-from mmfm.flow.source import GaussianSource
-from mmfm.infra import rng
 from mmfm.infra.distributed import Ranks, choose_device
-from mmfm.models.dit import DIT_PRESETS, DiTConfig
-from mmfm.training import latents, setup
-from mmfm.training.objective import FlowMatching
-from mmfm.training.options import Run
+from mmfm.models.dit import DIT_PRESETS
+from mmfm.training import trial
 from mmfm.training.runlog import Clock
 from mmfm.training.trainer import Trainer
+from mmfm.workflow import costs
 
-SHAPE, LABELS, IMAGES = (768, 16, 16), 8192, 8192
-CPU_ACTIVATIONS = 2.2
-"""Ratio of float32 activations, including temporary ones of a block, to those counted under bf16 autocast."""
-
-
-class RandomLatents:
-    """A feed of random latents."""
-
-    def __init__(self, plan: latents.BatchPlan, device: torch.device) -> None:
-        self.plan, self.device = plan, device
-
-    def batches(self, first_step: int, stop_step: int) -> Iterator[tuple[latents.MicroBatch, latents.Inputs]]:
-        """Yield the micro batches of steps [first_step, stop_step)."""
-        for step in range(first_step, stop_step):
-            for micro in self.plan.micro_batches(step):
-                keys = micro.key_tensor(self.device)
-                yield micro, latents.Inputs(rng.normal(0, "benchmark/latent", keys, SHAPE), keys)
+SHAPE, LABELS = (768, 16, 16), 8192
+TEMPORARY = 1.4
+"""Ratio of all activations, those that a block frees at once included, to those kept for the backward pass."""
 
 
 def make_trainer(name: str, batch: int, state: Path) -> Trainer:
     """Return a float32 trainer with the ImageNet preset, but another model and batch size."""
     folder = runs.ROOT / "config"
     read = config.load([folder / "config.yaml", folder / "imagenet256.yaml"])
-    section = replace(
-        read.train, global_batch=batch, micro_batch=0, precision="float32", label_dropout=0.0, logger="none"
-    )
-    ranks = Ranks(0, 1, choose_device())
-    plan = latents.BatchPlan(0, IMAGES, batch)
-    labels = torch.arange(IMAGES) % LABELS
-    task = FlowMatching("class", GaussianSource(), None, section, time_shift(SHAPE), (labels, LABELS))
-    model = setup.model(task, read.models[name], SHAPE).to(ranks.device)
+    task = trial.labelled(replace(read.train, precision="float32"), LABELS, SHAPE)
     state.mkdir(parents=True, exist_ok=True)
-    optimizer = setup.optimizer_options(section, plan.steps_per_epoch)
-    loop = setup.loop_options(section, plan.steps_per_epoch)
-    return Trainer(Run("train", model, task.losses, plan, state, ranks), optimizer, loop)
+    return trial.trainer(task, read.models[name], SHAPE, batch, state, Ranks(0, 1, choose_device()))
 
 
 def needed_gb(name: str, batch: int) -> float:
     """Estimate the float32 memory of a step: weights, gradients, moments, EMA and activations."""
-    size = DiTConfig(16, 1, 768, **DIT_PRESETS[name], num_classes=LABELS, label_dropout=0.0)
-    activations = batch * estimate.activation_bytes_per_image(size, checkpoint_activations=False)
-    return (estimate.state_bytes(size) * 20 / 22 + CPU_ACTIVATIONS * activations) / 1e9 + 0.5
+    model, channels, tokens = config.Model(**DIT_PRESETS[name]), SHAPE[0], SHAPE[1] * SHAPE[2]
+    activations = batch * TEMPORARY * costs.FLOAT32_ACTIVATIONS * costs.dit_activations(model, tokens, channels)
+    parameters = costs.dit_parameters(model, channels, LABELS)
+    return (parameters * (costs.TRAINED_BYTES + costs.EMA_BYTES) + activations) / 1e9 + 0.5
 
 
 def free_gb() -> float:
@@ -95,7 +67,7 @@ def peak_gb() -> float:
 def train(name: str, batch: int, steps: int, state: Path, keep: bool) -> dict[str, Any]:
     """Take a warm-up step, ``steps`` timed ones, and one with its parts timed; write a checkpoint."""
     trainer = make_trainer(name, batch, state)
-    feed, forward = RandomLatents(trainer.plan, trainer.ranks.device), trainer.division.wrapped(False)
+    feed, forward = trial.RandomLatents(trainer.plan, trainer.ranks.device, SHAPE), trainer.division.wrapped(False)
     batches, seconds = feed.batches(0, 10**9), []
     for _ in range(steps + 1):
         start = time.perf_counter()
@@ -105,7 +77,7 @@ def train(name: str, batch: int, steps: int, state: Path, keep: bool) -> dict[st
     first, *timed = seconds
     parts = train_speed.parts_of_steps(trainer, forward, batches, 1)
     trainer._check(feed)
-    flops = batch * estimate.flops_per_image(trainer.model.config)
+    flops = 3 * batch * costs.dit_flops(trainer.model.config, SHAPE[1] * SHAPE[2], SHAPE[0])
     step, passes = min(timed), sum(parts[name] for name in ("forward", "backward")) / sum(parts.values())
     found = {
         "parameters": sum(p.numel() for p in trainer.model.parameters()), "first_step_seconds": first,

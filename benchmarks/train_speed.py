@@ -1,4 +1,4 @@
-"""Measure the parts of a training step and the bare model, and estimate training at full size.
+"""Measure the parts of a training step and the bare model.
 
 python benchmarks/train_speed.py [--steps 12] [--overrides train.compile=true ...]
 
@@ -24,7 +24,6 @@ from unittest import mock
 
 import torch
 
-import estimate
 import runs
 from mmfm.cli import train as command
 from mmfm.training import trainer as training
@@ -169,7 +168,7 @@ def report(found: dict[str, Any]) -> str:
             *(f"| {part} | {share:.1%} |" for part, share in run["parts"].items()),
             "",
         ]
-    return "\n".join([*lines, estimate.report(found["estimate"])])
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -187,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
             hijack(files, Path(temporary) / str(i), [*options.overrides, *variant], options.steps)
             for i, variant in enumerate(variants)
         ]
-    found = {"torch": torch.__version__, "measured": measured, "estimate": estimate.full_size()}
+    found = {"torch": torch.__version__, "measured": measured}
     runs.publish("train_speed", json.loads(json.dumps(found)), report(found), options.out)
     return 0
 

@@ -22,12 +22,35 @@ CONFIGURATION, IMAGES, RUNS = "config/README.md", "docs/your-own-data.md", "READ
 """The documents that explain errors of the configuration, of the images and of runs."""
 
 
+FAILED = failure.Record()
+logger.addFilter(FAILED.keep)
+
+
+def shorten_errors():
+    """Leave tracebacks and the commands of failed jobs to Snakemake's own log, unless they are asked for."""
+    asked = workflow.output_settings
+    if workflow.is_main_process and not (asked.verbose or asked.show_failed_logs or asked.printshellcmds):
+        for handler in logger.handlers:
+            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                handler.addFilter(FAILED.passes)
+                handler.setFormatter(failure.Brief(FAILED, handler.formatter))
+
+
+shorten_errors()
+
+
+def refusal(message):
+    """Return an error that the terminal shows as its message alone."""
+    FAILED.refusals.append(message)
+    return WorkflowError(message)
+
+
 def checked(function, *arguments, document=CONFIGURATION):
-    """Call a function; a ValueError becomes a message that ends with a document, without a traceback."""
+    """Call a function; a ValueError becomes a message that ends with a document."""
     try:
         return function(*arguments)
     except ValueError as error:
-        raise WorkflowError(f"{error} (see {document})") from None
+        raise refusal(f"{error} (see {document})") from None
 
 
 C = checked(mmfm_config.build, mmfm_config.Config, config)
@@ -90,6 +113,8 @@ wildcard_constraints:
     k=r"\d+",
     t=r"\d+",
     g=r"(\.g\d+(\.\d+)?)?",
+    step=r"(\.step\d+)?",
+    n=r"\d+",
     training=rf"seed\d+\.{targets.any_of(C.models)}(\.k\d+)?(\.guide)?",
 
 
@@ -153,7 +178,7 @@ def encoder_files(wildcards):
 def given(key, path, remedy):
     """Return a configured path; if it does not exist, fail with one line that names the key."""
     if not Path(path).exists():
-        raise WorkflowError(f"'{key}' is '{path}', which does not exist; {remedy} (see {CONFIGURATION})")
+        raise refusal(f"'{key}' is '{path}', which does not exist; {remedy} (see {CONFIGURATION})")
     return path
 
 
@@ -162,6 +187,14 @@ def given_decoder(wildcards):
     path = C.decoder.weights.format(encoder=wildcards.encoder)
     given("decoder.weights", path, "set it to a decoder's file, or to `train`")
     checked(checks.decoder, wildcards.encoder, C, Path(path))
+    return path
+
+
+def given_statistics(wildcards):
+    """Return the configured file of latent statistics."""
+    path = C.latent_stats.weights.format(encoder=wildcards.encoder)
+    given("latent_stats.weights", path, "set it to a file of statistics (.pt), or to `compute`")
+    checked(checks.statistics, wildcards.encoder, C, Path(path))
     return path
 
 
@@ -187,12 +220,44 @@ def training_variant(wildcards):
 
 
 def trained_model(wildcards):
-    """Return the keys of `train` and the model set by a job's wildcards; a guide has its own budget."""
+    """Return the seed of `train`, the model, and whether it is a guide, set by a job's wildcards."""
     complete = training_variant(wildcards)
-    keys = {"seed": complete.seed, "model": complete.model}
-    if wildcards.training.endswith(".guide"):
-        keys["epochs"] = C.guide.epochs
-    return {"train": keys, "model": complete.model}
+    guide = wildcards.training.endswith(".guide")
+    return {"train": {"seed": complete.seed}, "model": complete.model, "guide": guide}
+
+
+def trained(wildcards):
+    """Return the section `train` of a training."""
+    named = trained_model(wildcards)
+    return C.train_of(wildcards.setting, named["model"], guide=named["guide"])
+
+
+def training_resources(wildcards):
+    """Return the estimate of a training, whose recipe and model may differ from those of `train`."""
+    return Estimator(replace(C, train=trained(wildcards)), ENCODERS[0], PROCESSES, GPUS > 0, FACTS).train()
+
+
+def demanded_steps(wildcards):
+    """Return the steps of a training whose weights the named targets ask for.
+
+    A job that a scheduler runs with a Snakemake of its own knows no other target; `train.milestone_steps` is for these.
+    """
+    steps = set()
+    for name in workflow.dag_settings.targets:
+        try:
+            target = targets.parse_target(name, C)
+        except ValueError:
+            continue  # another kind of file, or a name that the rules refuse
+        training = str(replace(target.variant, t=None, g=None, step=None))
+        if (target.encoder, target.setting, training) == (wildcards.encoder, wildcards.setting, wildcards.training):
+            steps.add(target.variant.step)
+    return steps - {None}
+
+
+def weights_file(wildcards):
+    """Return the weights to sample: those of the last step, or of a milestone."""
+    made_by = rules.milestone if wildcards.step else rules.train
+    return made_by.output.ema.format(n=wildcards.step.removeprefix(".step"), **dict(wildcards.items()))
 
 
 def mixture_inputs(wildcards):
@@ -217,7 +282,7 @@ def guide_weights(wildcards):
     if C.guide.weights != "train":
         return C.guide.weights.format(encoder=wildcards.encoder, setting=wildcards.setting)
     checked(C.section, "model", "", C.guide.model)
-    guide = replace(training_variant(wildcards), model=C.guide.model, t=None, g=None)
+    guide = replace(training_variant(wildcards), model=C.guide.model, t=None, g=None, step=None)
     names = {"encoder": wildcards.encoder, "setting": wildcards.setting, "training": f"{guide}.guide"}
     return rules.train.output.ema.format(**names)
 
@@ -263,8 +328,14 @@ def train_operation(wildcards):
     Like the decoder, detector and reference are not inputs, because they do not affect the weights. The priority of
     `fid_reference` makes it normally run first.
     """
-    words = f"{OPERATION['train']} --decoder {preview_decoder(wildcards)}"
-    if not C.train.preview.fid_every:
+    train = trained(wildcards)
+    kept = tuple(sorted({*train.milestone_steps, *demanded_steps(wildcards)}))
+    named = trained_model(wildcards)
+    read = mmfm_config.StageConfig.of(
+        C, "train", encoder=wildcards.encoder, model=named["model"], setting=wildcards.setting, guide=named["guide"]
+    ).with_keys(train={"milestone_steps": kept})
+    words = f"{' '.join(read.operation())} --decoder {preview_decoder(wildcards)}"
+    if not train.preview.fid_every:
         return words
     detector, reference = detector_file(wildcards), shlex.quote(reference_file(wildcards))
     return f"{words} --detector {C.fid.detector} --detector-weights {detector} --fid-reference {reference}"
@@ -293,11 +364,7 @@ def compared(template):
 def unknown_target(wildcards):
     """Fail with what is wrong with the name; Snakemake would only say that no rule makes it."""
     folder = getattr(wildcards, "folder", RESULTS)
-    raise WorkflowError(targets.explain_unknown(f"{folder}/fid/{wildcards.name}", RESULTS, C))
-
-
-FAILED = failure.Record()
-logger.addFilter(FAILED.keep)
+    raise refusal(targets.explain_unknown(f"{folder}/fid/{wildcards.name}", RESULTS, C))
 
 
 def refuse_logs_in_use():
@@ -308,20 +375,11 @@ def refuse_logs_in_use():
         )
 
 
-def shorten_errors():
-    """Leave the commands of failed jobs to Snakemake's own log, unless they are asked for."""
-    asked = workflow.output_settings
-    if workflow.is_main_process and not (asked.verbose or asked.show_failed_logs or asked.printshellcmds):
-        for handler in logger.handlers:
-            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-                handler.addFilter(FAILED.passes)
-                handler.setFormatter(failure.Brief(handler.formatter))
-
-
 def summarise_failure(log):
     """Print what a failed run ends with; `log` holds the paths of Snakemake's own log."""
+    # A rule without output, such as `all`, makes nothing that could be finished.
     every = Counter(job.rule.name for job in workflow.dag.jobs if job.rule.output)
-    missing = Counter(job.rule.name for job in workflow.dag.needrun_jobs())
+    missing = Counter(job.rule.name for job in workflow.dag.needrun_jobs() if job.rule.output)
     counts = {rule.name: (every[rule.name] - missing[rule.name], every[rule.name]) for rule in workflow.rules}
     paths = [str(Path(path).relative_to(Path.cwd())) for path in log]
     lines = failure.summary(FAILED.failures(), counts, MEM_MB, ", ".join(paths), FAILED.stopped)

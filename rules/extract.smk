@@ -1,4 +1,7 @@
-"""The encoder, downloaded if it is not a local folder; one pass over the images; latent statistics."""
+"""The encoder, downloaded if it is not a local folder; one pass over the images; latent statistics, computed or given."""
+
+STATISTICS = "<results>/latent_stats/{encoder}/stats.pt"
+ABOUT_STATISTICS = "<results>/latent_stats/{encoder}/stats.json"
 
 
 localrules:
@@ -61,25 +64,55 @@ rule extract:
         " --out-moments {output.moments:q} {resources.operation} 2>&1 | tee {log:q}"
 
 
-rule latent_stats:
-    input:
-        moments=rules.extract.output.moments,
-    output:
-        stats="<results>/latent_stats/{encoder}/stats.pt",
-        about="<results>/latent_stats/{encoder}/stats.json",
-    log:
-        "<logs>/latent_stats.{encoder}.log",
-    benchmark:
-        "<benchmarks>/latent_stats.{encoder}.tsv"
-    conda:
-        "../envs/mmfm.yaml"
-    threads: 1
-    resources:
-        mem_mb=MEM_MB["latent_stats"],
-        runtime=RESOURCES["latent_stats"].minutes,
-        disk_mb=RESOURCES["latent_stats"].disk_mb,
-    params:
-        settings=parameter("latent_stats"),
-    shell:
-        "python -m mmfm.cli latent_stats --settings {params.settings:q} --moments {input.moments:q}"
-        " --out {output.stats:q} --out-json {output.about:q} 2>&1 | tee {log:q}"
+if C.latent_stats.weights == "compute":
+
+    rule latent_stats:
+        input:
+            moments=rules.extract.output.moments,
+        output:
+            stats=STATISTICS,
+            about=ABOUT_STATISTICS,
+        log:
+            "<logs>/latent_stats.{encoder}.log",
+        benchmark:
+            "<benchmarks>/latent_stats.{encoder}.tsv"
+        conda:
+            "../envs/mmfm.yaml"
+        threads: 1
+        resources:
+            mem_mb=MEM_MB["latent_stats"],
+            runtime=RESOURCES["latent_stats"].minutes,
+            disk_mb=RESOURCES["latent_stats"].disk_mb,
+        params:
+            settings=parameter("latent_stats"),
+        shell:
+            "python -m mmfm.cli latent_stats --settings {params.settings:q} --moments {input.moments:q}"
+            " --out {output.stats:q} --out-json {output.about:q} 2>&1 | tee {log:q}"
+
+else:
+
+    rule given_statistics:
+        input:
+            statistics=given_statistics,
+            encoder=encoder_files,
+        output:
+            stats=STATISTICS,
+            about=ABOUT_STATISTICS,
+        log:
+            "<logs>/given_statistics.{encoder}.log",
+        benchmark:
+            "<benchmarks>/given_statistics.{encoder}.tsv"
+        conda:
+            "../envs/mmfm.yaml"
+        threads: 1
+        resources:
+            mem_mb=MEM_MB["latent_stats"],
+            runtime=RESOURCES["latent_stats"].minutes,
+            disk_mb=RESOURCES["latent_stats"].disk_mb,
+        params:
+            settings=parameter("latent_stats"),
+            input_size=lambda wildcards: C.encoders[wildcards.encoder].input_size,
+        shell:
+            "python -m mmfm.cli latent_stats --settings {params.settings:q} --given {input.statistics:q}"
+            ' --encoder-weights "$(dirname {input.encoder[0]:q})" --input-size {params.input_size}'
+            " --out {output.stats:q} --out-json {output.about:q} 2>&1 | tee {log:q}"

@@ -53,12 +53,12 @@ rule fid:
         reference=reference_file,
         detector=detector_weights,
     output:
-        text="<results>/fid/{encoder}_{setting}{ag}.{training}.t{t}{g}.txt",
-        json="<results>/fid/{encoder}_{setting}{ag}.{training}.t{t}{g}.json",
+        text="<results>/fid/{encoder}_{setting}{ag}.{training}{step}.t{t}{g}.txt",
+        json="<results>/fid/{encoder}_{setting}{ag}.{training}{step}.t{t}{g}.json",
     log:
-        "<logs>/fid.{encoder}_{setting}{ag}.{training}.t{t}{g}.log",
+        "<logs>/fid.{encoder}_{setting}{ag}.{training}{step}.t{t}{g}.log",
     benchmark:
-        "<benchmarks>/fid.{encoder}_{setting}{ag}.{training}.t{t}{g}.tsv"
+        "<benchmarks>/fid.{encoder}_{setting}{ag}.{training}{step}.t{t}{g}.tsv"
     conda:
         "../envs/mmfm.yaml"
     threads: SHARED_CORES

@@ -54,8 +54,8 @@ rule spatial_gmm:
     input:
         encoder=encoder_files,
         listing=LISTING,
-        stats=rules.latent_stats.output.stats,
-        about=rules.latent_stats.output.about,
+        stats=STATISTICS,
+        about=ABOUT_STATISTICS,
         gmm=rules.fit_gmm.output.gmm,
         assignment=rules.fit_gmm.output.assignment,
     output:

@@ -4,30 +4,30 @@
 rule sample:
     input:
         encoder=encoder_files,
-        ema=rules.train.output.ema,
-        stats=rules.latent_stats.output.stats,
-        about=rules.latent_stats.output.about,
+        ema=weights_file,
+        stats=STATISTICS,
+        about=ABOUT_STATISTICS,
         decoder=DECODER,
         spatial_gmm=lambda wildcards: mixture_inputs(wildcards)["spatial_gmm"],
         guide=guide_weights,
     output:
-        images="<results>/sample/{encoder}_{setting}{ag}/{training}.t{t}{g}/images.npz",
+        images="<results>/sample/{encoder}_{setting}{ag}/{training}{step}.t{t}{g}/images.npz",
         grid=report(
-            "<results>/sample/{encoder}_{setting}{ag}/{training}.t{t}{g}/grid.png",
+            "<results>/sample/{encoder}_{setting}{ag}/{training}{step}.t{t}{g}/grid.png",
             caption="../workflow/report/grid.rst",
             category="Samples",
             labels={
                 "encoder": "{encoder}",
                 "setting": "{setting}{ag}",
-                "variant": "{training}{g}",
+                "variant": "{training}{step}{g}",
                 "time points": "{t}",
             },
         ),
-        about="<results>/sample/{encoder}_{setting}{ag}/{training}.t{t}{g}/samples.json",
+        about="<results>/sample/{encoder}_{setting}{ag}/{training}{step}.t{t}{g}/samples.json",
     log:
-        "<logs>/sample.{encoder}_{setting}{ag}.{training}.t{t}{g}.log",
+        "<logs>/sample.{encoder}_{setting}{ag}.{training}{step}.t{t}{g}.log",
     benchmark:
-        "<benchmarks>/sample.{encoder}_{setting}{ag}.{training}.t{t}{g}.tsv"
+        "<benchmarks>/sample.{encoder}_{setting}{ag}.{training}{step}.t{t}{g}.tsv"
     conda:
         "../envs/mmfm.yaml"
     threads: ALL_CORES

@@ -19,6 +19,7 @@ import yaml
 
 from mmfm import config
 from mmfm.config import registry
+from mmfm.config.sections import NEVER
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "config" / "README.md"
@@ -52,9 +53,17 @@ A key counts only where it is used:
 * `label_dropout` and `label_draw` count only in `class` and `class_gmm`; `mode_dropout` only in `mode`; `assignment`,
   `means_precision` and `mode_draw` only in settings with a mixture.
 * The other keys of `loss_weighting` count only with a `rule`; `rtol` and `atol` only with an adaptive solver.
+* `steps` above 0 replaces `epochs`, and `warmup_steps` replaces `warmup_epochs`; the other keys of `initial_phase`
+  count only if its `epochs` are above 0.
 
-To sweep over values, put them into the target's name, which can carry `seed`, the model, `k` (modes), `t` (time points)
-and `g` (guidance scale). Variants share the steps they have in common:
+`recipes` give single settings and models other values of `train` (also the guide, whose model is `guide.model`). They
+win over `train`; only the trainings that they are for run again, and no training may match two:
+
+    recipes:
+      mixtures: {settings: [gmm, mode], models: [XL], train: {lr: 4.0e-4, loss_weighting: {rule: focal}}}
+
+To sweep over values, put them into the target's name, which can carry `seed`, the model, `k` (modes), `step` (of the
+training), `t` (time points) and `g` (guidance scale). Variants share the steps they have in common:
 
     snakemake --cores all results/fid/dinov2_mode.seed{0,1,2}.txt results/fid/dinov2_gmm.k{16,256}.t4.txt
 
@@ -81,7 +90,7 @@ def readme(values: dict[str, Any]) -> str:
             continue
         kind = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else hint
         name = f"{f.name}.*" if kind is not hint else f.name
-        section = {"encoders": "encoder", "models": "model"}.get(f.name, f.name)
+        section = {"encoders": "encoder", "models": "model", "recipes": "train"}.get(f.name, f.name)
         entry = {} if kind is not hint else values.get(f.name, {})
         again = reruns(section)
         lines += [f"## {name}", "", (kind.__doc__ or "").strip(), ""]
@@ -106,9 +115,17 @@ def rows(kind: type, values: dict[str, Any], section: str, prefix: str, again: l
     return result
 
 
+def _default(f: dataclasses.Field, value: Any) -> Any:
+    """Return a key's default: that of config.yaml, or else what it was before there was the key; None if required."""
+    if value is not None or f.metadata["as_before"] is NEVER:
+        return value
+    return list(f.metadata["as_before"]) if isinstance(f.metadata["as_before"], tuple) else f.metadata["as_before"]
+
+
 def row(f: dataclasses.Field, value: Any, prefix: str, again: list[str]) -> str:
     """Return one table row."""
     choices = f" ({', '.join(f'`{c}`' for c in f.metadata['choices'])})" if f.metadata["choices"] else ""
+    value = _default(f, value)
     shown = '`""`' if value == "" else f"`{str(value).lower() if isinstance(value, bool) else value}`"
     if value is None:
         shown = "required"
@@ -128,9 +145,12 @@ def schema(kind: type) -> dict[str, Any]:
 def _property(hint: Any, metadata: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(hint):
         return schema(hint)
+    if metadata.get("part_of"):
+        return {**schema(metadata["part_of"]), "description": metadata["help"]}
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is dict:
-        return {"type": "object", "minProperties": 1, "additionalProperties": schema(arguments[1])}
+        fewest = {"minProperties": 1} if metadata["as_before"] is NEVER else {}
+        return {"type": "object", **fewest, "additionalProperties": schema(arguments[1])}
     names = {int: "integer", float: "number", bool: "boolean", str: "string"}
     entry: dict[str, Any] = {"description": metadata["help"]}
     if origin is tuple:

@@ -15,7 +15,7 @@ DOCUMENTS = [
     ROOT / "config" / "README.md",
     ROOT / "resources" / "demo" / "README.md",
 ]
-DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

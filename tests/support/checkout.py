@@ -15,10 +15,13 @@ TARGETS = [*(f"results/fid/dinov2_{name}.txt" for name in ("mode", "mode_ag", "c
 BASE = {
     "gpus": 0,
     "decoder": {"weights": "train"},
-    "train": {"loss_weighting": {"rule": "sqrt"}},
+    "train": {
+        "loss_weighting": {"rule": "sqrt"},
+        "initial_phase": {"epochs": 1, "lr": 0.1, "ema_decay": 0.5},
+    },
     "sample": {"solver": "dopri5"},
 }
-"""The decoder's keys count where it is trained, those of weights and tolerances where there are any."""
+"""The decoder's keys count where it is trained, those of weights, phase and tolerances where there are any."""
 
 
 def link_workflow(folder: Path, without: Iterable[str] = ()) -> Path:

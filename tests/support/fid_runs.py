@@ -38,8 +38,8 @@ def write_samples(folder: Path, images: np.ndarray, **changes: object) -> Path:
         "images_digest": digest, "n_images": len(images), "image_size": images.shape[1], "seed": 5, "setting": "mode",
         "encoder": {"family": "dinov2", "weights": "resources/demo/encoder", "input_size": 32}, "n_modes": 64,
         "mode_draw": "k ~ mixture weights", "source_only": False, "solver": "euler", "time_points": 25,
-        "first_time": 1.0, "last_time": 0.0069, "function_evaluations": 24, "precision": "float32", "device": "cpu",
-        "weights": weights, "guidance": None,
+        "first_time": 1.0, "last_time": 0.0069, "function_evaluations": 24, "seconds": 9.25, "precision": "float32",
+        "device": "cpu", "weights": weights, "guidance": None,
     }  # fmt: skip
     store.write_json(folder / "samples.json", {**about, **changes})
     return folder

@@ -1,6 +1,6 @@
 """Fills latent caches of tiny images: imported, or started by test_latent_cache.py as one process or several.
 
-python tests/support/latent_fills.py LISTING FOLDER [KILL_AFTER | slow | interrupt]
+python tests/support/latent_fills.py LISTING FOLDER [KILL_AFTER | slow | SIGNAL]
 """
 
 import os
@@ -21,6 +21,9 @@ from support.tiny import CHANNELS, GRID, SIZE
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SHARD = 6
 """Images of a shard in these tests."""
+
+AT = 8
+"""Images, each view counted, after which a process is sent a signal: within its first two shards."""
 
 
 def open_cache(folder: Path, **changes: object) -> LatentCache:
@@ -54,8 +57,8 @@ def main(listing: Path, folder: Path, how: str = "") -> None:
     fake = Fake()
 
     def encode(images: Tensor) -> tuple[Tensor, Tensor]:
-        if how == "interrupt" and fake.seen >= 30:
-            signal.raise_signal(signal.SIGINT)
+        if how.startswith("SIG") and fake.seen == AT:
+            signal.raise_signal(signal.Signals[how])
         elif how == "slow":
             time.sleep(0.05)
         elif how.isdigit() and fake.seen >= int(how):

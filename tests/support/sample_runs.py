@@ -80,5 +80,7 @@ def arguments(files: Pipeline, ema: Path, out: Path, *more: str, **changes: obje
 
 
 def run(files: Pipeline, ema: Path, out: Path, *more: str, **changes: object) -> tuple[np.ndarray, dict]:
+    """Return the images and their description, without the time, in which equal runs differ."""
     assert main(arguments(files, ema, out, *more, **changes)) == 0
-    return npz.map_array(out / "images.npz"), store.read_json(out / "samples.json")
+    about = store.read_json(out / "samples.json")
+    return npz.map_array(out / "images.npz"), {name: value for name, value in about.items() if name != "seconds"}

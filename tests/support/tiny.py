@@ -34,6 +34,7 @@ SECTIONS = {
     },
     "latents": {"cache": "off", "folder": "latents"},
     "extract": {"shard_size": 8, "batch_size": 4, "workers": 0},
+    "latent_stats": {"weights": "compute", "mean": True},
     "gmm": {
         "n_components": 4, "covariance_type": "diag", "init": "random_from_data", "reg_covar": 1e-6, "tol": 1e-3,
         "max_iter": 5, "seed": 0, "precision": "float32", "chunk_size": 64, "n_init": 1, "init_means": "",

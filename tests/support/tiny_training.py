@@ -25,15 +25,15 @@ SIZES = DiTConfig(4, 1, 8, (16, 24), (2, 1), (2, 2), 5, 0.0)
 
 def losses(model: torch.nn.Module, micro: latents.MicroBatch, inputs: latents.Inputs) -> Tensor:
     """Squared distance from the latents' neighbours, which has a gradient everywhere from the first step on."""
-    times = (micro.key_tensor(torch.device("cpu")) % 7) / 7
-    velocity = model(inputs.latent, times, micro.indices % 5)
+    device = inputs.latent.device
+    velocity = model(inputs.latent, (micro.key_tensor(device) % 7) / 7, micro.indices.to(device) % 5)
     return (velocity - inputs.latent.roll(1, dims=-1)).square().flatten(1).mean(1)
 
 
 def poisoned(model: torch.nn.Module, micro: latents.MicroBatch, inputs: latents.Inputs) -> Tensor:
     """The same, NaN for the last place of step HALF + 1 (counted from 0)."""
     hit = torch.tensor([key == (HALF + 1) * BATCH + BATCH - 1 for key in micro.keys])
-    return losses(model, micro, inputs) + torch.where(hit, float("nan"), 0.0)
+    return losses(model, micro, inputs) + torch.where(hit.to(inputs.latent.device), float("nan"), 0.0)
 
 
 def trainer(state: Path, ranks: Ranks, sharding: str, micro_batch: int = 2, loss=losses, **options) -> Trainer:
@@ -42,8 +42,8 @@ def trainer(state: Path, ranks: Ranks, sharding: str, micro_batch: int = 2, loss
         state.mkdir(parents=True, exist_ok=True)
     ranks.barrier()
     plan = latents.BatchPlan(0, IMAGES, BATCH, ranks.rank, ranks.world, micro_batch)
-    model = DiT(SIZES, generator=torch.Generator().manual_seed(0))
-    optimizer_options = OptimizerOptions(ConstantThenLinear(1e-3, 1e-3, 0, 1), (0.9, 0.95), 0.0, 0.5, 0.9)
+    model = DiT(SIZES, generator=torch.Generator().manual_seed(0)).to(ranks.device)
+    optimizer_options = OptimizerOptions(ConstantThenLinear(1e-3, 1e-3, 0, 1), (0.9, 0.95), 0.0, 0.5, lambda step: 0.9)
     steps = {"checkpoint_every": HALF, "log_every": 1, "keep_checkpoints": 3, "logger": "none", **options}
     made = Run("train", model, loss, plan, state, ranks)
     return Trainer(made, optimizer_options, LoopOptions(**steps, sharding=sharding))
@@ -52,10 +52,10 @@ def trainer(state: Path, ranks: Ranks, sharding: str, micro_batch: int = 2, loss
 def run(state: Path, ranks: Ranks, sharding: str, **options) -> Trainer:
     """Train to the end."""
     made = trainer(state, ranks, sharding, **options)
-    values = torch.randn(IMAGES, 8, 4, 4, generator=torch.Generator().manual_seed(1))
+    values = torch.randn(IMAGES, 8, 4, 4, generator=torch.Generator().manual_seed(1)).to(ranks.device)
 
     def cached(indices: Tensor, flips: Tensor) -> tuple[Tensor, Tensor]:
-        return values[indices], torch.zeros(len(indices), 8)
+        return values[indices.to(ranks.device)], torch.zeros(len(indices), 8, device=ranks.device)
 
     source = latents.TrainingImages("unread", 4, losses, cached, 0)
     if not made.resume(STEPS):
@@ -88,6 +88,7 @@ def main(folder: Path) -> None:
         # Traced as for the usual backend, but without its minutes in a C++ compiler.
         torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
         run(folder / "fsdp-compiled" / "state-x", ranks, "fsdp", compile=True)
+        run(folder / "ddp-compiled" / "state-x", ranks, "ddp", compile=True)
         message = ""
         try:
             run(folder / "poisoned" / "state-x", ranks, "fsdp", loss=poisoned)

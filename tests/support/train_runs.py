@@ -65,7 +65,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, image: int, how: str) -> None:
         values = clean(self, model, micro, inputs)
         hit = (micro.indices == image) & (micro.keys.start // 8 >= STEPS_PER_EPOCH)
         if how == "loss":
-            return values + torch.where(hit, float("nan"), 0.0)
+            return values + torch.where(hit.to(values.device), float("nan"), 0.0)
         if hit.any() and values.requires_grad:
             values.register_hook(lambda gradient: gradient * float("inf"))
         return values

@@ -127,6 +127,24 @@ def test_folders_open(root, setting, place):
     assert (made.modes is None) == (setting == "uncond")
 
 
+def test_the_weights_of_a_step_open(root, tmp_path):
+    """The folder of a milestone beside that of its training, and a result of such weights."""
+    results = tmp_path / "results"
+    shutil.copytree(root / "results", results)
+    folder = results / "train/dinov2_mode/seed3.tiny.k4"
+    folder.rename(folder.with_name("seed3.tiny.k4.step5"))
+    made = [
+        mmfm.open(results / place, "cpu").generate(3, time_points=4).tensor
+        for place in ("train/dinov2_mode/seed3.tiny.k4.step5", "fid/dinov2_mode.txt")
+    ]
+    assert torch.equal(*made)
+    shutil.rmtree(folder.with_name("seed3.tiny.k4.step5"))
+    sampled = results / "sample/dinov2_mode/seed3.tiny.k4.step5.t4"
+    (results / "sample/dinov2_mode/seed3.tiny.k4.t4").rename(sampled)
+    with pytest.raises(FileNotFoundError, match=r"snakemake results/train/dinov2_mode/seed3.tiny.k4.step5/ema.safe"):
+        mmfm.open(sampled)
+
+
 @pytest.mark.parametrize(
     ("setting", "keys", "arguments"),
     [

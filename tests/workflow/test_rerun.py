@@ -16,6 +16,7 @@ from support.places import DEMO, ROOT
 OTHER = {
     "data.root": "other/images",
     "latents.folder": "other/latents",
+    "latent_stats.weights": "other/stats.pt",
     "encoders.*.family": "mae",
     "encoders.*.weights": "other/encoder",
     "encoders.*.input_size": 40,
@@ -33,6 +34,16 @@ OTHER = {
     "train.label_dropout": 0.2,
     "train.milestones": [1],
     "train.loss_weighting.bounds": [0.4, 2.0],
+    "train.initial_phase.epochs": 2,
+    "train.milestone_steps": [60],
+    "train.deterministic": True,
+    "train.profile": [3, 5],
+    "sample.compile": True,
+    "card": "H100",
+    "max_runtime_hours": 12,
+    "recipes.*.settings": ["mode"],
+    "recipes.*.models": ["tiny"],
+    "recipes.*.train": {"lr": 0.5},
     "sample.guidance.interval": [0.1, 0.9],
     "gmm.init_means": "other/means.npy",
     "guide.weights": "other/guide.safetensors",
@@ -47,6 +58,9 @@ OTHER = {
 WITH = {
     "encoders.*.family": {"encoders": {"dinov2": {"weights": "other/mae"}}},
     "image.size": {"fid": {"detector": "inception"}},
+    "train.initial_phase.epochs": {"guide": {"steps": 5}},
+    "recipes.*.settings": {"recipes": {"one": {"train": {"lr": 0.5}}}},
+    "recipes.*.models": {"recipes": {"one": {"train": {"lr": 0.5}}}},
 }
 """What must change with a key, and reruns no more than it does: the files are checked against one another."""
 
@@ -91,7 +105,7 @@ def configured(kind: type = config.Config, prefix: str = "") -> dict[str, datacl
     found, hints = {}, typing.get_type_hints(kind)
     for f in dataclasses.fields(kind):
         hint, name = hints[f.name], prefix + f.name
-        if typing.get_origin(hint) is dict:
+        if typing.get_origin(hint) is dict and not f.metadata.get("part_of"):
             found |= configured(typing.get_args(hint)[1], f"{name}.*.")
         elif dataclasses.is_dataclass(hint):
             found |= configured(hint, f"{name}.")
@@ -102,10 +116,9 @@ def configured(kind: type = config.Config, prefix: str = "") -> dict[str, datacl
 
 def changed(name: str, f: dataclasses.Field) -> dict:
     """Return the base overlay with one key at another valid value."""
-    path = name.replace("encoders.*", "encoders.dinov2").replace("models.*", "models.tiny").split(".")
-    value = DEMO_VALUES
-    for part in path:
-        value = value[part]
+    path = name.replace("encoders.*", "encoders.dinov2").replace("models.*", "models.tiny")
+    path = path.replace("recipes.*", "recipes.one").split(".")
+    value = None if name in OTHER else functools.reduce(lambda inner, part: inner[part], path, DEMO_VALUES)
     if name in OTHER:
         other = OTHER[name]
     elif f.metadata["choices"]:
@@ -121,8 +134,9 @@ def changed(name: str, f: dataclasses.Field) -> dict:
 
 
 def stages(rules: list[str]) -> set[str]:
-    """Return the stages among rules; a given decoder stands where a trained one would."""
-    return {{"given_decoder": "train_decoder"}.get(rule, rule) for rule in rules} & set(config.STAGES)
+    """Return the stages among rules; a given file stands where a made one would."""
+    given = {"given_decoder": "train_decoder", "given_statistics": "latent_stats"}
+    return {given.get(rule, rule) for rule in rules} & set(config.STAGES)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +148,15 @@ def checkout(tmp_path_factory):
         shutil.copytree(DEMO / "encoder", folder / "other" / name)
         about = json.loads((DEMO / "encoder" / "config.json").read_text())
         (folder / "other" / name / "config.json").write_text(json.dumps({**about, "model_type": kind}))
-    for name in ("decoder.safetensors", "detector.safetensors", "reference.npz", "means.npy", "guide.safetensors"):
+    names = (
+        "decoder.safetensors",
+        "detector.safetensors",
+        "reference.npz",
+        "means.npy",
+        "guide.safetensors",
+        "stats.pt",
+    )
+    for name in names:
         (folder / "other" / name).touch()
     made = dry_runs(folder, [{"keys": BASE, "targets": TARGETS, "touch": True}])
     assert stages(made[0]) == set(config.STAGES)

@@ -31,6 +31,8 @@ DEFAULTS = config.load([ROOT / "config" / "config.yaml"])
         (".seed1.tiny.k8.t1", "mode", "seed1.tiny.k8.t1"),
         (".t4", "class", "seed0.tiny.t4.g1"),
         (".g2.5", "class_gmm", "seed0.tiny.k256.t25.g2.5"),
+        (".step60", "mode", "seed0.tiny.k256.step60.t25"),
+        (".seed1.S.step60.t4", "uncond", "seed1.S.step60.t4"),
     ],
 )
 def test_variants_are_completed(text, setting, expected):
@@ -61,11 +63,27 @@ def test_a_mode_model_with_dropout_has_a_scale():
 
 
 @pytest.mark.parametrize(
-    ("text", "setting"), [(".t4.k5", "gmm"), (".k8", "uncond"), (".k8", "class"), (".XXL", "mode"), (".g2", "mode")]
+    ("text", "setting"),
+    [
+        (".t4.k5", "gmm"),
+        (".k8", "uncond"),
+        (".k8", "class"),
+        (".XXL", "mode"),
+        (".g2", "mode"),
+        (".t4.step9", "mode"),
+        (".step0", "mode"),
+    ],
 )
 def test_bad_variants_are_refused(text, setting):
-    with pytest.raises(ValueError, match=r"variant|mixture|label dropout"):
+    with pytest.raises(ValueError, match=r"variant|mixture|label dropout|first step"):
         targets.parse_variant(text, setting, DEFAULTS)
+
+
+def test_a_step_after_the_last_is_refused_where_the_budget_says_so():
+    steps = replace(DEFAULTS, train=replace(DEFAULTS.train, steps=100))
+    assert targets.parse_variant(".step100", "mode", steps).step == 100
+    with pytest.raises(ValueError, match=r"'.step101' is after the last step .* raise 'train.steps', which is 100"):
+        targets.parse_variant(".step101", "mode", steps)
 
 
 def test_gpus_per_job():
@@ -304,13 +322,14 @@ time.sleep(60)
 
 
 def start_words(folder: Path, script: str, *options: str) -> subprocess.Popen:
-    """Start a rule that runs a script with a log, as a stage's rule does."""
+    """Start a rule that runs a script with a log, as a stage's rule does, for a rule without output, as `all` is."""
     (folder / "words.py").write_text(script)
     (folder / "words.smk").write_text(
         'include: "Snakefile"\n\n\nrule words:\n    output:\n        "words.txt",\n    log:\n        "words.log",\n'
         '    shell:\n        "python words.py 2>&1 | tee {log:q}; echo > {output}"\n'
+        "\n\nrule every:\n    input:\n        rules.words.output,\n"
     )
-    line = [sys.executable, "-m", "snakemake", "words.txt", "-s", "words.smk", "--cores", "1", *options]
+    line = [sys.executable, "-m", "snakemake", "every", "-s", "words.smk", "--cores", "1", *options]
     return subprocess.Popen(
         [*line, "--workflow-profile", "profiles/default"], cwd=folder, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -143,6 +143,22 @@ def family_of(folder: str | Path) -> tuple[str, int]:
     raise ValueError(f"{folder} holds a {found!r} model, which is not supported; give a model of type {known}")
 
 
+def latent_shape(folder: str | Path, input_size: int) -> tuple[int, int, int]:
+    """Return the shape (C, H, W) of the latents of the encoder in a folder, for inputs of ``input_size`` pixels.
+
+    Only config.json is read.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: config.json can't be read.
+    """
+    with _readable_errors(str(folder), "config.json"):
+        config, _ = PreTrainedConfig.get_config_dict(str(folder), local_files_only=True)
+    sizes = config.get("vision_config") or config
+    side = input_size // sizes["patch_size"]
+    return sizes["hidden_size"], side, side
+
+
 def _model_type(family: str, weights: str) -> str:
     """Read `model_type` from config.json and check that it belongs to the family."""
     with _readable_errors(weights, "config.json"):

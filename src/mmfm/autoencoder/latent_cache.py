@@ -12,16 +12,16 @@ Layout of ``<folder>/<name>-<digest of the key>/``:
 * ``lock``: held by the job that fills the cache.
 
 A killed job loses its unfinished shards and leaves partial files (hidden, with ``.partial-`` in their names). The next
-job removes them and makes the missing shards from the same images in the same batches. Ctrl-C leaves no partial files.
+job removes them and makes the missing shards from the same images in the same batches. A job that is asked to stop (see
+:class:`mmfm.infra.distributed.StopRequest`) finishes its present shards first.
 """
 
-import fcntl
 import itertools
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,8 +33,8 @@ from torch import Tensor
 
 from mmfm import data
 from mmfm.autoencoder.latent_shards import CacheKey, Index, LatentReader, image_keys, write_shard
-from mmfm.infra import disk, store
-from mmfm.infra.distributed import Ranks
+from mmfm.infra import disk, file_lock, store
+from mmfm.infra.distributed import Ranks, StopRequest
 from mmfm.infra.progress import Progress
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -140,6 +140,7 @@ class LatentCache:
 
         Raises:
             ValueError: an image can't be read, a latent is not finite, a shard is damaged, or there is too little disk.
+            KeyboardInterrupt: a signal asked to stop; the shards begun were finished first.
         """
         images = data.Listing.open(listing)
         keys = image_keys(images)
@@ -154,8 +155,13 @@ class LatentCache:
             batches = [u.images[r.start : r.stop] for u in mine for r in data.ranges(0, len(u.images), batch_size)]
             pixels = data.image_batches(listing, self.key.image_size, batches, workers, ranks.device.type == "cuda")
             about = f"{stage}: encoding once"
-            with Progress(about, total, "images", done=total - todo, enabled=ranks.is_main) as progress:
-                self._make(mine, images, keys, pixels, encode, ranks, progress)
+            counted = Progress(about, total, "images", done=total - todo, enabled=ranks.is_main)
+            # Every process takes part in the agreement to stop after each round, with or without a unit of its own.
+            rounds = itertools.islice(itertools.chain(mine, itertools.repeat(None)), -(-len(units) // ranks.world))
+            with StopRequest() as stop, counted as progress:
+                if self._make(rounds, images, keys, pixels, encode, ranks, stop, progress):
+                    progress.say(f"asked to stop: {progress.done:,} of {total:,} {progress.unit} are saved")
+                    raise KeyboardInterrupt
                 ranks.barrier()
                 progress.advance(total - progress.done)
         return todo
@@ -193,18 +199,24 @@ class LatentCache:
 
     def _make(
         self,
-        units: list[_Unit],
+        rounds: Iterable[_Unit | None],
         listing: data.Listing,
         keys: np.ndarray,
         pixels: Iterator[tuple[Tensor, Tensor]],
         encode: Encode,
         ranks: Ranks,
+        stop: StopRequest,
         progress: Progress,
-    ) -> None:
-        """Encode units; each is written to disk while the next one is encoded."""
-        shape, writing = self.key.latent_shape, list[Future[None]]()
+    ) -> bool:
+        """Encode units, of which a round may have none; each is written to disk while the next one is encoded.
+
+        Returns:
+            Whether a signal asked to stop; the units of the round are whole.
+        """
+        shape, writing, stopping = self.key.latent_shape, list[Future[None]](), False
         with ThreadPoolExecutor(1) as writer:
-            for images, views in units:
+            for unit in rounds:
+                images, views = unit or _Unit((), ())
                 n, filled = len(images), 0
                 made = {v: (np.empty((n, *shape), np.float32), np.empty((n, shape[0]), np.float32)) for v in views}
                 while filled < n:
@@ -221,8 +233,11 @@ class LatentCache:
                 for future in writing:
                     future.result()
                 writing = [writer.submit(write_shard, self.path, self.key, v, keys[images], *made[v]) for v in views]
+                if stopping := stop.agreed(ranks):
+                    break
             for future in writing:
                 future.result()
+        return stopping
 
     @contextmanager
     def _alone(self, ranks: Ranks, stage: str) -> Iterator[bool]:
@@ -240,21 +255,20 @@ def _take(handle: IO[str], message: str) -> bool | None:
     """Wait a while for the lock. Returns None if it is still taken, False if the file system has no locks."""
     end = time.monotonic() + _SPELL
     while time.monotonic() < end:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        locked = file_lock.try_lock(handle)
+        if locked is False:
             if message:
                 handle.seek(0)
                 print(f"{message} ({handle.read()})", file=sys.stderr, flush=True)
             message = ""
             time.sleep(_POLL)
-        except OSError:
+            continue
+        if locked is None:
             return False
-        else:
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-            handle.flush()
-            return True
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+        return True
     return None
 
 

@@ -119,7 +119,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def load_statistics(path: str | Path, latent_shape: tuple[int, int, int] | None = None) -> tuple[Tensor, Tensor]:
-    """Read latent statistics from a `.pt` file that holds a dictionary with "mean", "var" or both.
+    """Read latent statistics from a `.pt` file that holds a dictionary with "mean", "var" or both; one may be None.
 
     Args:
         path: the file.
@@ -142,13 +142,12 @@ def load_statistics(path: str | Path, latent_shape: tuple[int, int, int] | None 
         raise ValueError(f"{path} is not a readable PyTorch file ({error}); make or fetch it again") from error
     content = content if isinstance(content, dict) else {}
     mean, var = content.get("mean"), content.get("var")
-    present = mean if mean is not None else var
-    if present is None:
+    present = {name: value for name, value in (("mean", mean), ("var", var)) if value is not None}
+    if not present:
         raise ValueError(f'{path} has neither "mean" nor "var"; run latent_stats, or fetch the published statistics')
-    mean = torch.zeros_like(present) if mean is None else mean
-    var = torch.ones_like(present) if var is None else var
-    expected = tuple(mean.shape) if latent_shape is None else tuple(latent_shape)
-    for name, value in (("mean", mean), ("var", var)):
+    first = next(iter(present.values()))
+    expected = tuple(first.shape) if latent_shape is None else tuple(latent_shape)
+    for name, value in present.items():
         if value.ndim != 3 or tuple(value.shape) != expected:
             wanted = expected if len(expected) == 3 else "(C, H, W)"
             raise ValueError(
@@ -157,6 +156,8 @@ def load_statistics(path: str | Path, latent_shape: tuple[int, int, int] | None 
             )
         if not value.isfinite().all() or (name == "var" and (value < 0).any()):
             raise ValueError(f"{name} in {path} has negative or non-finite values; run latent_stats again")
+    mean = torch.zeros_like(first) if mean is None else mean
+    var = torch.ones_like(first) if var is None else var
     return mean.float(), var.float()
 
 

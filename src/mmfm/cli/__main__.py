@@ -18,6 +18,7 @@ GROUPS: dict[str, dict[str, str]] = {
         **{name: stage.summary for name, stage in STAGES.items()},
     },
     "Results": {
+        "milestone": "write the weights of an earlier step of a training",
         "compare": "compare finished results in a table and a picture",
     },
     "To free disk space": {

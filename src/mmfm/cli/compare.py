@@ -6,7 +6,7 @@ from pathlib import Path
 from mmfm.infra import store
 
 DESCRIPTION = """\
-Set finished Frechet distances side by side: distance, seed, training, evaluations, modes, coupling cost. The best is
+Set finished Frechet distances side by side: distance, seed, training, sampling, modes, coupling cost. The best is
 marked with *. Rows with another detector, another reference or another number of images can't be compared with the
 others; they are marked and explained.
 

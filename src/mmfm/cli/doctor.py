@@ -1,10 +1,19 @@
-"""``mmfm doctor``: check this installation."""
+"""``mmfm doctor``: check this installation, and with ``--gpu`` how fast it trains."""
 
 import argparse
+import functools
 import importlib.metadata
 import os
 import platform
 import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _PACKAGES = ("torch", "torchvision", "transformers", "zarr", "snakemake", "torch-fidelity")
@@ -24,11 +33,21 @@ def main(arguments: list[str]) -> int:
         description="Check this installation: package versions, faiss build, GPUs, free disk space. "
         "The exit status is 1 if something would stop the workflow.",
     )
+    parser.add_argument(
+        "--gpu",
+        action="store_true",
+        help="then use all visible GPUs for two minutes: bandwidth between them, time and memory of training steps at "
+        "ImageNet-256's size (without a GPU: toy sizes in two processes, to try this command)",
+    )
+    parser.add_argument("--micro-batch", type=int, default=32, help="images per GPU and step of --gpu (default: 32)")
+    parser.add_argument("--trial", action="store_true", help=argparse.SUPPRESS)  # a process that --gpu starts
     parser.add_argument("--threads", action="store_true", help="print only the thread settings of this process")
     options = parser.parse_args(arguments)
     if options.threads:
         print(*(f"{name}={os.environ.get(name, '')}" for name in _THREADS), sep="\n")
         return 0
+    if options.trial:
+        return _trial(options.micro_batch)
     problems = []
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores")
     for package in _PACKAGES:
@@ -50,14 +69,84 @@ def main(arguments: list[str]) -> int:
         print("torchvision was built for another PyTorch; its missing operators are stubbed (harmless here)")
     import torch
 
+    from mmfm.infra.distributed import driver_version, why_no_cuda
+    from mmfm.infra.launch import visible_gpus
+
+    if torch.cuda.is_available():
+        print(f"NVIDIA driver {driver_version() or '?'}, PyTorch for CUDA {torch.version.cuda}")
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
             print(f"GPU {i}: {properties.name}, {properties.total_memory / 2**30:.0f} GB")
+    elif gpus := visible_gpus():
+        problems.append(f"{len(gpus)} GPUs are here, but PyTorch can't use them: {why_no_cuda()}")
     else:
         print("no GPU: stages run on the CPU")
     print(f"free disk here: {shutil.disk_usage('.').free / 1e9:.0f} GB")
     for problem in problems:
         print(f"problem: {problem}")
     print("problems found" if problems else "no problems found")
+    if options.gpu and not problems:
+        count = ["--gpus", str(len(visible_gpus()))] if visible_gpus() else ["--processes", "2"]
+        launch = [sys.executable, "-m", "mmfm.infra.launch", *count, "--", "doctor", "--trial"]
+        return subprocess.run([*launch, "--micro-batch", str(options.micro_batch)]).returncode
     return 1 if problems else 0
+
+
+def _trial(micro_batch: int) -> int:
+    """Measure collectives and training steps in every process of this group, and print what the main one found."""
+    import torch
+
+    from mmfm import config
+    from mmfm.config.choices import CARDS
+    from mmfm.infra.distributed import process_group
+    from mmfm.training import trial
+    from mmfm.workflow import costs
+
+    with process_group() as ranks, tempfile.TemporaryDirectory() as folder:
+        on_gpu = ranks.device.type == "cuda"
+
+        def seconds(run: Callable[[], object], repetitions: int = 5) -> float:
+            """Return the median time after two repetitions to warm up."""
+            found = []
+            for _ in range(2 + repetitions):
+                start = time.perf_counter()
+                run()
+                if on_gpu:
+                    torch.cuda.synchronize()
+                found.append(time.perf_counter() - start)
+            return median(found[2:])
+
+        def say(text: str) -> None:
+            if ranks.is_main:
+                print(text, flush=True)
+
+        name = torch.cuda.get_device_name() if on_gpu else "CPU"
+        say(f"{ranks.world} x {name}")
+        if ranks.world > 1:
+            tensor = torch.ones(1 << (26 if on_gpu else 20), device=ranks.device)
+            bus = 2 * (ranks.world - 1) / ranks.world * tensor.nbytes / seconds(lambda: ranks.sum(tensor))
+            say(f"all-reduce of {tensor.nbytes / 1e6:.0f} MB: {bus / 1e9:.1f} GB/s per process (bus bandwidth)")
+        model = config.Model((1152, 2048), (28, 2), (16, 16)) if on_gpu else config.Model((48, 48), (2, 1), (3, 3))
+        shape, labels = ((768, 16, 16), 8192) if on_gpu else ((64, 4, 4), 64)
+        defaults = Path(__file__).parents[3] / "config"
+        train = config.load([defaults / "config.yaml", defaults / "imagenet256.yaml"]).train
+        flops = 3 * costs.dit_flops(model, shape[1] * shape[2], shape[0]) * micro_batch
+        for compiled in (False, True) if on_gpu else (False,):
+            task = trial.labelled(replace(train, compile=compiled), labels, shape)
+            made = trial.trainer(task, model, shape, micro_batch * ranks.world, Path(folder), ranks)
+            forward = made.division.wrapped(compiled)
+            batches = trial.RandomLatents(made.plan, ranks.device, shape).batches(0, 1 << 30)
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            step = seconds(functools.partial(made._train_step, forward, batches))
+            line = f"training step of {'XL' if on_gpu else 'a toy model'}, {micro_batch} images per process"
+            line += f"{', compiled' if compiled else ''}: {1e3 * step:.0f} ms"
+            line += f", {micro_batch * ranks.world / step:,.0f} images/s"
+            if on_gpu:
+                line += f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+                if card := costs.known_card(name):
+                    line += f", {flops / step / CARDS[card].peak:.0%} of the card's bf16 peak"
+            say(line)
+            del made, forward, batches
+    return 0

@@ -68,10 +68,9 @@ def main(arguments: list[str]) -> int:
     print("\n".join(summary(found)))
     if refusal := found.refusal():
         raise ValueError(refusal)
-    machine = this_machine(found)
-    suggested = suggestion.suggest(
-        _images(found), choose_encoder(options.encoder), machine, defaults, options.size
-    )  # fmt: skip
+    machine, encoder = this_machine(found), choose_encoder(options.encoder)
+    print(f"  encoder  {encoder.weights}: {encoder.reason}")
+    suggested = suggestion.suggest(_images(found), encoder, machine, defaults, options.size)
     run = re.sub(r"[^a-z0-9_-]+", "-", found.root.resolve().name.lower()).strip("-") or "mine"
     with store.whole_file(options.out) as partial:
         partial.write_text(document(suggested, run, machine, options.out))
@@ -101,7 +100,9 @@ def summary(found: Survey) -> Iterator[str]:
         yield f"  size     shorter side {low:,} to {high:,} pixels, median {middle:,}"
         if found.long:
             yield f"           {found.long:,} more than three times as long as wide: the square crop loses most of them"
-        yield f"  colours  {', '.join(f'{n:,} {mode}' for mode, n in found.modes.most_common())}; all are read as RGB"
+        modes = ", ".join(f"{n:,} {mode}" for mode, n in found.modes.most_common())
+        transparent = any(mode.endswith("A") for mode in found.modes)
+        yield f"  colours  {modes}; all are read as RGB{', transparency over white' if transparent else ''}"
     if found.ignored:
         yield f"  ignored  {image_files.spell(found.ignored)}"
     if found.copies:
@@ -125,7 +126,7 @@ def this_machine(found: Survey) -> Machine:
     decode = 1 / max(found.seconds, 1e-4)
     cores = len(os.sched_getaffinity(0))
     if torch.cuda.is_available():
-        name, rates = torch.cuda.get_device_name(), costs.GPU
+        name, rates = torch.cuda.get_device_name(), costs.gpu_rates(costs.card_of("auto")[1])
     else:
         name, single = f"{cores} core{'' if cores == 1 else 's'}", _EFFICIENCY * measured_rate()
         rates = costs.Rates(single, single, decode, costs.CPU.disk)

@@ -19,7 +19,7 @@ shards or processes. The setting (uncond, gmm, mode, class, class_gmm) is that o
 
 writes  images.npz            uint8 (n, S, S, 3)
         grid.png              some images beside their decoded sources
-        samples.json          everything that determined the images
+        samples.json          everything that determined the images, and how long they took
         features.safetensors  features of the images, which `fid` then uses (with sample.features=true and --detector)
 
 sample.time_points=1 decodes the sources themselves. Guidance: with --guide (autoguidance) the velocity is guide +

@@ -2,16 +2,18 @@
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 
 from mmfm import config
+from mmfm.config.choices import CARDS
 from mmfm.workflow import facts, targets
-from mmfm.workflow.costs import Resources
+from mmfm.workflow.costs import Resources, card_of
 from mmfm.workflow.outlook import duration
 from mmfm.workflow.resources import CACHE_LIMIT, Estimator, for_target
 
 DESCRIPTION = """\
 Estimate, for every stage of a configuration, the bytes it reads and writes, its disk space, the memory of each process,
-its operations and its time. Nothing is run and nothing was measured: docs/scale.md lists the assumptions.
+its operations and its time. Nothing is run: docs/scale.md says what was counted, measured and assumed.
 
   mmfm scale --config config/imagenet256.yaml --gpus 1 8
   mmfm scale --config config/small.yaml --config mine.yaml --gpus 0
@@ -37,9 +39,11 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--encoder", help="entry of `encoders` (default: the target's, or the first)")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8], help="numbers of GPUs; 0 for one CPU core")
+    parser.add_argument("--card", choices=list(CARDS), help="GPU (default: the key `card`)")
     parser.add_argument("--images", type=int, help="number of training images (default: see above)")
     options = parser.parse_args(arguments)
     loaded = config.load(["config/config.yaml", *options.config])
+    loaded = replace(loaded, card=options.card or loaded.card)
     target = targets.parse_target(options.target, loaded) if options.target else None
     encoder = options.encoder or (target.encoder if target else next(iter(loaded.encoders)))
     loaded.section("encoder", encoder)
@@ -48,9 +52,20 @@ def main(arguments: list[str]) -> int:
     for gpus in options.gpus:
         machine = (gpus or 1, gpus > 0, known)
         found = for_target(loaded, target, *machine) if target else Estimator(loaded, encoder, *machine).stages()
-        print(f"{gpus or 'No'} GPU{'' if gpus == 1 else 's'}\n\n{_table(found)}")
+        kind = f"{card_of(loaded.card)[0]} GPU" if gpus else "GPU"
+        print(f"{gpus or 'No'} {kind}{'' if gpus == 1 else 's'}\n\n{_table(found)}")
+        if gpus:
+            print(_micro_batch(Estimator(loaded, encoder, *machine)) + "\n")
     print(_cache(loaded, Estimator(loaded, encoder, 1, False, known)))
     return 0
+
+
+def _micro_batch(estimator: Estimator) -> str:
+    """Return a line on what fits into a card's memory."""
+    now, fits = estimator.config.train.micro_batch, estimator.largest_micro_batch()
+    if not fits:
+        return "`train` does not fit; see the keys train.means_device, checkpoint_activations and sharding."
+    return f"`train` fits with micro-batches of up to {fits} images (train.micro_batch is {now or 'the whole share'})."
 
 
 def _cache(loaded: config.Config, estimator: Estimator) -> str:

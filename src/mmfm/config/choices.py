@@ -298,10 +298,54 @@ LABEL_DRAWS = Choices(
 
 PRECISIONS = plain("precision", "auto", "float32", "bf16")
 SAMPLING_PRECISIONS = plain("precision", "auto", "float32", "bf16", "reference")
+MEANS_PRECISIONS = plain("precision", "auto", "float32", "bf16", "reference")
+CROPS = plain("crop", "image", "encoder")
 ASSIGNMENTS = plain("assignment", "soft", "hard")
+INITS = plain("initialisation", "xavier", "pytorch")
 E_STEPS = plain("e_step", "exact", "truncated")
 E_STEP_PRECISIONS = plain("precision", "float32", "float64")
 LATENT_CACHES = plain("choice", "auto", "on", "off")
+
+
+@dataclass(frozen=True)
+class Card(Choice):
+    """A GPU, as far as estimates need it.
+
+    Attributes:
+        single: sustained operations per second in float32 without TF32, in large products.
+        half: the same of a training step under bf16 autocast, in eager mode.
+        memory: bytes.
+        peak: of dense bf16 products by the data sheet, operations per second.
+        origin: where the rates are from.
+    """
+
+    single: float = 0.0
+    half: float = 0.0
+    memory: float = 0.0
+    peak: float = 0.0
+    origin: str = ""
+
+
+_GIB = 2.0**30
+
+CARDS = Choices(
+    "card",
+    {
+        "auto": Card(),
+        "A100-40GB": Card(
+            "", 12e12, 50e12, 40 * _GIB, 312e12, "60 % of the peak; implied by the published training time"
+        ),
+        "A100-80GB": Card(
+            "", 12e12, 50e12, 80 * _GIB, 312e12, "60 % of the peak; implied by the published training time"
+        ),
+        "H100": Card("", 44e12, 180e12, 80 * _GIB, 989e12, "the H200's, less a sixth in bf16 for the slower memory"),
+        "H200": Card("", 44e12, 215e12, 141e9, 989e12, "measured"),
+        "L40S": Card("", 36e12, 54e12, 48 * _GIB, 362e12, "40 and 15 % of the peaks"),
+        "RTX4090": Card("", 33e12, 41e12, 24 * _GIB, 165e12, "40 and 25 % of the peaks"),
+    },
+)
+"""Multiplications and additions count as two operations. Peaks are those of the data sheets, dense."""
+
 MEANS_DEVICES = plain("place", "device", "host")
 WEIGHTED_LABELS = plain("label", "mode", "class")
 UNREADABLE = plain("treatment of damaged images", "error", "skip")

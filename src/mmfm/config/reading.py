@@ -144,12 +144,26 @@ def _missing(kind: type, values: Mapping[str, Any], prefix: str) -> Iterator[str
             yield name
 
 
+def _part(kind: type, values: Any, where: str) -> dict[str, Any]:
+    """Return some keys of a section with values as :func:`build` takes them; errors as there."""
+    _require_known(kind, values, where)
+    hints, fields = typing.get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
+    return {
+        name: _part(hints[name], value, f"{where}.{name}")
+        if dataclasses.is_dataclass(hints[name])
+        else _value(hints[name], value, f"{where}.{name}", fields[name].metadata)
+        for name, value in values.items()
+    }
+
+
 def _value(hint: Any, value: Any, where: str, metadata: Mapping[str, Any]) -> Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, {} if value is NEVER else value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if part_of := metadata.get("part_of"):
+        return _part(part_of, value, where)
     if origin is dict:
-        if not isinstance(value, Mapping) or not value:
+        if not isinstance(value, Mapping) or (not value and metadata["as_before"] is NEVER):
             raise ValueError(f"'{where}' must map names to sections, at least one, got {value!r}")
         return {str(k): build(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     if origin is tuple and arguments[-1] is ...:

@@ -54,7 +54,7 @@ STAGES: dict[str, Stage] = {
     "latent_stats": Stage(
         "compute the mean and variance of the latents per position",
         version=1,
-        sections=(),
+        sections=("latent_stats",),
         parents=("extract",),
         outputs=("stats.pt", "stats.json"),
         document="docs/stages.md#latent_stats",

@@ -16,6 +16,11 @@ from mmfm.config.choices import did_you_mean
 _LARGEST_GAMMA = 20
 """A label's loss can be as large as the mean times the number of labels; this power of the ratio must stay finite."""
 
+_CROP = (
+    "what images are cropped to: `image`, `image.size`, and then resized to the encoder's input, as in training; or "
+    "`encoder`, the encoder's input size itself"
+)
+
 NEVER = object()
 """``as_before`` of a key that its section has had from the start."""
 
@@ -29,6 +34,7 @@ def key(
     minimum: float | None = None,
     path: bool = False,
     as_before: Any = NEVER,
+    part_of: type | None = None,
 ) -> Any:
     """Declare a configuration key, with the metadata for documentation, schema and validation.
 
@@ -38,19 +44,19 @@ def key(
         path: whether the value names a file or folder; a leading ``~`` is the home directory.
         as_before: for a key that is added to an existing section: the value that preserves the old behaviour. It is
             the key's default, and parameters and fingerprints omit it, so adding the key reruns nothing.
+        part_of: for a mapping of some of a section's keys to values: the section.
     """
     about = {"help": help, "kind": kind, "unit": unit, "choices": choices, "minimum": minimum, "path": path}
-    about["as_before"] = as_before
-    return field(metadata=about)
+    return field(metadata=about | {"as_before": as_before, "part_of": part_of})
 
 
 operation = functools.partial(key, kind="operation")
 budget = functools.partial(key, kind="budget")
 
 
-def nested() -> Any:
-    """Declare a section, or a mapping of names to sections."""
-    return field(metadata={"kind": "section", "as_before": NEVER})
+def nested(*, as_before: Any = NEVER) -> Any:
+    """Declare a section, or a mapping of names to sections; ``as_before`` as for :func:`key`."""
+    return field(metadata={"kind": "section", "as_before": as_before})
 
 
 def _fraction(value: float, where: str) -> None:
@@ -61,6 +67,27 @@ def _fraction(value: float, where: str) -> None:
 def _times(interval: tuple[float, float], where: str) -> None:
     if not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(f"'{where}.interval' is {list(interval)}; give times 0 <= lowest <= highest <= 1")
+
+
+def _share(value: float, where: str) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(f"'{where}' is {value}; it must be above 0 and at most 1, which takes all")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A share of the images, chosen class by class before any are held out."""
+
+    images: float = key("share of each class's images, at least one; 1 for all", as_before=1.0)
+    classes: float = key(
+        "share of the classes, at least one; 1 for all. The others keep their labels, but have no images", as_before=1.0
+    )
+    seed: int = key("seed of both choices", minimum=0, as_before=42)
+
+    def check(self, where: str) -> None:
+        """Raise ValueError if a share is out of range."""
+        _share(self.images, f"{where}.images")
+        _share(self.classes, f"{where}.classes")
 
 
 @dataclass(frozen=True)
@@ -77,6 +104,7 @@ class Data:
         choices=choices.UNREADABLE,
     )
     workers: int = operation("processes decoding images for `unreadable: skip`; 0: the stage itself", minimum=0)
+    limit: Limit = nested()
 
 
 @dataclass(frozen=True)
@@ -118,6 +146,20 @@ class Extract:
     shard_size: int = key("images per shard, the unit of resumption", unit="images", minimum=1)
     batch_size: int = operation("images per encoder call", unit="images", minimum=1)
     workers: int = operation("image-reading processes per rank; 0: the rank itself", minimum=0)
+    crop: str = key(_CROP, choices=choices.CROPS, as_before="image")
+
+
+@dataclass(frozen=True)
+class LatentStats:
+    """The statistics by which latents are normalised."""
+
+    weights: str = key(
+        "`compute` takes the moments of `extract`; else a file of statistics (.pt with `mean` and `var`), in which "
+        "`{encoder}` stands for the encoder's name",
+        path=True,
+        as_before="compute",
+    )
+    mean: bool = key("subtract the mean; false only divides by the standard deviation", as_before=True)
 
 
 @dataclass(frozen=True)
@@ -164,6 +206,7 @@ class SpatialGmm:
         "one variance per mode, as published, or one per element of its latent",
         choices=choices.SPATIAL_COVARIANCES,
     )
+    crop: str = key(_CROP, choices=choices.CROPS, as_before="image")
 
 
 @dataclass(frozen=True)
@@ -242,6 +285,12 @@ class LossWeighting:
     gamma: float = key("exponent of `focal`", minimum=0)
     warmup_epochs: int = key("first epochs, in which all weights are 1", unit="epochs", minimum=0)
     bounds: tuple[float, float] = key("smallest and largest weight")
+    warmup_steps: int = key(
+        "first steps, in which all weights are 1, instead of `warmup_epochs`; 0: `warmup_epochs` counts",
+        unit="steps",
+        minimum=0,
+        as_before=0,
+    )
 
     def check(self, where: str) -> None:
         """Raise ValueError if keys contradict each other."""
@@ -250,6 +299,21 @@ class LossWeighting:
             raise ValueError(f"'{where}.gamma' is {self.gamma}; it must be at most {_LARGEST_GAMMA}")
         if not 0 < self.bounds[0] <= 1 <= self.bounds[1]:
             raise ValueError(f"'{where}.bounds' are {list(self.bounds)}; give 0 < smallest <= 1 <= largest")
+
+
+@dataclass(frozen=True)
+class InitialPhase:
+    """Another learning rate and EMA decay at the start of training, as in the published recipes."""
+
+    epochs: int = key("first epochs, with `lr` and `ema_decay` of this phase", unit="epochs", minimum=0, as_before=0)
+    lr: float = key("learning rate of the phase", minimum=0, as_before=0.0)
+    ema_decay: float = key("EMA decay of the phase", minimum=0, as_before=0.0)
+
+    def check(self, where: str) -> None:
+        """Raise ValueError if keys contradict each other."""
+        _fraction(self.ema_decay, f"{where}.ema_decay")
+        if self.epochs and not self.lr:
+            raise ValueError(f"'{where}.lr' is 0, so nothing is learnt in '{where}.epochs' {self.epochs}; set it")
 
 
 @dataclass(frozen=True)
@@ -279,12 +343,14 @@ class Train:
     checkpoint_every: int = operation("steps between checkpoints", unit="steps", minimum=1)
     keep_checkpoints: int = operation("number of newest checkpoints to keep", minimum=1)
     log_every: int = operation("steps between entries of history.jsonl", unit="steps", minimum=1)
-    compile: bool = operation("use torch.compile")
+    compile: bool = operation("compile the network's blocks with torch.compile: faster on a GPU, other rounding")
     preview: Preview = nested()
     label_dropout: float = key("probability of hiding the class from the model (settings class, class_gmm)", minimum=0)
     mode_dropout: float = key("probability of hiding the mode from the model (setting mode)", minimum=0)
     means_precision: str = key(
-        "precision of the source's means in memory; `auto`: bf16 on a GPU, float32 on a CPU", choices=choices.PRECISIONS
+        "precision of the source's means in memory; `auto`: bf16 on a GPU, float32 on a CPU; `reference`: bf16, and "
+        "standard deviations rounded to bf16 too",
+        choices=choices.MEANS_PRECISIONS,
     )
     means_device: str = operation(
         "where the source's means are kept: on the GPU, or in host memory and gathered for every batch",
@@ -304,17 +370,75 @@ class Train:
         "epochs whose checkpoints are kept, so that `epochs` can be lowered to them later", unit="epochs", minimum=1
     )
     logger: str = operation("where to log besides history.jsonl", choices=choices.LOGGERS)
+    deterministic: bool = operation(
+        "on a GPU, choose slower algorithms that repeat a run to the last bit (on a CPU it always does)",
+        as_before=False,
+    )
+    profile: tuple[int, ...] = operation(
+        "[first, last] step to profile: a trace and a table of the time, in `profile/` of the state directory; [] for "
+        "none",
+        unit="steps",
+        minimum=0,
+        as_before=(),
+    )
+    initial_phase: InitialPhase = nested()
+    steps: int = budget(
+        "optimiser steps, instead of `epochs`; 0: `epochs` counts", unit="steps", minimum=0, as_before=0
+    )
+    milestone_steps: tuple[int, ...] = operation(
+        "steps whose checkpoints are kept besides those of `milestones`, for targets with `.stepN`",
+        unit="steps",
+        minimum=1,
+        as_before=(),
+    )
+    init: str = key(
+        "initial weights of the linear layers in the blocks: `xavier` (uniform, zero biases), or `pytorch`, the "
+        "defaults of PyTorch, as in the published code",
+        choices=choices.INITS,
+        as_before="xavier",
+    )
 
     def check(self, where: str) -> None:
         """Raise ValueError if keys contradict each other."""
         if self.decay_end_epoch <= self.constant_epochs:
             raise ValueError(f"'{where}.decay_end_epoch' must be above '{where}.constant_epochs'")
+        if self.decay_end_epoch <= self.initial_phase.epochs:
+            raise ValueError(f"'{where}.decay_end_epoch' must be above '{where}.initial_phase.epochs'")
+        self.check_budget(where, where)
         for name in ("ema_decay", "label_dropout", "mode_dropout"):
             _fraction(getattr(self, name), f"{where}.{name}")
+        if self.profile and not (len(self.profile) == 2 and 0 < self.profile[0] <= self.profile[1]):
+            raise ValueError(f"'{where}.profile' is {list(self.profile)}; give the first and the last step, or []")
+
+    def check_budget(self, phase: str, budget: str) -> None:
+        """Raise ValueError if the initial phase is longer than a budget in epochs.
+
+        A budget in steps may end anywhere: the published weights of step 25,000 are from within a phase of 25,020.
+
+        Args:
+            phase, budget: dotted names of the sections with the phase and with the budget, for the message.
+        """
+        if not self.steps and self.initial_phase.epochs > self.epochs:
+            raise ValueError(
+                f"'{phase}.initial_phase.epochs' is {self.initial_phase.epochs}, more than '{budget}.epochs' "
+                f"{self.epochs}; lower it, or, to stop early in the same training, give the budget in '{budget}.steps'"
+            )
+
+    def target_step(self, steps_per_epoch: int) -> int:
+        """Return the optimiser step at which training ends."""
+        return self.steps or self.epochs * steps_per_epoch
+
+    def kept_steps(self, steps_per_epoch: int) -> frozenset[int]:
+        """Return the steps whose checkpoints are kept."""
+        return frozenset((*(epoch * steps_per_epoch for epoch in self.milestones), *self.milestone_steps))
 
     def effective(self, setting: choices.Setting) -> "Train":
         """Return the section with every key that the setting ignores at a fixed value."""
         idle: dict[str, Any] = {}
+        if self.steps:
+            idle["epochs"] = 1
+        if not self.initial_phase.epochs:
+            idle["initial_phase"] = InitialPhase(0, 0.0, 0.0)
         if setting.condition != "class":
             idle["label_dropout"] = 0.0
         if setting.condition != "mode":
@@ -322,7 +446,9 @@ class Train:
         if not setting.mixture:
             idle |= {"assignment": "soft", "means_precision": "auto"}
         if self.loss_weighting.rule == "none":
-            idle["loss_weighting"] = LossWeighting("none", "mode", 0.0, 0.0, 0, (1.0, 1.0))
+            idle["loss_weighting"] = LossWeighting("none", "mode", 0.0, 0.0, 0, (1.0, 1.0), 0)
+        elif self.loss_weighting.warmup_steps:
+            idle["loss_weighting"] = replace(self.loss_weighting, warmup_epochs=0)
         return replace(self, **idle)
 
 
@@ -349,7 +475,8 @@ class Sample:
         choices=choices.SOLVERS,
     )
     precision: str = key(
-        "`auto`: bf16 autocast on a GPU, float32 on a CPU; `reference`: bf16 autocast, and state and time in bf16 too",
+        "`auto`: bf16 autocast on a GPU, float32 on a CPU; `reference`: bf16 autocast for the decoder too, and noise, "
+        "source, state, time and guidance in bf16, as published",
         choices=choices.SAMPLING_PRECISIONS,
     )
     shard_size: int = key("images per shard, the unit of resumption", unit="images", minimum=1)
@@ -361,6 +488,7 @@ class Sample:
     label_draw: str = key("class labels: equally often each, or drawn at random", choices=choices.LABEL_DRAWS)
     features: bool = operation("also write the features of `fid.detector`, which `fid` then uses")
     means_device: str = operation("as `train.means_device`", choices=choices.MEANS_DEVICES)
+    compile: bool = operation("as `train.compile`", as_before=False)
 
     def check(self, where: str) -> None:
         """Raise ValueError if keys contradict each other."""
@@ -394,6 +522,9 @@ class Guide:
     epochs: int = budget("passes over the training images", unit="epochs", minimum=1)
     scale: float = key("guidance scale: v_guide + scale (v - v_guide)", minimum=0)
     interval: tuple[float, float] = key("lowest and highest time at which guidance applies")
+    steps: int = budget(
+        "optimiser steps, instead of `epochs`; 0: `epochs` counts", unit="steps", minimum=0, as_before=0
+    )
 
     def check(self, where: str) -> None:
         """Raise ValueError if keys contradict each other."""
@@ -437,18 +568,53 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """Keys of `train` for some settings and models: laid over `train` where both match, also for the guide."""
+
+    settings: tuple[str, ...] = key("settings that it is for; empty for all", choices=choices.SETTINGS, as_before=())
+    models: tuple[str, ...] = key("entries of `models` that it is for; empty for all", as_before=())
+    train: dict[str, Any] = key(
+        "keys of `train`, all but `model` and `seed`; `epochs` and `steps` do not count for a guide", part_of=Train
+    )
+
+    def check(self, where: str) -> None:
+        """Raise ValueError at a key that belongs to a target's name."""
+        for name in ("model", "seed"):
+            if name in self.train:
+                raise ValueError(
+                    f"'{where}.train.{name}' can't be in a recipe; set 'train.{name}', or name it in the target"
+                )
+
+    def matches(self, setting: str, model: str) -> bool:
+        """Whether it is for a setting and a model."""
+        return (not self.settings or setting in self.settings) and (not self.models or model in self.models)
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole configuration."""
 
     run: str = key("subfolder of `results/` for this configuration; empty for `results/` itself")
     gpus: str | int = operation("GPUs per job: a number, or `auto` for the limit in the Snakemake profile")
     processes: int = operation("processes per job on a CPU", minimum=1)
+    card: str = operation(
+        "GPU whose speed and memory estimates assume; `auto`: the one that nvidia-smi names, else an A100-40GB",
+        choices=choices.CARDS,
+        as_before="auto",
+    )
+    max_runtime_hours: float = operation(
+        "longest `runtime` that a rule requests, because schedulers reject longer ones; stages resume in the next job",
+        unit="hours",
+        minimum=0,
+        as_before=24.0,
+    )
     encoders: dict[str, Encoder] = nested()
     models: dict[str, Model] = nested()
     data: Data = nested()
     image: Image = nested()
     latents: Latents = nested()
     extract: Extract = nested()
+    latent_stats: LatentStats = nested()
     gmm: Gmm = nested()
     spatial_gmm: SpatialGmm = nested()
     decoder: Decoder = nested()
@@ -457,12 +623,63 @@ class Config:
     fid: Fid = nested()
     sweep: Sweep = nested()
     guide: Guide = nested()
+    recipes: dict[str, Recipe] = nested(as_before={})
 
     def check(self, where: str) -> None:
-        """Raise ValueError if a key names an entry of `models` or `encoders` that does not exist."""
+        """Raise ValueError if a key names an entry that does not exist, or recipes contradict `train` or each other."""
         self.section("model")
         if self.fid.encoder:
             self.section("encoder", self.fid.encoder)
+        for name, recipe in self.recipes.items():
+            for model in recipe.models:
+                _named(self.models, model, "models", f"'recipes.{name}.models' names ")
+            self._check_recipe(name, overlaid(self.train, recipe.train))
+        for setting in choices.SETTINGS:
+            for model in self.models:
+                matching = [name for name, recipe in self.recipes.items() if recipe.matches(setting, model)]
+                if len(matching) > 1:
+                    both = " and ".join(f"'recipes.{name}'" for name in matching[:2])
+                    raise ValueError(f"{both} are both for the setting {setting} and the model {model}; narrow one")
+
+    def _check_recipe(self, name: str, train: Train) -> None:
+        where, recipe = f"recipes.{name}.train", self.recipes[name]
+        train.loss_weighting.check(f"{where}.loss_weighting")
+        train.initial_phase.check(f"{where}.initial_phase")
+        # A recipe for guides only may have a phase that is longer than the budget of `train`.
+        replace(train, steps=1).check(where)
+        weighting = train.loss_weighting
+        lacking = [setting for setting in recipe.settings if not choices.SETTINGS[setting].mixture]
+        if "loss_weighting" in recipe.train and weighting.rule != "none" and weighting.by == "mode" and lacking:
+            raise ValueError(
+                f"'{where}.loss_weighting.by' is mode, but the setting '{lacking[0]}' has no modes; set it to class, "
+                f"or take the setting out of 'recipes.{name}.settings'"
+            )
+
+    def recipe_of(self, setting: str, model: str) -> str:
+        """Return the name of the recipe for a setting and an entry of `models`; empty if there is none."""
+        return next((name for name, recipe in self.recipes.items() if recipe.matches(setting, model)), "")
+
+    def train_of(self, setting: str, model: str = "", *, guide: bool = False) -> Train:
+        """Return the section `train` of a training: with its recipe laid over it, and of a guide its budget.
+
+        Args:
+            model: entry of `models`; empty for ``train.model``.
+        """
+        train = replace(self.train, model=model or self.train.model)
+        if name := self.recipe_of(setting, train.model):
+            train = overlaid(train, self.recipes[name].train)
+        return replace(train, epochs=self.guide.epochs, steps=self.guide.steps) if guide else train
+
+    def check_training(self, setting: str, model: str = "", *, guide: bool = False) -> None:
+        """Raise ValueError if a training's initial phase is longer than its budget; arguments as for :meth:`train_of`.
+
+        This is checked for the trainings of a run: a recipe for guides may be longer than the budget of `train`.
+        """
+        train = self.train_of(setting, model, guide=guide)
+        name = self.recipe_of(setting, train.model)
+        given = self.recipes[name].train if name else {}
+        phase, budget = (f"recipes.{name}.train" if key in given else "train" for key in ("initial_phase", "epochs"))
+        train.check_budget(phase, "guide" if guide else budget)
 
     def section(self, name: str, encoder: str = "", model: str = "") -> Any:
         """Return a section; ``encoder`` and ``model`` name the entry of ``encoders`` and ``models``."""
@@ -473,10 +690,20 @@ class Config:
         return getattr(self, name)
 
 
-def _named(mapping: Mapping[str, Any], name: str, where: str) -> Any:
+def _named(mapping: Mapping[str, Any], name: str, where: str, who: str = "") -> Any:
     if name not in mapping:
-        raise ValueError(f"no '{name}' in '{where}'{did_you_mean(name, mapping)}; configured: {', '.join(mapping)}")
+        what = f"{who or 'no '}'{name}'{', which is not' if who else ''} in '{where}'"
+        raise ValueError(f"{what}{did_you_mean(name, mapping)}; configured: {', '.join(mapping)}")
     return mapping[name]
+
+
+def overlaid(section: Any, values: Mapping[str, Any]) -> Any:
+    """Return a section with other values for some keys, nested sections included."""
+    changed = {
+        name: overlaid(getattr(section, name), value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+    }
+    return replace(section, **changed)
 
 
 def declared(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:

@@ -28,6 +28,7 @@ class StageConfig:
     encoder: sections.Encoder = _UNREAD
     latents: sections.Latents = _UNREAD
     extract: sections.Extract = _UNREAD
+    latent_stats: sections.LatentStats = _UNREAD
     gmm: sections.Gmm = _UNREAD
     spatial_gmm: sections.SpatialGmm = _UNREAD
     decoder: sections.Decoder = _UNREAD
@@ -39,14 +40,25 @@ class StageConfig:
 
     @classmethod
     def of(
-        cls, config: sections.Config, stage: str, *, encoder: str = "", model: str = "", setting: str | None = None
+        cls,
+        config: sections.Config,
+        stage: str,
+        *,
+        encoder: str = "",
+        model: str = "",
+        setting: str | None = None,
+        guide: bool = False,
     ) -> "StageConfig":
-        """Take a stage's sections from the whole configuration.
+        """Take a stage's sections from the whole configuration; `train` with the recipe of the setting and model.
 
         Args:
             encoder, model: entries of ``encoders`` and ``models``; an empty model means ``train.model``.
+            guide: whether a guide is trained, which has its own budget.
         """
         read = {name: config.section(name, encoder, model) for name in STAGES[stage].sections}
+        if "train" in read and setting:
+            config.check_training(setting, model, guide=guide)
+            read["train"] = config.train_of(setting, model, guide=guide)
         return cls(stage, setting, **read)
 
     @classmethod

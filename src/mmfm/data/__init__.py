@@ -1,7 +1,7 @@
 """Images: their listing, their pixels, and batches of them."""
 
 from mmfm.data.images import as_rgb, center_crop, read_image
-from mmfm.data.listing import Listing, choose_heldout, find_readable, scan, write_listing
+from mmfm.data.listing import Listing, choose_heldout, choose_limited, find_readable, scan, write_listing
 from mmfm.data.loader import image_batches, ranges, to_float
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "as_rgb",
     "center_crop",
     "choose_heldout",
+    "choose_limited",
     "find_readable",
     "image_batches",
     "ranges",

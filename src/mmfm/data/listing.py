@@ -156,6 +156,29 @@ def _lose(path: Path, error: OSError, lost: list[str] | None) -> None:
     lost.append(f"'{path}': {reason}")
 
 
+def choose_limited(labels: np.ndarray, images: float, classes: float, seed: int) -> np.ndarray:
+    """Choose a share of the images of every class, or of some classes, as the published code does.
+
+    One generator, ``RandomState(seed)``, draws max(1, int(C classes)) of the C classes if ``classes`` is below 1, and
+    then, class by class in ascending order, max(1, int(n images)) of each class's n images, without replacement.
+
+    Args:
+        labels: (N,) class of every image, in [0, C), in the order of an ImageFolder; every class has an image.
+        images, classes: shares in (0, 1].
+
+    Returns:
+        (N,) bool, True for chosen images.
+    """
+    generator, kept = np.random.RandomState(seed), np.unique(labels)
+    if classes < 1:
+        kept = np.sort(generator.choice(kept, max(1, int(len(kept) * classes)), replace=False))
+    chosen = np.zeros(len(labels), bool)
+    for label in kept:
+        rows = np.flatnonzero(labels == label)
+        chosen[generator.choice(rows, max(1, int(len(rows) * images)), replace=False)] = True
+    return chosen
+
+
 def choose_heldout(paths: Sequence[str], count: int, seed: int) -> np.ndarray:
     """Choose the ``count`` held-out images: those with the smallest hashes of seed and path.
 

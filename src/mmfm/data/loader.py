@@ -1,5 +1,6 @@
 """Batches of images by global index, read by any number of worker processes."""
 
+import itertools
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,6 +10,12 @@ import torch
 
 from mmfm.data.images import center_crop, read_image
 from mmfm.data.listing import Listing
+from mmfm.infra import disk
+from mmfm.infra.distributed import processes_here
+
+SHARED_MEMORY = Path("/dev/shm")
+_PREFETCHED = 4
+"""Batches that each worker reads ahead."""
 
 
 class _Images(torch.utils.data.Dataset):
@@ -65,17 +72,35 @@ def image_batches(
     Yields:
         Indices (B,) int64 and images (B, 3, size, size) uint8.
     """
+    batches = iter(batches)
+    first = list(itertools.islice(batches, 1))
+    if workers and first:
+        _require_shared_memory(workers, len(first[0]) * 3 * size**2)
     loader = torch.utils.data.DataLoader(
         _Images(Path(listing), size),
-        batch_sampler=batches,  # type: ignore[arg-type]  # the stub asks for lists; any sequence works
+        batch_sampler=itertools.chain(first, batches),  # type: ignore[arg-type]  # the stub asks for lists; any sequence works
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin,
         multiprocessing_context="spawn" if workers else None,
         worker_init_fn=_prepare_worker,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=_PREFETCHED if workers else None,
     )
     return iter(loader)
+
+
+def _require_shared_memory(workers: int, batch_bytes: int) -> None:
+    """Raise ValueError if the batches that workers read ahead do not fit into the shared memory of this machine.
+
+    A worker would be killed by SIGBUS, which explains nothing.
+    """
+    needed = workers * _PREFETCHED * batch_bytes * processes_here()
+    if SHARED_MEMORY.is_dir() and needed > (there := disk.free(SHARED_MEMORY)):
+        raise ValueError(
+            f"{workers} image-reading processes read up to {needed / 1e9:.1f} GB ahead into '{SHARED_MEMORY}', where "
+            f"{there / 1e9:.1f} GB are free; lower the stage's `workers` (0: the stage reads the images itself) or "
+            "`batch_size`, or enlarge it (docker run --shm-size=16g, or --ipc=host)"
+        )
 
 
 def to_float(images: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -148,6 +148,7 @@ def _row(result: Result) -> Row:
             "solver": samples["solver"],
             "time_points": samples["time_points"],
             "function_evaluations": samples["function_evaluations"],
+            "sampling_seconds": samples.get("seconds"),
             "guidance": guidance and {"kind": guidance["kind"], "scale": guidance["scale"]},
             "n_modes": samples["n_modes"],
             "coupling_cost": result.coupling_cost,
@@ -192,6 +193,10 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:,g}"
 
 
+def _duration(seconds: float | None) -> str:
+    return "" if seconds is None else duration(seconds)
+
+
 def differs(rows: list[Row], name: str) -> bool:
     """Whether a value is not the same in all rows."""
     return len({row[name] for row in rows}) > 1
@@ -208,8 +213,9 @@ _TABLE: dict[str, tuple[Callable[[Row], str], str]] = {
     "model": (lambda row: row["model"] or "", "model"),
     "steps": (lambda row: _number(row["step"]), ""),
     "images seen": (lambda row: "" if row["images_seen"] is None else f"{row['images_seen']:,}", ""),
-    "training": (lambda row: "" if row["training_seconds"] is None else duration(row["training_seconds"]), ""),
+    "training": (lambda row: _duration(row["training_seconds"]), ""),
     "evaluations": (lambda row: _number(row["function_evaluations"]), ""),
+    "sampling": (lambda row: _duration(row["sampling_seconds"]), ""),
     "guidance": (lambda row: f"{row['guidance']['scale']:g}" if row["guidance"] else "", ""),
     "modes": (lambda row: f"{row['n_modes']:,}" if row["n_modes"] else "", ""),
     "coupling cost": (lambda row: "" if row["coupling_cost"] is None else f"{row['coupling_cost']:.3f}", ""),

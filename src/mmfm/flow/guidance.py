@@ -15,7 +15,13 @@ Interval = tuple[float, float]
 WHOLE: Interval = (0.0, 1.0)
 
 
-def autoguidance(velocity: VelocityFn, guide: VelocityFn, scale: float, interval: Interval = WHOLE) -> VelocityFn:
+def autoguidance(
+    velocity: VelocityFn,
+    guide: VelocityFn,
+    scale: float,
+    interval: Interval = WHOLE,
+    dtype: torch.dtype = torch.float32,
+) -> VelocityFn:
     """Guide a model with a weaker version of itself.
 
     Args:
@@ -23,6 +29,7 @@ def autoguidance(velocity: VelocityFn, guide: VelocityFn, scale: float, interval
         guide: the weaker model's field, labels already bound.
         scale: 1 means no guidance.
         interval: closed interval of times (lo, hi) in which guidance applies.
+        dtype: of the arithmetic.
 
     Returns:
         the guided field; one evaluation runs each network once on the batch.
@@ -37,7 +44,7 @@ def autoguidance(velocity: VelocityFn, guide: VelocityFn, scale: float, interval
     def guided(x: Tensor, t: Tensor) -> Tensor:
         active = _active(t, interval)
         strong = velocity(x, t)
-        return strong if active is False else _extrapolate(strong, guide(x, t), scale, active)
+        return strong if active is False else _extrapolate(strong, guide(x, t), scale, active, dtype)
 
     return guided
 
@@ -48,6 +55,7 @@ def classifier_free_guidance(
     null_label: int,
     scale: float,
     interval: Interval = WHOLE,
+    dtype: torch.dtype = torch.float32,
 ) -> VelocityFn:
     """Guide a conditional model with its own unconditional prediction.
 
@@ -57,6 +65,7 @@ def classifier_free_guidance(
         null_label: the label that means "no label".
         scale: 1 means no guidance.
         interval: closed interval of times (lo, hi) in which guidance applies.
+        dtype: of the arithmetic.
 
     Returns:
         the guided field; one evaluation runs the network once, on a batch of 2 B inside the interval and B outside.
@@ -74,7 +83,7 @@ def classifier_free_guidance(
         if active is False:
             return velocity(x, t, labels)
         conditional, unconditional = velocity(torch.cat([x, x]), torch.cat([t, t]), both_labels).chunk(2)
-        return _extrapolate(conditional, unconditional, scale, active)
+        return _extrapolate(conditional, unconditional, scale, active, dtype)
 
     return guided
 
@@ -86,16 +95,22 @@ def _check_interval(interval: Interval) -> None:
 
 
 def _active(t: Tensor, interval: Interval) -> Tensor | bool:
-    """Return where guidance applies: True (everywhere), False (nowhere), or a mask (B,)."""
+    """Return where guidance applies: True (everywhere), False (nowhere), or a mask (B,).
+
+    Fixed-step solvers give times on the CPU, so that this does not wait for a GPU.
+    """
     if interval == WHOLE:
         return True
     active = (t >= interval[0]) & (t <= interval[1])
     return active if active.any() else False
 
 
-def _extrapolate(strong: Tensor, weak: Tensor, scale: float, active: Tensor | Literal[True]) -> Tensor:
-    strong, weak = strong.float(), weak.float()
+def _extrapolate(
+    strong: Tensor, weak: Tensor, scale: float, active: Tensor | Literal[True], dtype: torch.dtype
+) -> Tensor:
+    strong, weak = strong.to(dtype), weak.to(dtype)
     guided = weak + scale * (strong - weak)
     if active is True:
         return guided
-    return torch.where(active.view(-1, *([1] * (strong.ndim - 1))), guided, strong)
+    mask = active.to(strong.device, non_blocking=True).view(-1, *([1] * (strong.ndim - 1)))
+    return torch.where(mask, guided, strong)

@@ -9,7 +9,7 @@ from torch import Tensor
 from mmfm.config.choices import SOLVERS
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
-"""(x (B, ...), t (B,)) -> velocity (B, ...)."""
+"""(x (B, ...), t (B,)) -> velocity (B, ...). Fixed-step solvers give t on the CPU, whatever the device of x."""
 
 MAX_STEPS = 2000
 """Limit for adaptive solvers: tolerances of 1e-5 take dozens, tolerances below rounding error would never end."""
@@ -50,7 +50,8 @@ def euler(velocity_fn: VelocityFn, x: Tensor, times: Tensor, dtype: torch.dtype 
         velocity_fn: the velocity field.
         x: state at times[0], (B, ...).
         times: (T,) strictly decreasing, from 1 (source) towards 0 (data).
-        dtype: of state and time. bfloat16 rounds both, as the published code did; step sizes stay exact.
+        dtype: of state and time. bfloat16 rounds both, as the published code did. A step's length is the difference of
+            float32 times in any case; PyTorch rounds it to the state's dtype when it multiplies.
 
     Returns:
         state at times[-1], (B, ...) of ``dtype``.
@@ -149,9 +150,10 @@ def _integrate(
     step: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, times: Tensor, dtype: torch.dtype
 ) -> Tensor:
     # The default is float32 even if the network runs in bf16, which can't resolve steps of 0.003 near t = 1. Times are
-    # 0-dimensional, so t_next - t is exact for any dtype of the state.
+    # 0-dimensional, so t_next - t is exact for any dtype of the state. They stay on the CPU, so that guidance can read
+    # them without waiting for a GPU.
     times = _checked(times)
-    x, times = x.to(dtype), times.to(x.device)
+    x = x.to(dtype)
     for t, t_next in itertools.pairwise(times):
         x = step(x, t, t_next)
     return x

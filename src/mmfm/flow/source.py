@@ -1,8 +1,8 @@
 """Sources of the flow, the distributions of x_source (t = 1), and the coupling of images to their modes.
 
-Standard flow matching starts from N(0, I). Mixture-modeling flow matching starts from the spatial mixture, one Gaussian
-per mode, and couples each image to noise from its own mode (Luo et al. 2026, "Mixture-Modeling Flow Matching"). The
-caller draws standard normal noise, which a source turns into x_source.
+Standard flow matching starts from N(0, I). MM-FM starts from the spatial mixture, one Gaussian per mode, and couples
+each image to noise from its own mode (Luo et al. 2026, "Flow Matching for Multimodal Distributions"). The caller draws
+standard normal noise, which a source turns into x_source.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ class Source(Protocol):
         """Draw modes (B,) int64 for generation from uniforms (B,) in [0, 1); None for a source without modes."""
 
     def draw(self, modes: Tensor | None, noise: Tensor) -> Tensor:
-        """Return x_source (B, C, H, W) float32 for modes (B,) and standard normal noise (B, C, H, W)."""
+        """Return x_source (B, C, H, W) for modes (B,) and standard normal noise (B, C, H, W), in the noise's dtype."""
 
 
 class GaussianSource:
@@ -59,6 +59,7 @@ class MixtureSource:
             batch.
         weights: (K,) probabilities, not necessarily normalised.
         device: where modes are drawn and x_source is computed; the device of the means by default.
+        rounded: whether standard deviations are rounded to bfloat16.
 
     Raises:
         ValueError: the shapes don't match, or variances or weights are negative or not finite.
@@ -70,6 +71,7 @@ class MixtureSource:
         variances: Tensor | MappedRows,
         weights: Tensor,
         device: torch.device | str | None = None,
+        rounded: bool = False,
     ) -> None:
         k = len(means)
         if means.ndim != 4 or tuple(variances.shape) not in ((k,), tuple(means.shape)) or tuple(weights.shape) != (k,):
@@ -84,7 +86,7 @@ class MixtureSource:
         if weights.sum() <= 0:
             raise ValueError("the weights of the spatial mixture are all 0; run spatial_gmm again")
         self.device = means.device if device is None else torch.device(device)
-        self.means = means
+        self.means, self.rounded = means, rounded
         self.sigma: Tensor | MappedRows = variances  # rows on disk stay variances; _sigma takes their square root
         if isinstance(variances, Tensor):
             self.sigma = variances.double().sqrt().float().to(self.device if variances.ndim == 1 else means.device)
@@ -108,11 +110,20 @@ class MixtureSource:
         return draw_from_weights(self.weights, uniforms).to(self.device)
 
     def draw(self, modes: Tensor | None, noise: Tensor) -> Tensor:
-        """Return mean_k + sigma_k * noise, (B, C, H, W) float32, for modes (B,) int64 and standard normal noise."""
+        """Return mean_k + sigma_k * noise, (B, C, H, W), for modes (B,) int64 and standard normal noise.
+
+        The arithmetic has the noise's dtype: with bfloat16 noise the mean, sigma, the product and the sum are rounded.
+        """
         if modes is None:
             raise ValueError("a mixture source needs modes (B,); draw them with draw_modes or couple_modes")
-        means = self._means(modes, noise.device).float()
-        return torch.addcmul(means, self._sigma(modes).to(noise.device), noise)
+        means = self._means(modes, noise.device).to(noise.dtype)
+        sigma = self._sigma(modes)
+        if self.rounded:
+            sigma = sigma.bfloat16()
+        sigma = sigma.to(noise.device, noise.dtype)
+        if noise.dtype == torch.bfloat16:
+            return means + sigma * noise  # addcmul would round only once
+        return torch.addcmul(means, sigma, noise)
 
     def _sigma(self, modes: Tensor) -> Tensor:
         """Standard deviations (B, 1, 1, 1) or (B, C, H, W) float32 of modes (B,)."""
@@ -171,7 +182,8 @@ def source_for(
         device: where x_source is computed.
         means_device: where the means are kept: ``device``, or ``host``, which saves GPU memory at the cost of a
             transfer per batch.
-        precision: of the means in memory, a value of ``means_precision``; bf16 halves them and keeps 3 digits.
+        precision: of the means in memory, a value of ``means_precision``; bf16 halves them and keeps 3 digits, and
+            ``reference`` also rounds the standard deviations to bf16.
 
     Raises:
         ValueError: unknown setting, or a setting with a mixture but no `spatial_gmm`.
@@ -187,4 +199,5 @@ def source_for(
     place = torch.device("cpu") if means_device == "host" else device
     dtype = torch.bfloat16 if uses_bf16(precision, device) else torch.float32
     means = spatial.load_means(place, dtype, pinned=place.type == "cpu" and device.type == "cuda")
-    return MixtureSource(means, spatial.load_variances(), torch.as_tensor(spatial.weights), device)
+    weights, rounded = torch.as_tensor(spatial.weights), precision == "reference"
+    return MixtureSource(means, spatial.load_variances(), weights, device, rounded)

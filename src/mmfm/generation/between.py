@@ -31,23 +31,24 @@ def slerp(start: Tensor, end: Tensor, shares: Tensor) -> Tensor:
 
 
 def between(source: Source, field: Field, start: Draw, end: Draw, shares: Tensor) -> tuple[Tensor, VelocityFn]:
-    """Return x at t = 1, (B, C, H, W) float32, and the velocity field, between two draws of one image each.
+    """Return x at t = 1, (B, C, H, W), and the velocity field, between two draws of one image each.
 
-    Noise is interpolated spherically, the means and standard deviations of the modes linearly. Labels are discrete, so
-    the velocities for the two labels are interpolated instead.
+    x has the dtype of the noise, which is interpolated spherically; the means and standard deviations of the modes are
+    interpolated linearly. Labels are discrete, so the velocities for the two labels are interpolated instead.
 
     Args:
         shares: (B,) in [0, 1]: 0 for the first draw, 1 for the second.
     """
     n, s = len(shares), shares.view(-1, 1, 1, 1)
-    noise = slerp(start.noise[0], end.noise[0], shares)
+    noise = slerp(start.noise[0].float(), end.noise[0].float(), shares).to(start.noise.dtype)
     if start.modes is None or end.modes is None:
         x = source.draw(None, noise)
     else:
-        x = torch.lerp(source.draw(start.modes.expand(n), noise), source.draw(end.modes.expand(n), noise), s)
+        first, last = source.draw(start.modes.expand(n), noise), source.draw(end.modes.expand(n), noise)
+        x = torch.lerp(first, last, s.to(noise.dtype))
     if start.labels is None or end.labels is None:
         return x, field(None)
-    first, last = field(start.labels.expand(n)), field(end.labels.expand(n))
+    of_first, of_last = field(start.labels.expand(n)), field(end.labels.expand(n))
     if torch.equal(start.labels, end.labels):
-        return x, first
-    return x, lambda x, t: torch.lerp(first(x, t).float(), last(x, t).float(), s)
+        return x, of_first
+    return x, lambda x, t: torch.lerp(of_first(x, t).float(), of_last(x, t).float(), s)

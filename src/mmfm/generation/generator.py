@@ -32,7 +32,7 @@ class Draw(NamedTuple):
     """The random draws of some images.
 
     Attributes:
-        noise: (B, C, H, W) float32, standard normal.
+        noise: (B, C, H, W), standard normal, in the generator's dtype.
         modes: (B,) int64, modes of the source; None for a source without modes.
         labels: (B,) int64, the modes or classes that the model sees; None for an unconditional model.
     """
@@ -57,7 +57,8 @@ class Generator:
         device: where to compute.
         purpose: key of the random numbers; each purpose has its own.
         solver: name in :data:`mmfm.config.choices.SOLVERS`.
-        dtype: of the state and time of a fixed-step solver.
+        dtype: of noise and source, and of the state and time of a fixed-step solver. With bfloat16 the decoder runs in
+            bf16 autocast.
         rtol, atol: tolerances of an adaptive solver.
         mode_draw, label_draw: see :mod:`mmfm.generation.conditioning`.
     """
@@ -109,10 +110,11 @@ class Generator:
             labels = conditioning.class_labels(
                 self.seed, index, self.num_labels, self.label_draw, f"{self.purpose}/label"
             )
-        return Draw(rng.normal(self.seed, f"{self.purpose}/noise", index, self.latent_shape), modes, labels)
+        noise = rng.normal(self.seed, f"{self.purpose}/noise", index, self.latent_shape)
+        return Draw(noise.to(self.dtype), modes, labels)
 
     def draw_source(self, numbers: range) -> Tensor:
-        """Return x at t = 1 of the images with these numbers, (B, C, H, W) float32."""
+        """Return x at t = 1 of the images with these numbers, (B, C, H, W) in the generator's dtype."""
         drawn = self.draw(numbers)
         return self.source.draw(drawn.modes, drawn.noise)
 
@@ -127,7 +129,7 @@ class Generator:
             latents (B, C, H, W) float32, and the number of evaluations per image.
         """
         if len(self.times) == 1:
-            return x, 0
+            return x.float(), 0
         x, evaluations = solve(
             self.solver, velocity, x, self.times, dtype=self.dtype, rtol=self.rtol, atol=self.atol, watch=watch
         )
@@ -158,7 +160,9 @@ class Generator:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (B, C, H, W) to images (B, 3, S, S) uint8."""
-        return rae.to_uint8(self.autoencoder.decode(latents))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            images = self.autoencoder.decode(latents)
+        return rae.to_uint8(images)
 
 
 def require_finite(latents: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def network(
 
     def velocity(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         with autocast(precision, device):
-            return model(x, t, y)
+            return model(x, t.to(device, non_blocking=True), y)
 
     return velocity
 
@@ -32,11 +32,15 @@ def plain(model: nn.Module, precision: str, device: torch.device) -> Field:
 
 
 def guided(model: DiT, guide: DiT | None, guidance: Guidance, precision: str, device: torch.device) -> Field:
-    """Return the velocity field with autoguidance if there is a guide, otherwise with classifier-free guidance."""
+    """Return the velocity field with autoguidance if there is a guide, otherwise with classifier-free guidance.
+
+    Its arithmetic is float32, with the precision ``reference`` bfloat16.
+    """
+    dtype = torch.bfloat16 if precision == "reference" else torch.float32
     strong = plain(model, precision, device)
     if guide is not None:
         weak = plain(guide, precision, device)
-        return lambda labels: autoguidance(strong(labels), weak(labels), guidance.scale, guidance.interval)
+        return lambda labels: autoguidance(strong(labels), weak(labels), guidance.scale, guidance.interval, dtype)
     if guidance.scale == 1:
         return strong
     velocity, null_label = network(model, precision, device), model.null_label
@@ -44,6 +48,6 @@ def guided(model: DiT, guide: DiT | None, guidance: Guidance, precision: str, de
     def field(labels: Tensor | None) -> VelocityFn:
         if labels is None or null_label is None:
             raise ValueError("classifier-free guidance needs labels and a model trained with label dropout")
-        return classifier_free_guidance(velocity, labels, null_label, guidance.scale, guidance.interval)
+        return classifier_free_guidance(velocity, labels, null_label, guidance.scale, guidance.interval, dtype)
 
     return field

@@ -19,8 +19,9 @@ from mmfm.flow.source import Source, source_for
 from mmfm.generation import networks
 from mmfm.generation.generator import Generator, Watch, ignore
 from mmfm.infra import store
-from mmfm.infra.precision import uses_bf16
+from mmfm.infra.precision import resolved
 from mmfm.models.dit import DiT
+from mmfm.models.layers import compile_blocks
 from mmfm.models.weights import load_ema
 
 
@@ -58,9 +59,10 @@ class Sampler:
         guide_weights: metadata of the guide's weights, or None.
         latent_shape: (C, H, W).
         image_size: S, pixels.
-        precision: of the network: ``float32``, ``bf16``, or ``reference``, which also keeps the solver's state and time
-            in bf16. These are float32 otherwise; the decoder always is.
-        means_precision: of the source's means, as in training: ``float32`` or ``bf16``; None for a Gaussian source.
+        precision: of the network: ``float32``, ``bf16``, or ``reference``. With the last, noise, source, state, time,
+            guidance and the decoder's autocast are bf16, too; they are float32 otherwise.
+        means_precision: of the source's means, as in training: ``float32``, ``bf16``, or ``reference`` if standard
+            deviations are rounded, too; None for a Gaussian source.
         guidance: ``autoguidance``, ``classifier-free`` or None.
         generator: source, flow and decoder.
         field: velocity field of the network with guidance.
@@ -105,11 +107,13 @@ class Sampler:
         self.source: Source = source_for(
             self.weights["setting"], files.spatial_gmm, self.device, means_device=config.means_device, precision=means
         )
-        bf16_means = uses_bf16(means, self.device)
-        self.means_precision = ("bf16" if bf16_means else "float32") if self.source.num_modes else None
+        self.means_precision = resolved(means, self.device) if self.source.num_modes else None
         self._check_labels(files)
         self.autoencoder = self._load_autoencoder(files, encoder.family)
         self.image_size = self.autoencoder.require_image_size(image_size, files.decoder)
+        for network in (self.model, self.guide) if config.compile else ():
+            if network is not None:
+                compile_blocks(network)
         self._configure(config, seed if seed is not None else int(self.weights.get("seed") or 0))
 
     def varied(self, config: Sample, seed: int | None = None) -> "Sampler":
@@ -127,8 +131,7 @@ class Sampler:
         self.config, self.seed = config, seed
         self.guidance = self._guidance_kind(config)
         self.times = time_grid(config.time_points, time_shift(self.latent_shape))
-        bf16 = uses_bf16(config.precision, self.device)
-        self.precision = "reference" if config.precision == "reference" else "bf16" if bf16 else "float32"
+        self.precision = resolved(config.precision, self.device)
         self.generator = Generator(
             self.weights["setting"],
             self.source,

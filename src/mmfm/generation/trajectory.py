@@ -51,7 +51,7 @@ def trajectory(generator: Generator, velocity: VelocityFn, x: Tensor) -> Traject
     """
     if len(generator.times) < 2:
         raise ValueError("time_points is 1, which is the source alone; set it to 2 or more")
-    states = [x]
+    states = [x.float()]
     for step in generator.times.unfold(0, 2, 1):
         states.append(replace(generator, times=step).follow(velocity, states[-1])[0])
     return Trajectory(generator.times.cpu(), torch.stack(states))

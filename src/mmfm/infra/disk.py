@@ -52,6 +52,22 @@ def require(state: str | Path, stage: str, total: int, written: int | None = Non
         )
 
 
+def of_checkpoints(weights: int, trained: int, *, average: bool, keep: int, milestones: int) -> tuple[int, int]:
+    """Return the most bytes that a training run's checkpoints take, and those of one checkpoint.
+
+    These are the newest ones, the milestones, one that is being written, and the published weights.
+
+    Args:
+        weights: bytes of the model.
+        trained: bytes of its trained parameters; AdamW keeps two moments of each.
+        average: whether there is a moving average of the weights.
+        keep: number of newest checkpoints.
+        milestones: number of checkpoints that are kept for good.
+    """
+    one = (2 if average else 1) * weights + 2 * trained
+    return (keep + milestones + 1) * one + weights, one
+
+
 def is_full(error: Exception, path: str | Path) -> bool:
     """Whether writing ``path`` failed because the disk is full, which libraries report in various ways."""
     if isinstance(error, OSError):

@@ -1,10 +1,11 @@
-"""Process group, device and collectives; the only module that reads RANK and WORLD_SIZE.
+"""Process group, device and collectives; the only module that reads the environment variables of torchrun.
 
 Stages get a :class:`Ranks`. With one process, nothing is initialised and every collective is the identity.
 """
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import time
@@ -12,12 +13,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from mmfm.infra.launch import HELD
+
+DRIVERS = {11: "450", 12: "525", 13: "580"}
+"""Oldest Linux driver for each major version of CUDA (NVIDIA's CUDA Toolkit Release Notes, minor-version
+compatibility)."""
+
 _PR_SET_PDEATHSIG = 1
+
+_HOST_TIMEOUT, _NCCL_TIMEOUT = timedelta(hours=12), timedelta(minutes=15)
+"""How long to wait for another process. On the host it may be at work alone, for example on a checkpoint or on all
+k-means seeds; a collective of GPUs that takes minutes hangs."""
 
 _PATIENCE = 5.0
 """Seconds after the first SIGINT during which further ones count as the same request."""
@@ -74,11 +86,53 @@ class Ranks:
         return box[0]
 
 
+def processes_here() -> int:
+    """Return the number of this stage's processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def choose_device(local_rank: int = 0) -> torch.device:
-    """Return this process's GPU, or the CPU if no GPU is visible (``CUDA_VISIBLE_DEVICES=`` hides them)."""
+    """Return this process's GPU, or the CPU if no GPU is visible (``CUDA_VISIBLE_DEVICES=`` hides them).
+
+    Raises:
+        ValueError: the launcher reserved GPUs, but PyTorch can't use them.
+    """
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
+    if held := os.environ.get(HELD):
+        raise ValueError(
+            f"this job has GPU {held}, but PyTorch {torch.__version__} can't use it: {why_no_cuda()}. Or set `gpus: 0` "
+            "to run on the CPU"
+        )
     return torch.device("cpu")
+
+
+def driver_version() -> str | None:
+    """Return the version of the NVIDIA driver; None without one."""
+    path = Path("/proc/driver/nvidia/version")
+    found = re.search(r"Kernel Module.*?(\d+\.\d+[\d.]*)", path.read_text()) if path.is_file() else None
+    return found[1] if found else None
+
+
+def why_no_cuda() -> str:
+    """Return why PyTorch can't use a GPU that is there, and the remedy."""
+    if torch.version.cuda is None:
+        return (
+            "it is a build for the CPU; install that for CUDA (pip uninstall torch torchvision, then pip install -e .)"
+        )
+    version = driver_version()
+    driver = f"the NVIDIA driver is {version}" if version else "there is no NVIDIA driver in /proc/driver/nvidia"
+    try:
+        torch.cuda.init()
+        reason = "no device is visible"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].partition(". Please")[0].rstrip(".")
+    needed = DRIVERS.get(int(torch.version.cuda.partition(".")[0]))
+    return (
+        f"{reason} ({driver}; CUDA {torch.version.cuda}, with which PyTorch was built, needs "
+        f"{f'{needed} or newer' if needed else 'a newer one'}). Update the driver, or install a PyTorch for an older "
+        "CUDA; start a container with its GPUs (docker run --gpus all)"
+    )
 
 
 def _end_with_torchrun() -> None:
@@ -100,8 +154,7 @@ def process_group() -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
+        join_group(device)
     # Densities and features need full float32 precision; networks that need less use autocast.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
@@ -113,6 +166,15 @@ def process_group() -> Iterator[Ranks]:
         raise
     if world > 1:
         dist.destroy_process_group()
+
+
+def join_group(device: torch.device) -> None:
+    """Initialise the default process group for CPU tensors and those of ``device``, with a timeout each."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=_HOST_TIMEOUT)
+    if device.type == "cuda":
+        group = dist.distributed_c10d._get_default_group()
+        group._get_backend(device)._set_default_timeout(_NCCL_TIMEOUT)  # there is no public call for one backend
 
 
 class StopRequest:
@@ -145,7 +207,7 @@ class StopRequest:
         if self._interrupted is None:
             self._interrupted = time.monotonic()
         elif time.monotonic() - self._interrupted >= _PATIENCE:
-            raise KeyboardInterrupt("stopped at once; the same command resumes from the last checkpoint")
+            raise KeyboardInterrupt("stopped at once; the same command resumes")
 
     def agreed(self, ranks: Ranks) -> bool:
         """Whether any process was asked to stop. A collective call on CPU tensors, so it does not wait for a GPU."""

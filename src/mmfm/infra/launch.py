@@ -6,7 +6,6 @@ machine, a GPU is used by one launcher at a time.
 """
 
 import argparse
-import fcntl
 import os
 import subprocess
 import sys
@@ -14,29 +13,40 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
+from mmfm.infra import file_lock
+
 _DESCRIPTION = """\
 Start a stage in one process per GPU, or in several processes on the CPU, and divide the CPU threads among them."""
 
+_DEVICES = Path("/dev")
 _LOCK_FOLDER = Path(tempfile.gettempdir()) / f"mmfm-gpus-{os.getuid()}"
-_HELD = "MMFM_HELD_GPUS"
+HELD = "MMFM_HELD_GPUS"
 """Environment variable that tells workers which GPUs their launcher holds."""
 
 
 def visible_gpus() -> list[str]:
     """Return the identifiers of the GPUs that this process may use, without importing torch.
 
-    If ``CUDA_VISIBLE_DEVICES`` is set, it decides (empty: no GPUs); otherwise nvidia-smi lists them.
+    If ``CUDA_VISIBLE_DEVICES`` is set, it decides (empty: no GPUs); otherwise nvidia-smi lists them, or, in containers
+    without it, the device files.
     """
     declared = os.environ.get("CUDA_VISIBLE_DEVICES")
     if declared is not None:
         return [gpu for gpu in declared.split(",") if gpu.strip() and gpu.strip() != "-1"]
+    return list(_uuids()) or sorted(
+        (path.name.removeprefix("nvidia") for path in _DEVICES.glob("nvidia[0-9]*")), key=int
+    )
+
+
+def _uuids() -> dict[str, str]:
+    """Return the UUID of every GPU by its index, as nvidia-smi lists them; empty without nvidia-smi."""
+    query = ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"]
     try:
-        listing = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, timeout=30
-        )
+        listing = subprocess.run(query, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
-        return []
-    return listing.stdout.split() if listing.returncode == 0 else []
+        return {}
+    pairs = [line.partition(", ") for line in listing.stdout.splitlines()] if listing.returncode == 0 else []
+    return {index: uuid for index, _, uuid in pairs if uuid}
 
 
 def hold_gpus(count: int) -> tuple[list[str], list[IO[str]]]:
@@ -55,9 +65,12 @@ def hold_gpus(count: int) -> tuple[list[str], list[IO[str]]]:
         )
     held: list[str] = []
     locks: list[IO[str]] = []
+    # Under SLURM every job sees its first GPU as 0, so indices can't tell whether two jobs mean the same one.
+    uuids = _uuids()
     for gpu in gpus:
         if len(held) == count:
             break
+        gpu = uuids.get(gpu, gpu)
         lock = _lock(gpu)
         if lock is None:
             continue
@@ -77,13 +90,11 @@ def hold_gpus(count: int) -> tuple[list[str], list[IO[str]]]:
     return held, locks
 
 
-def _lock(name: str, how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> IO[str] | None:
+def _lock(name: str, how: int = file_lock.EXCLUSIVE) -> IO[str] | None:
     """Open and lock a file in the lock folder; None if another process holds the lock."""
     _LOCK_FOLDER.mkdir(mode=0o700, exist_ok=True)
     handle = open(_LOCK_FOLDER / name.replace("/", "_"), "w")  # noqa: SIM115 - kept open by the caller
-    try:
-        fcntl.flock(handle, how)
-    except OSError:
+    if file_lock.try_lock(handle, how) is False:
         handle.close()
         return None
     return handle
@@ -95,8 +106,8 @@ def join_gpus() -> list[IO[str]]:
     Returns:
         The open lock files, to be kept until the process ends; empty without a launcher or GPUs.
     """
-    gpus = os.environ.get(_HELD, "").split(",")
-    return [lock for gpu in gpus if gpu and (lock := _lock(f"{gpu}.workers", fcntl.LOCK_SH))]
+    gpus = os.environ.get(HELD, "").split(",")
+    return [lock for gpu in gpus if gpu and (lock := _lock(f"{gpu}.workers", file_lock.SHARED))]
 
 
 def command(stage: list[str], processes: int, nodes: int = 1) -> list[str]:
@@ -127,11 +138,20 @@ def command(stage: list[str], processes: int, nodes: int = 1) -> list[str]:
     return [*torchrun, "-m", "mmfm.cli", *stage]
 
 
-def environment(threads: int, processes: int) -> dict[str, str]:
-    """Return the environment of the stage: threads of each process for numerical libraries, and no network access."""
+def environment(threads: int, processes: int, gpus: int = 0) -> dict[str, str]:
+    """Return the environment of the stage.
+
+    It has the threads of each process for numerical libraries, no network access, and on GPUs an allocator whose
+    segments can grow, unless the user has configured it: micro-batches of several sizes would fragment the memory.
+    """
     share = str(max(1, threads // processes))
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {**os.environ, **dict.fromkeys(names, share), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    added = {**dict.fromkeys(names, share), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # PyTorch reads the first of these, and still the second, which is older.
+    allocator = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if gpus and not any(name in os.environ for name in allocator):
+        added[allocator[0]] = "expandable_segments:True"
+    return {**os.environ, **added}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -149,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not stage:
         parser.error("name a stage after --")
     processes = options.gpus or min(options.processes, max(1, options.threads))
-    variables = environment(options.threads, processes)
+    variables = environment(options.threads, processes, options.gpus)
     try:
         line = command(stage, processes, options.nodes)
         held, locks = hold_gpus(options.gpus) if options.gpus else ([], [])
@@ -157,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"launch: error: {error}", file=sys.stderr)
         return 2
     if held:
-        variables["CUDA_VISIBLE_DEVICES"] = variables[_HELD] = ",".join(held)
+        variables["CUDA_VISIBLE_DEVICES"] = variables[HELD] = ",".join(held)
         for lock in locks:  # inherited by the stage or torchrun, which replaces this process
             os.set_inheritable(lock.fileno(), True)
     else:

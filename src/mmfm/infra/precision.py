@@ -1,5 +1,6 @@
-"""The meaning of the ``precision`` keys, and matrix products in exact float32."""
+"""The meaning of the ``precision`` keys, matrix products in exact float32, and deterministic algorithms."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,11 @@ import torch
 def uses_bf16(precision: str, device: torch.device) -> bool:
     """Whether a ``precision`` means bf16 autocast: ``bf16``, ``reference``, and ``auto`` on a GPU."""
     return precision in ("bf16", "reference") or (precision == "auto" and device.type == "cuda")
+
+
+def resolved(precision: str, device: torch.device) -> str:
+    """Return what a ``precision`` is on a device: ``float32``, ``bf16`` or ``reference``."""
+    return precision if precision == "reference" else "bf16" if uses_bf16(precision, device) else "float32"
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
@@ -29,3 +35,25 @@ def exact_float32(device_type: str) -> Iterator[None]:
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+
+def use_deterministic_algorithms() -> None:
+    """Choose algorithms that repeat their results to the last bit on the same GPU, for the rest of the process.
+
+    What has no deterministic form raises RuntimeError.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True)
+
+
+@contextmanager
+def known_to_repeat() -> Iterator[None]:
+    """Allow operations in the block that PyTorch refuses among deterministic algorithms, although they repeat here."""
+    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    if strict:
+        torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        if strict:
+            torch.use_deterministic_algorithms(True)

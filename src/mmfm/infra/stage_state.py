@@ -4,7 +4,7 @@ It lies beside the stage's outputs. Its name contains the fingerprint of everyth
 (:func:`state_directory`).
 """
 
-import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from mmfm.infra import store
+from mmfm.infra import file_lock, store
+
+log = logging.getLogger(__name__)
 
 _FINISHED = "finished"
 _MANIFEST = "manifest.json"
@@ -66,16 +68,17 @@ def lock(directory: Path, stage: str) -> None:
     if directory in _locks:
         return
     handle = open(directory / "lock", "a+")  # noqa: SIM115 - held until `unlock` or the end of the process
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    locked = file_lock.try_lock(handle)
+    if locked is None:
+        log.warning("'%s' is on a file system without locks: do not start this %s twice", directory, stage)
+    if locked is False:
         handle.seek(0)
         owner = handle.read().strip() or "unknown"
         handle.close()
         raise ValueError(
             f"process {owner} is already running this {stage} in '{directory}'; wait for it, or stop it "
             f"(kill {owner}) and run the same command again"
-        ) from None
+        )
     handle.truncate(0)
     handle.write(str(os.getpid()))
     handle.flush()
@@ -224,9 +227,7 @@ def _remove_units(state: Path, keep: bool) -> None:
 def remove_idle_state(directory: Path) -> bool:
     """Remove a state directory unless a process uses it; return whether it was removed."""
     with open(directory / "lock", "a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not file_lock.try_lock(handle):
             return False
         # about.json marks a state directory. It goes last, so that a kill leaves a directory that is still recognised.
         for path in directory.iterdir():

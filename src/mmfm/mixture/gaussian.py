@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmfm.config.choices import COVARIANCES
 from mmfm.infra import rng, store
+from mmfm.infra.precision import known_to_repeat
 from mmfm.mixture.densities import Densities
 from mmfm.mixture.workspace import Workspace
 
@@ -314,7 +315,8 @@ def draw_modes(posterior: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         (B,) int64, the first k with cdf_k > u cdf_K. A component of probability 0 is never drawn.
     """
-    cdf = posterior.double().cumsum(-1)
+    with known_to_repeat():  # unlike the sum of one long vector, each row is summed in a fixed order
+        cdf = posterior.double().cumsum(-1)
     total = cdf[..., -1:]
     threshold = uniforms.to(cdf.device, torch.float64)[..., None] * total
     # If u cdf_K rounds up to cdf_K, this is the last component with a positive probability.

@@ -80,11 +80,17 @@ class DiT(nn.Module):
     Args:
         config: sizes.
         checkpoint_activations: recompute each block in the backward pass instead of storing its activations.
+        init: name in :data:`mmfm.config.choices.INITS`; see :meth:`initialize_weights`.
         generator: CPU generator for the initial weights; None uses the global one.
     """
 
     def __init__(
-        self, config: DiTConfig, *, checkpoint_activations: bool = False, generator: torch.Generator | None = None
+        self,
+        config: DiTConfig,
+        *,
+        checkpoint_activations: bool = False,
+        init: str = "xavier",
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -107,7 +113,7 @@ class DiT(nn.Module):
             [DiTBlock(enc_width, enc_heads, config.mlp_ratio) for _ in range(config.depth[0])]
             + [DiTBlock(dec_width, dec_heads, config.mlp_ratio) for _ in range(config.depth[1])]
         )
-        self.initialize_weights(generator)
+        self.initialize_weights(init, generator)
 
     @property
     def null_label(self) -> int | None:
@@ -116,12 +122,19 @@ class DiT(nn.Module):
         return config.num_classes if config.num_classes and config.label_dropout > 0 else None
 
     @torch.no_grad()
-    def initialize_weights(self, generator: torch.Generator | None = None) -> None:
+    def initialize_weights(self, init: str, generator: torch.Generator | None = None) -> None:
         """Initialize linear layers Xavier-uniform, embeddings N(0, 0.02^2), Fourier frequencies N(0, 1), and modulation
         and output layers to zero (adaLN-Zero, Peebles and Xie 2023).
+
+        With ``pytorch``, the linear layers but the patch embeddings keep PyTorch's defaults (weights and biases uniform
+        within 1 / sqrt(inputs)), as in the published code, where only the two embeddings are Xavier-uniform.
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear) and init == "pytorch":
+                bound = module.in_features**-0.5
+                for parameter in module.parameters():
+                    nn.init.uniform_(parameter, -bound, bound, generator=generator)
+            elif isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1), generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -131,9 +144,9 @@ class DiT(nn.Module):
                 nn.init.normal_(layer.weight, std=0.02, generator=generator)
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02, generator=generator)
-        for block in (*self.blocks, self.final_layer):
-            nn.init.zeros_(block.adaLN_modulation[-1].weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
+        for layer in (*(b.adaLN_modulation[-1] for b in (*self.blocks, self.final_layer)), self.final_layer.linear):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
         grid = self.config.input_size // self.config.patch_size
         self.pos_embed.copy_(sincos_position_table(self.pos_embed.shape[-1], grid))
 

@@ -10,8 +10,14 @@ from mmfm import data
 from mmfm.autoencoder.encoders import Encoder, EncoderOutput
 from mmfm.autoencoder.latent_cache import Encode, LatentCache, ReadLatents, use_cache
 from mmfm.autoencoder.latent_shards import CacheKey
+from mmfm.config import StageConfig
 from mmfm.infra import memory, store
 from mmfm.stages.runner import Context
+
+
+def crop_size(config: StageConfig, crop: str) -> int:
+    """Return the side in pixels to which images are cropped, for a value of the keys ``crop``."""
+    return config.encoder.input_size if crop == "encoder" else config.image.size
 
 
 @memory.explained("Set latents.cache to off, which encodes in the stage's own batches")
@@ -22,6 +28,7 @@ def open_cache(
     encoder_weights: Path,
     normalise: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = EncoderOutput,
     *,
+    crop: str = "image",
     views: int = 1,
     workers: int = 0,
 ) -> ReadLatents | None:
@@ -30,6 +37,7 @@ def open_cache(
     Args:
         encoder_weights: folder of the encoder.
         normalise: applied to latents and tokens.
+        crop: of the images; other crops have caches of their own.
         views: 2 with mirror images, else 1.
         workers: image-reading processes.
 
@@ -43,7 +51,7 @@ def open_cache(
 
     def describe() -> LatentCache | None:
         shape = (encoder.hidden_size, *encoder.grid)
-        digest, size = store.folder_digest(encoder_weights), config.image.size
+        digest, size = store.folder_digest(encoder_weights), crop_size(config, crop)
         key = CacheKey(digest, size, encoder.input_size, ranks.device.type, shape)
         cache = LatentCache(config.latents.folder, encoder.family, key)
 
@@ -67,18 +75,19 @@ def encoded(
     batches: Sequence[Sequence[int]],
     encode: Encode,
     cache: ReadLatents | None,
+    crop: str,
     workers: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield latents (B, C, H, W) and global tokens (B, C) of batches of images.
 
     Args:
         batches: indices of the listing.
-        encode, workers: encoder and number of image-reading processes, used without a cache.
+        encode, crop, workers: encoder, crop and number of image-reading processes, used without a cache.
     """
     device = context.ranks.device
     if cache is None:
-        pin = device.type == "cuda"
-        for _, pixels in data.image_batches(listing, context.config.image.size, batches, workers, pin=pin):
+        size, pin = crop_size(context.config, crop), device.type == "cuda"
+        for _, pixels in data.image_batches(listing, size, batches, workers, pin=pin):
             yield encode(data.to_float(pixels, device))
     else:
         for batch in batches:

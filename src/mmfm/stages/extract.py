@@ -96,14 +96,19 @@ class _Extraction:
 
     def open_cache(self) -> None:
         """Open the latent cache, if there is one; a collective call."""
-        workers = self.config.extract.workers
-        self.cache = open_cache(self.context, self.listing_path, self.encoder, self.encoder_weights, workers=workers)
+        section = self.config.extract
+        self.cache = open_cache(
+            self.context, self.listing_path, self.encoder, self.encoder_weights, crop=section.crop,
+            workers=section.workers,
+        )  # fmt: skip
 
     def encode(self, shards: list[range], advance: Advance) -> None:
         """Encode shards with one loader that prefetches across them; write a shard's rows, then its marker."""
         array, section = tokens.open_for_writing(self.store), self.config.extract
         batches = [batch for rows in shards for batch in data.ranges(rows.start, rows.stop, section.batch_size)]
-        latents = encoded(self.context, self.listing_path, batches, self.encoder, self.cache, section.workers)
+        latents = encoded(
+            self.context, self.listing_path, batches, self.encoder, self.cache, section.crop, section.workers
+        )
         for rows in shards:
             block = np.empty((len(rows), self.latent_shape[0]), np.float32)
             moments = Moments.zeros(self.latent_shape, device=self.device)

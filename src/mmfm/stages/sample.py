@@ -10,6 +10,7 @@ After a kill: whole shards are kept. An image depends on the seed and its number
 """
 
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,12 @@ def belonging(files: SampleFiles) -> provenance.Inputs:
 def identity(config: StageConfig, sampler: Sampler) -> dict[str, Any]:
     """Return everything besides the files that determines the images."""
     found = {"setting": config.setting, **config.identity(), "seed": sampler.seed, "precision": sampler.precision}
-    if sampler.means_precision == "bf16":  # configured as `auto`, it depends on the device
-        found["means"] = "bf16"
+    if sampler.means_precision not in (None, "float32"):  # configured as `auto`, it depends on the device
+        found["means"] = sampler.means_precision
+    if (
+        sampler.precision == "reference"
+    ):  # earlier versions rounded state and time only; their shards must not be mixed in
+        found["rounded"] = "all"
     if sampler.generator.is_adaptive:  # the images of a batch share the solver's step sizes
         found["batch_size"] = config.sample.batch_size
     return found
@@ -97,6 +102,7 @@ class _Shards:
         self.context, self.sampler, self.detector = context, sampler, detector
         self.section, self.state, self.ranks = context.config.sample, context.state, context.ranks
         self.ranges = data.ranges(0, self.section.n_images, self.section.shard_size)
+        self.made, self.spent = 0, 0.0  # images that this process has generated, and the seconds that they took
 
     def run(self) -> bool:
         """Make the missing shards and publish the set; return whether it was already finished."""
@@ -158,13 +164,14 @@ class _Shards:
         block = np.empty(self.shape(numbers), np.uint8)
         evaluations, features = np.zeros(len(numbers), np.int64), []
         for batch in data.ranges(numbers.start, numbers.stop, self.section.batch_size):
-            rows = slice(batch.start - numbers.start, batch.stop - numbers.start)
+            rows, start = slice(batch.start - numbers.start, batch.stop - numbers.start), time.monotonic()
             images, evaluations[rows] = self.sampler.generate(
                 batch, lambda evaluations: advance(0, f"{evaluations} evaluations of a batch")
             )
+            block[rows] = images.permute(0, 2, 3, 1).cpu().numpy()
+            self.made, self.spent = self.made + len(batch), self.spent + time.monotonic() - start
             if self.detector is not None:
                 features.append(self.detector.features(images).cpu().numpy())
-            block[rows] = images.permute(0, 2, 3, 1).cpu().numpy()
             advance(len(batch))
         extras = {"evaluations": evaluations}
         if self.detector is not None:
@@ -254,8 +261,14 @@ class _Shards:
             return fixed
         return sum(int(self.extras(numbers)["evaluations"].sum()) for numbers in self.ranges) / self.section.n_images
 
+    def seconds(self) -> float | None:
+        """Return how long all images take at the mean rate of this run, without features; None if it made none."""
+        if not self.made:
+            return None
+        return round(self.section.n_images * self.spent / self.made / self.ranks.world, 3)
+
     def describe(self, images_digest: str) -> dict[str, Any]:
-        """Return ``samples.json``: everything that determined the images, as JSON values."""
+        """Return ``samples.json``: everything that determined the images, and their time, as JSON values."""
         sampler, section, times = self.sampler, self.section, self.sampler.times
         source_only, adaptive = section.time_points == 1, sampler.generator.is_adaptive
         return {
@@ -277,6 +290,7 @@ class _Shards:
             "first_time": times[0].item(),
             "last_time": times[0].item() if source_only else times[-1].item(),
             "function_evaluations": self.evaluations(),
+            "seconds": self.seconds(),
             "tolerances": {"rtol": section.rtol, "atol": section.atol} if adaptive else None,
             "precision": sampler.precision,
             "means_precision": sampler.means_precision,

@@ -90,10 +90,12 @@ def spatial_gmm(config: StageConfig, files: SpatialFiles, out: Path, ranks: Rank
         encoder = load_encoder(section.family, files.encoder_weights, section.input_size, ranks.device)
         latent_shape = (encoder.hidden_size, *encoder.grid)
         rae = RAE(encoder, None, *load_statistics(files.stats, latent_shape))
-        workers = config.spatial_gmm.workers
+        crop, workers = config.spatial_gmm.crop, config.spatial_gmm.workers
 
         def cached() -> ReadLatents | None:
-            return open_cache(context, files.listing, encoder, files.encoder_weights, rae.normalise, workers=workers)
+            return open_cache(
+                context, files.listing, encoder, files.encoder_weights, rae.normalise, crop=crop, workers=workers
+            )
 
         return Autoencoder(rae.encode, latent_shape, cached)
 
@@ -227,8 +229,8 @@ class _SpatialFit:
         done = {mode for group in groups for mode in self.finished(group)}
         batches = [batch for group in groups for batch in self.images.batches(group, done)]
         indices = [self.images.order[batch.start : batch.stop].tolist() for batch in batches]
-        workers = self.section.workers
-        latents = encoded(self.context, self.listing, indices, self.encoder.encode, self.cache, workers)
+        crop, workers = self.section.crop, self.section.workers
+        latents = encoded(self.context, self.listing, indices, self.encoder.encode, self.cache, crop, workers)
         rows = self.open_rows()
         accumulator = _Accumulator(self.images, done, functools.partial(self.finish, rows))
         for batch, (latent, _) in zip(batches, latents, strict=True):

@@ -6,7 +6,8 @@ Reads: the listing with its classes, the images, the encoder and the latent stat
 Writes: ``ema.safetensors``, ``history.jsonl`` and ``curve.png``; with a decoder ``preview.png``, and ``fid.jsonl`` if
     distances are measured.
 Unit of work: an optimiser step; the state holds checkpoints ``step-00000500/``, the history, the curve and previews.
-After a kill: training continues from the newest checkpoint. A larger ``train.epochs`` continues a finished run.
+After a kill: training continues from the newest checkpoint. A larger budget (``train.epochs`` or
+    ``train.steps``) continues a finished run.
 """
 
 import functools
@@ -32,7 +33,7 @@ from mmfm.generation.generator import Generator
 from mmfm.infra import memory
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.pictures import save_picture
-from mmfm.infra.precision import uses_bf16
+from mmfm.infra.precision import use_deterministic_algorithms, uses_bf16
 from mmfm.models.dit import DiT
 from mmfm.models.weights import save_ema
 from mmfm.stages import provenance, runner
@@ -143,25 +144,27 @@ def identity(config: StageConfig, setting: str, device: torch.device) -> dict[st
 
 
 class _Training:
-    """One run up to the configured number of epochs."""
+    """One run up to the configured budget."""
 
     def __init__(self, context: Context, files: TrainFiles, distance_files: DistanceFiles | None) -> None:
         self.context, self.files, self.distance_files = context, files, distance_files
         self.config, self.ranks, self.state = context.config, context.ranks, context.state
         self.section = section = self.config.train
         self.title = f"train {self.config.setting}"
+        if section.deterministic:
+            use_deterministic_algorithms()
         n_images, ranks = len(Listing.open(files.listing)), self.ranks
         self.plan = latents.BatchPlan(
             section.seed, n_images, section.global_batch, ranks.rank, ranks.world, section.micro_batch, section.flip
         )
-        self.target = section.epochs * self.plan.steps_per_epoch
+        self.target = section.target_step(self.plan.steps_per_epoch)
         self.budget = {"step": self.target}
 
     def run(self) -> None:
         """Train the missing steps and publish the weights."""
-        beyond = [epoch for epoch in self.section.milestones if epoch > self.section.epochs]
+        beyond = sorted(step for step in self.section.kept_steps(self.plan.steps_per_epoch) if step > self.target)
         if beyond and self.ranks.is_main:
-            log.warning("train.milestones %s are not reached: train.epochs is %d", beyond, self.section.epochs)
+            log.warning("the milestones at steps %s are not reached: training ends at step %d", beyond, self.target)
         wanted = [_PREVIEW] if self.files.decoder else []
         if self.is_measured() and runner.restore(self.context, self.budget, wanted):
             return
@@ -253,7 +256,7 @@ class _Training:
             "encoder": config.keys_of_kind(self.config.encoder, "identity"),
             "latent_shape": list(self.latent_shape),
             "step": step,
-            "epochs": step // self.plan.steps_per_epoch,
+            "epochs": latents.epochs_after(step, self.plan.steps_per_epoch),
             "seed": self.plan.seed,
             "images_seen": step * self.plan.global_batch,
             "settings": replace(self.config, setting=None).identity(),

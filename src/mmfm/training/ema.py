@@ -14,11 +14,9 @@ class Ema:
 
     Args:
         model: the module that owns the parameters. Its distributed wrapper shares them.
-        decay: in [0, 1).
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, model: nn.Module) -> None:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self._pairs: tuple[list[Tensor], list[Tensor]] = [], []
 
@@ -30,7 +28,7 @@ class Ema:
         self._pairs = averages, weights
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the current weights, all tensors in one call."""
+    def update(self, decay: float) -> None:
+        """Move the average towards the current weights, all tensors in one call, with the step's decay in [0, 1)."""
         averages, weights = self._pairs
-        torch._foreach_lerp_(averages, weights, 1 - self.decay)
+        torch._foreach_lerp_(averages, weights, 1 - decay)

@@ -152,6 +152,12 @@ class BatchPlan:
         return [MicroBatch(keys, self.images(keys)) for keys in parts]
 
 
+def epochs_after(step: int, steps_per_epoch: int) -> float:
+    """Return the epochs after so many steps; an int where they are whole."""
+    whole, rest = divmod(step, steps_per_epoch)
+    return step / steps_per_epoch if rest else whole
+
+
 class TrainingBatches:
     """The micro batches of every step with their inputs."""
 

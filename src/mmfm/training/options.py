@@ -64,14 +64,14 @@ class OptimizerOptions:
         lr: learning rate of a step, counted from 0.
         betas, weight_decay: of AdamW.
         clip_norm: maximal norm of the whole gradient; 0 for no clipping.
-        ema_decay: decay of the moving average of the weights; None for no average.
+        ema_decay: decay of the moving average of the weights in a step, counted from 0; None for no average.
     """
 
     lr: Callable[[int], float]
     betas: tuple[float, float]
     weight_decay: float
     clip_norm: float
-    ema_decay: float | None
+    ema_decay: Callable[[int], float] | None
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class LoopOptions:
         sharding: see :mod:`mmfm.training.parallel`.
         milestones: steps whose checkpoints are never removed.
         logger: see :mod:`mmfm.training.loggers`.
+        profile: first and last step to profile; empty for none.
         remedy: advice for when memory runs out.
     """
 
@@ -97,4 +98,5 @@ class LoopOptions:
     sharding: str = "ddp"
     milestones: frozenset[int] = frozenset()
     logger: str = "tensorboard"
+    profile: tuple[int, ...] = ()
     remedy: str = "lower the micro batch"

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmfm.config.choices import SHARDINGS
 from mmfm.infra.distributed import Ranks
+from mmfm.models.layers import blocks, compile_blocks
 
 
 class Whole:
@@ -45,7 +46,7 @@ class Whole:
     def wrapped(self, compiled: bool) -> nn.Module:
         """Return the module to call in the forward pass; it shares the model's parameters."""
         if compiled:
-            self.model.compile()
+            compile_blocks(self.model)
         if self.ranks.world == 1:
             return self.model
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
@@ -68,8 +69,12 @@ class Whole:
         return nn.utils.get_total_norm(gradients)
 
     def forget_gradients(self) -> None:
-        """Free the gradients."""
-        for tensor in self._trained.values():
+        """Free the gradients; with DDP set them to zero, as they are views of its buckets, which stay anyway."""
+        gradients = self.gradients()
+        if self.ranks.world > 1 and gradients:
+            torch._foreach_zero_(gradients)
+            return
+        for tensor in self.tensors:
             tensor.grad = None
 
     def state(self, part: str) -> dict[str, Tensor]:
@@ -113,9 +118,9 @@ class Sharded(Whole):
         mesh = init_device_mesh(ranks.device.type, (ranks.world,))
 
         def shard(module: nn.Module, compiled: bool) -> FSDPModule:
-            for block in [b for part in module.modules() if isinstance(part, nn.ModuleList) for b in part]:
-                if compiled:
-                    block.compile()
+            if compiled:
+                compile_blocks(module)
+            for block in blocks(module):
                 fully_shard(block, mesh=mesh)
             return fully_shard(module, mesh=mesh)
 
@@ -142,7 +147,8 @@ class Sharded(Whole):
 
     def forget_gradients(self) -> None:
         """See :class:`Whole`."""
-        super().forget_gradients()
+        for parameter in self._trained.values():
+            parameter.grad = None
         for shard in self.tensors:
             shard.grad = None
 

@@ -17,6 +17,7 @@ from mmfm.mixture.gaussian import Mixture
 from mmfm.models.dit import DiT, DiTConfig
 from mmfm.training.objective import FlowMatching
 from mmfm.training.options import LoopOptions, OptimizerOptions
+from mmfm.training.schedule import Phased
 from mmfm.training.weighting import LossWeighting
 
 
@@ -75,7 +76,8 @@ def _weighting(task: FlowMatching, steps_per_epoch: int, device: torch.device) -
             f"train.loss_weighting.by is mode, but the setting '{task.setting}' has no modes; set it to class, or "
             "train.loss_weighting.rule to none"
         )
-    return LossWeighting(weighting, num_labels, weighting.warmup_epochs * steps_per_epoch, device)
+    warmup_steps = weighting.warmup_steps or weighting.warmup_epochs * steps_per_epoch
+    return LossWeighting(weighting, num_labels, warmup_steps, device)
 
 
 def image_classes(listing: Listing) -> tuple[Tensor, int]:
@@ -113,14 +115,19 @@ def model(task: FlowMatching, sizes: Model, latent_shape: tuple[int, int, int]) 
         label_dropout=task.label_dropout,
     )
     generator = torch.Generator().manual_seed(rng.derive_seed(task.config.seed, "train/init"))
-    return DiT(dit, checkpoint_activations=task.config.checkpoint_activations, generator=generator)
+    return DiT(
+        dit, checkpoint_activations=task.config.checkpoint_activations, init=task.config.init, generator=generator
+    )
 
 
 def optimizer_options(train: Train, steps_per_epoch: int) -> OptimizerOptions:
     """Return the options of the optimiser."""
-    constant, end = train.constant_epochs * steps_per_epoch, train.decay_end_epoch * steps_per_epoch
-    lr: Callable[[int], float] = SCHEDULES[train.schedule].load()(train.lr, train.final_lr, constant, end)
-    return OptimizerOptions(lr, train.betas, train.weight_decay, train.clip_norm, train.ema_decay)
+    phase = train.initial_phase
+    initial, end = phase.epochs * steps_per_epoch, train.decay_end_epoch * steps_per_epoch
+    constant = max(train.constant_epochs * steps_per_epoch, initial)
+    falling: Callable[[int], float] = SCHEDULES[train.schedule].load()(train.lr, train.final_lr, constant, end)
+    lr, decay = Phased(phase.lr, initial, falling), Phased(phase.ema_decay, initial, lambda step: train.ema_decay)
+    return OptimizerOptions(lr, train.betas, train.weight_decay, train.clip_norm, decay)
 
 
 def loop_options(train: Train, steps_per_epoch: int) -> LoopOptions:
@@ -137,7 +144,8 @@ def loop_options(train: Train, steps_per_epoch: int) -> LoopOptions:
         train.preview.every,
         train.compile,
         train.sharding,
-        frozenset(epoch * steps_per_epoch for epoch in train.milestones),
+        train.kept_steps(steps_per_epoch),
         train.logger,
+        train.profile,
         f"{remedy}; that changes no result",
     )

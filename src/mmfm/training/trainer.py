@@ -4,6 +4,7 @@ It trains any model given a function from a micro batch to one loss per image; f
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from mmfm.training.latents import MicroBatch
 from mmfm.training.nonfinite import NonFiniteCheck, explanation
 from mmfm.training.options import Batches, LoopOptions, OptimizerOptions, Run
 from mmfm.training.parallel import divide
+from mmfm.training.profile import Profile
 from mmfm.training.runlog import Clock, RunLog
 
 
@@ -44,7 +46,7 @@ class Trainer:
         self.state, self.ranks, self.callback = run.state, run.ranks, run.callback
         self.optimizer_options, self.options = optimizer_options, options
         self.preview, self.distances = preview, distances
-        self.ema = None if optimizer_options.ema_decay is None else Ema(self.model, optimizer_options.ema_decay)
+        self.ema = None if optimizer_options.ema_decay is None else Ema(self.model)
         average = None if self.ema is None else self.ema.module
         self.division = divide(options.sharding, self.model, average, self.ranks, options.compile)
         if self.ema is not None:
@@ -57,7 +59,7 @@ class Trainer:
             fused=True,
         )
         self.step = self.logged_step = 0
-        self.seconds = 0.0
+        self.seconds = self.waited = 0.0
         device = self.ranks.device
         self.loss_sum = torch.zeros((), device=device)
         self.norm = torch.zeros((), device=device)
@@ -128,8 +130,10 @@ class Trainer:
     def _train(self, target: int, batches: Batches, stop: StopRequest, progress: Progress) -> None:
         options = self.options
         micro_batches, forward = batches.batches(self.step, target), self.division.wrapped(options.compile)
+        profile = Profile(options.profile, self.state / "profile", self.ranks)
         while self.step < target:
-            self._train_step(forward, micro_batches)
+            with profile.step(self.step + 1, progress.say):
+                self._train_step(forward, micro_batches)
             last, note = self.step == target, ""
             if last or self.step % options.log_every == 0:
                 note = self._log(batches)
@@ -156,9 +160,14 @@ class Trainer:
         """Require disk space for the kept checkpoints, the milestones, one being written, and the published weights."""
         weights = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
         trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
-        one = (1 if self.ema is None else 2) * weights + 2 * trained
         milestones = len({target, *(s for s in self.options.milestones if step < s < target)})
-        total = (self.options.keep_checkpoints + milestones + 1) * one + weights
+        total, one = disk.of_checkpoints(
+            weights,
+            trained,
+            average=self.ema is not None,
+            keep=self.options.keep_checkpoints,
+            milestones=milestones,
+        )
         # Existing milestones free nothing, and the first new checkpoint is written before an old one is removed.
         disk.require(self.state, self.stage, total, min(checkpoint.replaceable(self.state), total - one))
 
@@ -169,7 +178,9 @@ class Trainer:
         loss = torch.zeros((), device=self.ranks.device)
         self.division.forget_gradients()
         for part in range(parts):
+            asked = time.perf_counter()
             micro, inputs = next(micro_batches)
+            self.waited += time.perf_counter() - asked
             with self.division.part(forward, last=part == parts - 1):
                 share = self.losses(forward, micro, inputs).sum() / places
                 # The processes' gradients are averaged, but each share is a summand of the global mean.
@@ -184,8 +195,8 @@ class Trainer:
             group["lr"] = self.optimizer_options.lr(self.step)
         self.optimizer.found_inf = self.nonfinite.broken  # type: ignore[attr-defined]  # not in torch's annotations
         self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update()
+        if self.ema is not None and self.optimizer_options.ema_decay is not None:
+            self.ema.update(self.optimizer_options.ema_decay(self.step))
         self.loss_sum += loss
         self.step += 1
         if self.callback is not None:
@@ -197,7 +208,8 @@ class Trainer:
         loss, norm = torch.stack((self.loss_sum, self.norm)).tolist()
         loss /= self.step - self.logged_step
         self.seconds = self._clock.seconds
-        rate = self._clock.steps_per_second(self.step) * self.plan.global_batch
+        steps, speed = self.step - self.logged_step, self._clock.steps_per_second(self.step)
+        rate = speed * self.plan.global_batch
         line = {
             "step": self.step,
             "epoch": round(self.step / self.plan.steps_per_epoch, 4),
@@ -205,12 +217,18 @@ class Trainer:
             "grad_norm": norm,
             "lr": self.optimizer_options.lr(self.step - 1),
             "images_per_second": round(rate, 2),
+            "data_wait": round(min(1.0, self.waited * speed / steps), 4),
             "seconds": round(self.seconds, 3),
         }
+        note = f"loss {loss:.4f}  gradient norm {norm:.3g}  {rate:,.1f} images/s"
+        if self.ranks.device.type == "cuda":
+            line["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+            note += f"  waiting for data {line['data_wait']:.0%}  peak {line['peak_gb']:.1f} GB"
         self._run_log.add(line)
         self.loss_sum.zero_()
+        self.waited = 0.0
         self.logged_step = self.step
-        return f"loss {loss:.4f}  gradient norm {norm:.3g}  {rate:,.1f} images/s"
+        return note
 
     def _save(self, batches: Batches, milestone: bool) -> None:
         """Save a checkpoint after checking that the weights are finite."""

@@ -1,8 +1,8 @@
 """Adaptive loss weights: labels with a high or low loss get more or less weight.
 
-Every label (a mode or a class) has a running mean of its images' losses. The ratio of this mean to the average over all
-labels determines the weight of the label's images in the next step. The unweighted losses are summed over micro batches
-and processes in integers, so the weights do not depend on how a step is divided.
+Every label (a mode or a class) has a running mean of its images' losses, which starts at 1. The ratio of this mean to
+the average over all labels determines the weight of the label's images in the next step. The unweighted losses are
+summed over micro batches and processes in integers, so the weights do not depend on how a step is divided.
 """
 
 from typing import Any
@@ -18,6 +18,9 @@ _UNIT = 2.0**32
 """Losses are summed as integer multiples of 1 / _UNIT."""
 
 _LARGEST_LOSS = 1e6
+
+_EPSILON = 1e-8
+"""Added to both means over the labels, as in the published code."""
 
 
 # The rules: (ratio of a label's running loss to the labels' mean, gamma) -> unnormalised weight.
@@ -46,6 +49,9 @@ def inverse(ratio: Tensor, gamma: float) -> Tensor:
 class LossWeighting:
     """Running losses of L labels and the loss weights computed from them.
 
+    The warm-up ends in the plain mean of each label's losses so far. Afterwards a step moves the running losses of the
+    labels that occur in it. Until a label occurs, its running loss is 1.
+
     Args:
         config: the section ``train.loss_weighting``.
         num_labels: L.
@@ -53,8 +59,8 @@ class LossWeighting:
         device: of the losses.
 
     Attributes:
-        running: (L,) float64, running mean of the losses; 0 for labels that have not occurred.
-        seen: (L,) bool, whether a label has occurred.
+        running: (L,) float64, running mean of the losses.
+        sums, counts: (L,) float64, sum and number of the losses in the warm-up.
         weights: (L,) float32, for the current step.
     """
 
@@ -63,8 +69,8 @@ class LossWeighting:
     ) -> None:
         self.config, self.warmup_steps = config, warmup_steps
         self._rule = WEIGHTINGS[config.rule].load()
-        self.running = torch.zeros(num_labels, dtype=torch.float64, device=device)
-        self.seen = torch.zeros(num_labels, dtype=torch.bool, device=device)
+        self.running = torch.ones(num_labels, dtype=torch.float64, device=device)
+        self.sums, self.counts = torch.zeros_like(self.running), torch.zeros_like(self.running)
         self.weights = torch.ones(num_labels, device=device)
         # Sums and counts of the step. Integer sums do not depend on the order of addition, which varies on a GPU.
         self._step = torch.zeros(2, num_labels, dtype=torch.int64, device=device)
@@ -85,39 +91,49 @@ class LossWeighting:
         Args:
             step: steps taken so far.
         """
-        sums, counts = ranks.sum(self._step)
-        mean = sums.double() / _UNIT / counts.clamp(min=1)
+        sums, counts = ranks.sum(self._step).double()
+        sums /= _UNIT
         decay = self.config.decay
-        moved = torch.where(self.seen, decay * self.running + (1 - decay) * mean, mean)
-        self.running = torch.where(counts > 0, moved, self.running)
-        self.seen = self.seen | (counts > 0)
+        if step <= self.warmup_steps:
+            self.sums += sums
+            self.counts += counts
+            if step == self.warmup_steps:
+                self.running = torch.where(self.counts > 0, self.sums / self.counts.clamp(min=1), self.running)
+        else:
+            moved = decay * self.running + (1 - decay) * sums / counts.clamp(min=1)
+            self.running = torch.where(counts > 0, moved, self.running)
         self._step.zero_()
         self._set_weights(step)
 
     def _set_weights(self, step: int) -> None:
-        if step < self.warmup_steps:
+        if step < max(1, self.warmup_steps):
             return
-        number = self.seen.sum().clamp(min=1)
-        ratio = self.running / (self.running.sum() / number).clamp(min=1e-30)
-        raw = torch.where(self.seen, self._rule(ratio, self.config.gamma), 0.0)
-        scaled = (raw / (raw.sum() / number)).clamp(*self.config.bounds)
-        self.weights = torch.where(self.seen, scaled, 1.0).float()
+        raw = self._rule(self.running / (self.running.mean() + _EPSILON), self.config.gamma)
+        self.weights = (raw / (raw.mean() + _EPSILON)).clamp(*self.config.bounds).float()
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint as JSON values, which keep doubles exactly."""
-        return {"running": self.running.tolist(), "seen": self.seen.tolist()}
+        return {name: getattr(self, name).tolist() for name in _STATE}
 
     def load(self, state: dict[str, Any], step: int) -> None:
         """Restore :meth:`state` as it was after ``step`` steps.
 
         Raises:
-            ValueError: the state has another number of labels.
+            ValueError: the state has another number of labels, or is of an earlier version.
         """
+        if missing := [name for name in _STATE if name not in state]:
+            raise ValueError(
+                f"the checkpoint's loss weights are of an earlier version (no {', '.join(missing)}); remove the state "
+                "directory to start over"
+            )
         if len(state["running"]) != len(self.running):
             raise ValueError(
                 f"the checkpoint has running losses of {len(state['running'])} labels, not of {len(self.running)}; "
                 "remove the state directory to start over"
             )
-        self.running = torch.tensor(state["running"], dtype=torch.float64, device=self.running.device)
-        self.seen = torch.tensor(state["seen"], dtype=torch.bool, device=self.seen.device)
+        for name in _STATE:
+            setattr(self, name, torch.tensor(state[name], dtype=torch.float64, device=self.running.device))
         self._set_weights(step)
+
+
+_STATE = ("running", "sums", "counts")

@@ -3,8 +3,12 @@
 A dry run fails at once, in one line, instead of a job after hours. Nothing here imports PyTorch.
 """
 
+import io
 import json
+import pickle
 import struct
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +93,27 @@ def decoder(name: str, config: Config, path: Path) -> None:
         )
 
 
+def statistics(name: str, config: Config, path: Path) -> None:
+    """Check the shape in a file of latent statistics against an encoder's local folder.
+
+    Raises:
+        ValueError: they are statistics of latents of another shape.
+    """
+    shape, about = _statistics_shape(path), config.encoders[name]
+    folder = Path(about.weights)
+    if shape is None or not (folder / "config.json").is_file():
+        return  # the stage that reads it says what is wrong
+    found = _read_json(folder / "config.json", str(folder))
+    found = found.get("vision_config", found)
+    side = about.input_size // found["patch_size"]
+    expected = (found["hidden_size"], side, side)
+    if shape != expected:
+        raise ValueError(
+            f"'latent_stats.weights' is '{path}', statistics of latents {shape}, but the encoder '{name}' gives "
+            f"{expected}; set 'latent_stats.weights' to `compute`, or to a file for this encoder and input size"
+        )
+
+
 def detector(config: Config) -> None:
     """Check that the detector takes images of the configured size.
 
@@ -112,6 +137,31 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{what}, but its {path.name} is no JSON object; fetch the model again")
     return values
+
+
+class _Shapes(pickle.Unpickler):
+    """Reads the pickle in a PyTorch file with tensors replaced by their shapes; nothing that it names is called."""
+
+    def find_class(self, module: str, name: str) -> Callable[..., Any]:
+        """Return the tensor's size for the function that rebuilds a tensor, and None for everything else."""
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, *rest: tuple(size)
+        return lambda *arguments: None
+
+    def persistent_load(self, pid: Any) -> None:
+        """Return None for a tensor's contents."""
+
+
+def _statistics_shape(path: Path) -> tuple[int, ...] | None:
+    """Return the shape of the tensors in a file of statistics; None if it can't be read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            content = _Shapes(io.BytesIO(archive.read(name))).load()
+        shape = content["var"] if content.get("var") else content["mean"]
+        return shape if isinstance(shape, tuple) else None
+    except Exception:  # a damaged pickle can raise anything
+        return None
 
 
 def _decoder_sizes(path: Path) -> dict[str, int] | None:

@@ -74,7 +74,7 @@ def _result(path: Path) -> Result:
         folder, encoder, guide = path.parent.parent, match[1], match[2] or ""
         images = _images(folder / "sample" / f"{encoder}_{setting}{guide}", samples["images_digest"])
         variant = images.parent.name if images else path.stem[match.end() :]
-        training = re.sub(r"\.t\d+(\.g[\d.]+)?$", "", variant)
+        training = re.sub(r"(\.step\d+)?\.t\d+(\.g[\d.]+)?$", "", variant)
         model = re.fullmatch(r"seed\d+\.(.+?)(\.k\d+)?", training)
         return Result(
             path, folder, encoder, bool(guide), model[1] if model else None, record,

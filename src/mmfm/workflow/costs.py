@@ -1,16 +1,20 @@
 """Sizes, operations and rates from which the cost of every stage is estimated. Pure arithmetic, no PyTorch.
 
-The estimates set the rules' resources and fill the table in docs/scale.md. File sizes are exact for fixed layouts,
-memory is a rule of thumb, and times follow from the rates below, which are assumptions: nothing was measured at full
-size. A multiplication and an addition count as two operations.
+The estimates set the rules' resources and fill the tables in docs/scale.md. File sizes are exact for fixed layouts.
+Tests compare the model's operations, parameters and stored activations with those that PyTorch counts; the rest of the
+memory is a rule of thumb. Times follow from the rates of the cards, of which only the H200's were measured. A
+multiplication and an addition count as two operations.
 """
 
 import contextlib
 import json
+import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmfm.config import Decoder, Model
+from mmfm.config.choices import CARDS, Card
 
 FLOAT, DOUBLE = 4, 8
 IMAGENET_IMAGES, DEMO_IMAGES = 1_281_167, 10_000
@@ -22,7 +26,12 @@ WORKER_BYTES = 0.7e9
 
 TRAINED_BYTES = 16  # per parameter: weight, gradient and AdamW's two moments in float32
 EMA_BYTES = 4
-ACTIVATION_BYTES = 34  # per element of a token and layer, kept for backward in bf16 (Korthikanti et al. 2022)
+COPY_BYTES = 2  # bf16 copies of the weights, which autocast keeps for a step
+CONTEXT_BYTES = 1e9  # GPU memory of the CUDA context and the libraries' workspaces
+FLOAT32_ACTIVATIONS = 1.55  # what a model keeps for backward in float32, as a multiple of what it keeps in bf16
+USABLE = 0.95  # share of a GPU's memory that allocations can take
+COMPILED = 1.5  # speed with torch.compile, as a multiple of eager mode; measured on an H200
+HASHED_BYTES = 1e9  # per second and process, SHA-256 in hardware
 INFERENCE_COPIES = 12  # live activations of a layer without backward pass, as multiples of its input
 
 
@@ -42,8 +51,39 @@ class Rates:
     disk: float
 
 
-GPU = Rates(single=12e12, half=50e12, decode=120, disk=1e9)
-"""An A100: 60 % of its float32 peak, and the bf16 rate implied by the published 21 hours for 20 epochs on eight."""
+DEFAULT_CARD = "A100-40GB"
+
+
+def card_of(name: str) -> tuple[str, Card]:
+    """Return a card and its name: the one that is asked for, or for ``auto`` a visible one, else the default."""
+    found = (_visible_card() or DEFAULT_CARD) if name == "auto" else name
+    return found, CARDS[found]
+
+
+def _visible_card() -> str | None:
+    """Return the name of the first GPU that nvidia-smi lists; None if there is none, or none of the known ones."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None  # a broken driver is no reason to fail here
+    return known_card((listed.splitlines() or [""])[0])
+
+
+def known_card(name: str) -> str | None:
+    """Return the entry of ``CARDS`` for a name that nvidia-smi or PyTorch prints, such as NVIDIA A100-SXM4-40GB."""
+    words = name.upper().replace(" ", "-")
+    known = (name for name in CARDS if name != "auto" and all(part in words for part in name.upper().split("-")))
+    # "RTX 4090" is written apart, and "A100-SXM4-40GB" has a word in between.
+    return next(known, "RTX4090" if "RTX-4090" in words else None)
+
+
+def gpu_rates(card: Card) -> Rates:
+    """Return the rates of a card, of ImageNet's files and of a shared disk."""
+    return Rates(single=card.single, half=card.half, decode=120, disk=1e9)
+
 
 CPU = Rates(single=1e11, half=1e11, decode=1000, disk=2e8)
 """One core, with the demo's small images."""
@@ -98,13 +138,36 @@ def dit_parameters(model: Model, channels: int, labels: int = 0) -> float:
     return blocks + around + labels * first
 
 
-def dit_flops(model: Model, tokens: int) -> float:
+def dit_flops(model: Model, tokens: int, channels: int) -> float:
     """Operations per image, forward; the head blocks compute their modulation for every token."""
-    flops = 0.0
+    (first, second), flops = model.hidden_size, 0.0
     for index, (width, depth) in enumerate(zip(model.hidden_size, model.depth, strict=True)):
         flops += transformer_flops(width, depth, tokens, 8 * width // 3, maps=3)
         flops += depth * 12 * width**2 * (tokens if index else 1)
-    return flops
+    projected = first * second if first != second else 0
+    ends = channels * (first + 2 * second) + projected + 2 * second**2
+    return flops + 2 * tokens * ends + 2 * first * (512 + first)
+
+
+def dit_activations(model: Model, tokens: int, channels: int, recomputed: bool = False) -> float:
+    """Bytes per image that a DiTDH keeps for the backward pass under bf16 autocast.
+
+    An encoder block keeps 52 bytes per element of its tokens: for attention 24 (the float32 input and its norm, 4 each;
+    the bf16 norm 2, queries and keys 4, the projection that holds the values 6, output and update 2 each), for the MLP
+    28. A head block keeps 27 more, because each token has its own modulation. Attention keeps a number per token and
+    head. If blocks are recomputed, only their inputs are kept, and those of one block at a time.
+    """
+    (first, second), (encoder, head) = model.hidden_size, model.depth
+    around = 6 * first + 20 * second + 10 * channels
+    heads = 4 * sum(n * d for n, d in zip(model.num_heads, model.depth, strict=True))
+    if recomputed:
+        return tokens * (4 * first * encoder + 2 * second * head + around)
+    return tokens * (52 * first * encoder + 79 * second * head + around + heads)
+
+
+def block_activations(model: Model, tokens: int) -> float:
+    """Bytes per image that the largest block keeps while it is recomputed."""
+    return tokens * max(52 * model.hidden_size[0], 79 * model.hidden_size[1])
 
 
 def decoder_parameters(decoder: Decoder) -> float:
@@ -118,6 +181,12 @@ def decoder_flops(decoder: Decoder, tokens: int) -> float:
     return transformer_flops(decoder.hidden_size, decoder.num_layers, tokens, decoder.intermediate_size)
 
 
+def decoder_activations(decoder: Decoder, tokens: int) -> float:
+    """Bytes per image that the decoder keeps for the backward pass under bf16 autocast."""
+    w = decoder.hidden_size
+    return tokens * (decoder.num_layers * (24 * w + 4 * decoder.intermediate_size) + 14 * w)
+
+
 @dataclass(frozen=True)
 class Work:
     """The work of a whole stage, all processes together.
@@ -127,6 +196,7 @@ class Work:
         single, half: operations in float32 and in bf16.
         images: image files that are decoded.
         workers: image-reading processes per rank.
+        alone: bytes that the main process writes and hashes while the others wait, such as checkpoints.
     """
 
     reads: float
@@ -135,12 +205,14 @@ class Work:
     half: float = 0.0
     images: float = 0.0
     workers: int = 0
+    alone: float = 0.0
 
     def seconds(self, rates: Rates, processes: int) -> float:
-        """Return the longest of arithmetic, decoding and disk access, which overlap."""
+        """Return the longest of arithmetic, decoding and disk access, which overlap, plus what one does alone."""
         arithmetic = (self.single / rates.single + self.half / rates.half) / processes
         decoding = self.images / (rates.decode * max(1, self.workers) * processes)
-        return max(arithmetic, decoding, (self.reads + self.writes) / rates.disk)
+        together = (self.reads + self.writes - self.alone) / rates.disk
+        return max(arithmetic, decoding, together) + self.alone * (1 / rates.disk + 1 / HASHED_BYTES)
 
 
 @dataclass(frozen=True)
@@ -154,6 +226,7 @@ class Resources:
         host: bytes of host memory per process, including its reading processes.
         main: bytes of host memory that the main process takes in addition.
         device: bytes of GPU memory per process; on a CPU they add to ``host``.
+        longest: limit of :attr:`minutes`.
     """
 
     work: Work
@@ -162,6 +235,7 @@ class Resources:
     host: float
     main: float
     device: float
+    longest: float
 
     @property
     def flops(self) -> float:
@@ -179,5 +253,8 @@ class Resources:
 
     @property
     def minutes(self) -> int:
-        """Time limit for schedulers: four times the estimate plus half an hour. A job that is cut off can resume."""
-        return int(4 * self.seconds / 60) + 30
+        """Time limit for schedulers: four times the estimate plus half an hour, but no longer than they accept.
+
+        A job that is cut off can resume.
+        """
+        return max(1, int(min(4 * self.seconds / 60 + 30, self.longest)))

@@ -30,10 +30,10 @@ class Facts:
 
 
 def assumed(config: Config) -> Facts:
-    """Return the demo's images, or as many as ImageNet has, less those held out."""
+    """Return the demo's images, or as many as ImageNet has, limited, less those held out."""
     demo = config.data.root == "demo"
     count, size, name = (DEMO_IMAGES, DEMO_BYTES, "demo") if demo else (IMAGENET_IMAGES, IMAGENET_BYTES, "ImageNet")
-    return Facts(max(1, count - config.data.holdout), size, f"{name} has that many", known=demo)
+    return Facts(_for_training(count, config), size, f"{name} has that many", known=demo)
 
 
 def gather(config: Config, results: str | Path, n_images: int | None = None) -> Facts:
@@ -57,9 +57,15 @@ def gather(config: Config, results: str | Path, n_images: int | None = None) -> 
         return usual
     counted = image_files.count(root)
     if counted:
-        return Facts(max(1, counted[0] - config.data.holdout), counted[1], f"counted in '{root}'")
+        return Facts(_for_training(counted[0], config), counted[1], f"counted in '{root}'")
     reason = f"'{root}' can't be counted quickly" if Path(root).is_dir() else f"there is no folder '{root}'"
     return replace(usual, origin=f"{usual.origin}: there is no listing yet, and {reason}")
+
+
+def _for_training(count: int, config: Config) -> int:
+    """Return how many of a folder's images are limited to and not held out, for classes of equal size."""
+    limit = config.data.limit
+    return max(1, int(count * limit.images * limit.classes) - config.data.holdout)
 
 
 def _listed(listing: Path) -> tuple[int, float] | None:

@@ -83,9 +83,15 @@ class Record:
     """The failed jobs of a run, as Snakemake's logger reports them.
 
     ``keep`` is a filter for the logger, and ``passes`` one for the terminal's handler.
+
+    Attributes:
+        refusals: messages of the workflow's own errors, such as a mistake in the configuration.
+        stopped: whether the run was asked to stop.
+        summarised: whether the summary is printed.
     """
 
     def __init__(self) -> None:
+        self.refusals: list[str] = []
         self.stopped = False
         self.summarised = False
         self._messages: list[str] = []
@@ -112,19 +118,31 @@ class Record:
         """Return the failed jobs, in the order in which they failed."""
         return [Failure(rule, log, self._message(log)) for rule, log in self._jobs]
 
+    def refusal(self, record: logging.LogRecord) -> str | None:
+        """Return the message of the workflow's own error that a record reports; None if it reports none."""
+        if getattr(record, "event", None) != "error":
+            return None
+        # Snakemake indents the lines of a message and writes rule, wildcards and traceback around them.
+        return next((text for text in self.refusals if text.splitlines()[0] in str(record.msg)), None)
+
     def _message(self, log: Path | None) -> str:
         return next((text for text in self._messages if log and str(log) in text), "")
 
 
 class Brief(logging.Formatter):
-    """Reports a failed or stopped job in one line, while others go on, and leaves the rest to another formatter."""
+    """Reports a failed or stopped job in one line, while others go on, and the workflow's own errors as their messages.
 
-    def __init__(self, others: logging.Formatter) -> None:
+    The rest is left to another formatter.
+    """
+
+    def __init__(self, found: Record, others: logging.Formatter) -> None:
         super().__init__()
-        self._others = others
+        self._found, self._others = found, others
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the text of a record."""
+        if (refusal := self._found.refusal(record)) is not None:
+            return f"Error: {refusal}"
         if getattr(record, "event", None) != "job_error":
             return self._others.format(record)
         rule, log = _job(record)

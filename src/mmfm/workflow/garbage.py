@@ -5,7 +5,6 @@ other values, or one of the inputs has been remade. Keys that a target's name ca
 guidance) never make a state unused, and when in doubt a state counts as used.
 """
 
-import fcntl
 import json
 import re
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfm import config
-from mmfm.infra import disk, store
+from mmfm.infra import disk, file_lock, store
 from mmfm.workflow import last_run
 
 _FREE = {"gmm": ("n_components", "init_means"), "train": ("seed", "model"), "sample": ("time_points", "guidance")}
@@ -97,12 +96,8 @@ def find_caches(folder: Path) -> Iterator[LatentCache]:
 def remove_cache(cache: LatentCache) -> bool:
     """Remove a latent cache and return True, unless a job is filling it."""
     with open(cache.path / "lock", "a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if file_lock.try_lock(handle) is False:
             return False
-        except OSError:
-            pass  # a file system without locks
         shutil.rmtree(cache.path)
     return True
 
@@ -148,6 +143,8 @@ def _difference(section: str, identity: dict[str, Any], configuration: config.Co
         if name not in configuration.models:
             return f"no '{name}' in models"
         candidates = [configuration.models[name]]
+    elif section == "train" and identity.get("setting") in config.SETTINGS and own.get("model") in configuration.models:
+        candidates = [configuration.train_of(identity["setting"], own["model"])]
     else:
         candidates = [getattr(configuration, section)]
     free, first = _FREE.get(section, ()), ""

@@ -15,6 +15,7 @@ def stage_parameter(
     encoder: str = "",
     setting: str = "",
     model: str = "",
+    guide: bool = False,
     **keys: dict[str, Any],
 ) -> str:
     """Return the only parameter of a rule: canonical JSON of the identity and budget keys that its stage reads.
@@ -24,9 +25,12 @@ def stage_parameter(
     Args:
         setting: setting of the job; empty for stages without one. Keys that it ignores have fixed values.
         model: entry of `models`; empty for ``train.model``.
+        guide: whether a guide is trained.
         keys: keys set by the target's name, by section, e.g. ``gmm={"n_components": 512}``.
     """
-    read = config.StageConfig.of(configuration, stage, encoder=encoder, model=model, setting=setting or None)
+    read = config.StageConfig.of(
+        configuration, stage, encoder=encoder, model=model, setting=setting or None, guide=guide
+    )
     return canonical_json(read.with_keys(**keys).parameter())
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
+from mmfm.infra import file_lock
+
 
 def clear_stale_locks(folder: Path) -> IO[str]:
     """Remove Snakemake's lock files if no other Snakemake is running in this folder.
@@ -24,9 +26,10 @@ def clear_stale_locks(folder: Path) -> IO[str]:
     """
     folder.mkdir(exist_ok=True)
     handle = open(folder / "mmfm.lock", "a+")  # noqa: SIM115 - held open for the life of the process
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    alone = file_lock.try_lock(handle)
+    if alone is None:
+        return handle
+    if not alone:
         handle.seek(0)
         others = [pid for pid in handle.read().split() if pid != str(os.getpid()) and Path(f"/proc/{pid}").exists()]
         if others:
@@ -56,15 +59,15 @@ def refuse_logs_in_use(logs: Iterable[str]) -> None:
     for log in logs:
         try:
             with open(log) as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
+                in_use = file_lock.try_lock(file, file_lock.SHARED) is False
+        except FileNotFoundError:
+            continue
+        if in_use:
             processes = ", ".join(map(str, _writers(Path(log))))
             raise ValueError(
                 f"another run is at work on a job of this one{f' (process {processes})' if processes else ''} and "
                 f"writes '{log}'; wait for it, or kill it, and run the same command again"
-            ) from None
-        except OSError:  # no such log, or a disk without locks
-            continue
+            )
 
 
 def _writers(log: Path) -> list[int]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from mmfm.config import SETTINGS, STAGES, Config
 from mmfm.config.choices import DETECTORS, ENCODER_FAMILIES, SOLVERS, STARTS, DetectorKind, feature_patches
+from mmfm.infra.disk import of_checkpoints
 from mmfm.workflow import costs
 from mmfm.workflow.costs import DOUBLE, FLOAT, Resources, Work
 from mmfm.workflow.facts import Facts, assumed
@@ -13,8 +14,9 @@ from mmfm.workflow.targets import Target
 CACHE_LIMIT, CACHE_BATCH = 20 * 10**9, 64
 SEEDING_ITERATIONS, START_PASSES = 10, 32
 CANDIDATES, GROUP_ROWS = 16, 64
-"""Copied from mmfm.autoencoder.latent_cache, mmfm.mixture.initial and mmfm.mixture.kmeans: importing torch would slow
-down every workflow start."""
+KEPT_DECODERS = 2
+"""Copied from mmfm.autoencoder.latent_cache, mmfm.mixture.initial, mmfm.mixture.kmeans and mmfm.stages.train_decoder:
+importing torch would slow down every workflow start."""
 
 
 class Estimator:
@@ -30,12 +32,14 @@ class Estimator:
 
     def __init__(self, config: Config, encoder: str, processes: int, on_gpu: bool, facts: Facts | None = None) -> None:
         facts = facts or assumed(config)
+        self.name, self.facts = encoder, facts
         self.config, self.processes, self.on_gpu = config, max(1, processes), on_gpu
         entry = config.encoders[encoder]
         patch = ENCODER_FAMILIES[entry.family].patch
         self.encoder = facts.encoder or costs.encoder_size(entry.weights, entry.input_size, patch)
         self.n, self.image_bytes = facts.n_images, facts.image_bytes
-        usual = costs.GPU if on_gpu else costs.CPU
+        self.card = costs.card_of(config.card)[1] if on_gpu else None
+        usual = costs.CPU if self.card is None else costs.gpu_rates(self.card)
         self.rates = facts.rates or replace(usual, decode=min(usual.decode, costs.DECODED_BYTES / self.image_bytes))
         self.tokens = self.encoder.grid**2
         self.model = config.models[config.train.model]
@@ -58,10 +62,18 @@ class Estimator:
         """Return the resources of all stages, in workflow order."""
         return {name: getattr(self, name)() for name, stage in STAGES.items() if stage.estimated}
 
-    def _resources(self, work: Work, *, disk: float, device: float, host: float = 0.0, main: float = 0.0) -> Resources:
-        """Add time, and the host memory that every process takes, to what is peculiar to a stage."""
+    def _resources(
+        self, work: Work, *, disk: float, device: float, host: float = 0.0, main: float = 0.0, speed: float = 1.0
+    ) -> Resources:
+        """Add time, and the memory that every process takes, to what is peculiar to a stage.
+
+        Args:
+            speed: of operations in bf16, as a multiple of the usual one.
+        """
         host += costs.PROCESS_BYTES + work.workers * costs.WORKER_BYTES
-        return Resources(work, work.seconds(self.rates, self.processes), disk, host, main, device)
+        device += costs.CONTEXT_BYTES if device and self.on_gpu else 0
+        seconds = work.seconds(replace(self.rates, half=speed * self.rates.half), self.processes)
+        return Resources(work, seconds, disk, host, main, device, 60 * self.config.max_runtime_hours)
 
     def _encoding(self, batch: int) -> float:
         """Memory for encoding a batch: weights, activations, latents in float32 and their deviations in float64."""
@@ -123,11 +135,11 @@ class Estimator:
         )
 
     def spatial_gmm(self) -> Resources:
-        """One pass over the images, one mean per mode."""
+        """One pass over the images, one mean per mode; the main process reads and hashes all of them at the end."""
         spatial = self.config.spatial_gmm
         stored = self.means * (2 if spatial.covariance_type == "diag" else 1)
         flops, written = self.n * self.encoder.flops, stored + self.cached()
-        work = Work(self.n * self.image_bytes, written, flops, images=self.n, workers=spatial.workers)
+        work = Work(self.n * self.image_bytes, written, flops, images=self.n, workers=spatial.workers, alone=stored)
         return self._resources(work, disk=written, device=self._encoding(spatial.batch_size), host=self.n * 40)
 
     def train_decoder(self) -> Resources:
@@ -135,59 +147,107 @@ class Estimator:
         decoder, parameters = self.config.decoder, costs.decoder_parameters(self.config.decoder)
         images = decoder.steps * decoder.global_batch
         micro = decoder.micro_batch or -(-decoder.global_batch // self.processes)
-        activations = micro * self.tokens * decoder.hidden_size * decoder.num_layers * costs.ACTIVATION_BYTES
-        checkpoint = parameters * (costs.TRAINED_BYTES - FLOAT)
+        activations = micro * costs.decoder_activations(decoder, self.tokens)
+        activations *= 1 if self.on_gpu else costs.FLOAT32_ACTIVATIONS
+        total, checkpoint = self._checkpoints(parameters, average=False, keep=KEPT_DECODERS, milestones=1)
+        saved = checkpoint * decoder.steps / decoder.checkpoint_every
         work = Work(
             images * self.image_bytes,
-            checkpoint * decoder.steps / decoder.checkpoint_every + self.cached(),
+            saved + self.cached(),
             single=self._encoded(images) * self.encoder.flops,
             half=3 * images * costs.decoder_flops(decoder, self.tokens + 1),
             images=images,
             workers=decoder.workers,
+            alone=saved,
         )
         return self._resources(
             work,
-            disk=4 * checkpoint + self.cached(),
-            device=parameters * costs.TRAINED_BYTES + activations + self._encoding(micro),
+            disk=total + self.cached(),
+            device=self._trained(parameters, costs.TRAINED_BYTES, self.on_gpu) + activations + self._encoding(micro),
             main=self._saving(parameters, checkpoint, "ddp"),
         )
 
     def train(self) -> Resources:
         """Encoder and posterior forward, model forward and backward; checkpoints with the EMA."""
         train, k = self.config.train, self.config.gmm.n_components
-        steps = train.epochs * (self.n // train.global_batch)
+        steps = train.target_step(self.n // train.global_batch)
         images = steps * train.global_batch
         micro = train.micro_batch or -(-train.global_batch // self.processes)
         parameters = costs.dit_parameters(self.model, self.encoder.width, k)
-        depth = zip(self.model.hidden_size, self.model.depth, strict=True)
-        activations: float = micro * self.tokens * sum(w * d for w, d in depth) * costs.ACTIVATION_BYTES
-        checkpoint = parameters * (costs.TRAINED_BYTES - FLOAT + costs.EMA_BYTES)
-        model = parameters * (costs.TRAINED_BYTES + costs.EMA_BYTES)
+        ends = {epoch for epoch in train.milestones if epoch < train.epochs}
+        total, checkpoint = self._checkpoints(
+            parameters, average=True, keep=train.keep_checkpoints, milestones=len(ends) + 1
+        )
+        saved, activations = checkpoint * steps / train.checkpoint_every, micro * self._activations()
         posterior = 4 * self.encoder.width * k
         rounds = -(-steps // train.preview.fid_every) if train.preview.fid_every else 0
         measured, (memory, half, single) = rounds * train.preview.fid_images, self._measuring()
+        passes = 4 if train.checkpoint_activations else 3  # forward, backward, and forward again
         # A step's activations are freed before images are generated.
         activations = max(activations, memory if rounds else 0)
         means, pinned = self._means(train.means_device)
+        each, sharded = costs.TRAINED_BYTES + costs.EMA_BYTES, train.sharding == "fsdp"
+        trained = self._trained(parameters, each, self._in_bf16(), sharded)
         views = 2 if train.flip else 1
         cached, encoded = self.cached(views), self._encoded(images, views)
         # Latents are read instead of images, of which each is read once.
         read = images * cached / (views * self.n) if cached else images * self.image_bytes
         work = Work(
             read,
-            checkpoint * steps / train.checkpoint_every + cached,
+            saved + cached,
             single=encoded * self.encoder.flops + images * posterior + measured * single,
-            half=3 * images * costs.dit_flops(self.model, self.tokens) + measured * half,
+            half=passes * images * costs.dit_flops(self.model, self.tokens, self.encoder.width) + measured * half,
             images=self.n if cached else images,
             workers=train.workers,
+            alone=saved,
         )
         return self._resources(
             work,
-            disk=(train.keep_checkpoints + 2) * checkpoint + cached,
-            device=model + activations + means + self._encoding(micro),
+            disk=total + cached,
+            device=trained + activations + means + self._encoding(micro),
             host=pinned,
             main=self._saving(parameters, checkpoint, train.sharding),
+            speed=costs.COMPILED if train.compile and self.on_gpu else 1,
         )
+
+    def _activations(self) -> float:
+        """Bytes per image that a step keeps for the backward pass, with the latents that the loss needs."""
+        recomputed, sizes = self.config.train.checkpoint_activations, (self.model, self.tokens)
+        kept = costs.dit_activations(*sizes, self.encoder.width, recomputed)
+        kept += costs.block_activations(*sizes) if recomputed else 0
+        return kept * (1 if self._in_bf16() else costs.FLOAT32_ACTIVATIONS) + 5 * self.encoder.latent * FLOAT
+
+    def _in_bf16(self) -> bool:
+        return self.config.train.precision == "bf16" or (self.config.train.precision == "auto" and self.on_gpu)
+
+    def _trained(self, parameters: float, each: int, bf16: bool, sharded: bool = False) -> float:
+        """Memory of weights, gradients, moments and average, of the weights' copies in bf16, and of DDP's buckets.
+
+        Gradients of earlier micro-batches lie beside the buckets in which DDP exchanges them. Autocast keeps a copy of
+        every weight until the backward pass, with FSDP of whole weights.
+
+        Args:
+            each: bytes per parameter, without copies and buckets.
+        """
+        buckets = FLOAT if self.processes > 1 and not sharded else 0
+        copies = costs.COPY_BYTES if bf16 else 0
+        return parameters * ((each + buckets) / (self.processes if sharded else 1) + copies)
+
+    def _checkpoints(self, parameters: float, *, average: bool, keep: int, milestones: int) -> tuple[int, int]:
+        """Return the disk space that checkpoints need, as the trainer demands it, and the bytes of one."""
+        weights = int(parameters * FLOAT)
+        return of_checkpoints(weights, weights, average=average, keep=keep, milestones=milestones)
+
+    def largest_micro_batch(self) -> int:
+        """Return the largest part of a process's share, halved repeatedly, that the card's memory takes; 0 for none."""
+        share = -(-self.config.train.global_batch // self.processes)
+        while share and self.card is not None:
+            train = replace(self.config.train, micro_batch=share)
+            at_this = Estimator(replace(self.config, train=train), self.name, self.processes, self.on_gpu, self.facts)
+            if at_this.train().device <= costs.USABLE * self.card.memory:
+                break
+            share //= 2
+        return share
 
     def _saving(self, parameters: float, checkpoint: float, sharding: str) -> float:
         """Host memory that the main process takes in addition while it writes a checkpoint.
@@ -202,7 +262,7 @@ class Estimator:
     def _means(self, where: str) -> tuple[float, float]:
         """Memory of the source's means on the device and, pinned, on the host."""
         precision = self.config.train.means_precision
-        halved = precision == "bf16" or (precision == "auto" and self.on_gpu)
+        halved = precision in ("bf16", "reference") or (precision == "auto" and self.on_gpu)
         size = self.means / 2 if halved else self.means
         if self.on_gpu and where == "host":
             return 0, 2 ** math.ceil(math.log2(size))  # PyTorch rounds pinned memory up
@@ -214,7 +274,7 @@ class Estimator:
         batch, parameters = train.preview.fid_batch_size, costs.dit_parameters(self.model, self.encoder.width)
         memory = self._generating(batch) + self._detecting(batch)
         whole = parameters * FLOAT if train.sharding == "fsdp" else 0  # every process gathers the whole model
-        half = (train.preview.time_points - 1) * costs.dit_flops(self.model, self.tokens)
+        half = (train.preview.time_points - 1) * costs.dit_flops(self.model, self.tokens, self.encoder.width)
         single = costs.decoder_flops(decoder, self.tokens + 1) + self.detector.flops
         return memory + whole, half, single
 
@@ -231,11 +291,13 @@ class Estimator:
         weights = costs.dit_parameters(self.model, self.encoder.width, self.config.gmm.n_components)
         weights += costs.decoder_parameters(decoder)
         means, pinned = self._means(sample.means_device)
+        images = sample.n_images * pixels
         work = Work(
             weights * FLOAT + self.means,
-            2 * sample.n_images * pixels,
+            2 * images,
             single=sample.n_images * costs.decoder_flops(decoder, self.tokens + 1),
-            half=sample.n_images * evaluations * costs.dit_flops(self.model, self.tokens),
+            half=sample.n_images * evaluations * costs.dit_flops(self.model, self.tokens, self.encoder.width),
+            alone=images,
         )
         device = weights * FLOAT + means + self._generating(sample.batch_size)
         return self._resources(work, disk=work.writes, device=device, host=sample.shard_size * pixels + pinned)
@@ -272,10 +334,10 @@ def for_target(config: Config, target: Target, processes: int, on_gpu: bool, fac
 
     While sampling, the second network of guidance is not counted.
     """
-    variant = target.variant
+    variant, given = target.variant, config
     config = replace(
         config,
-        train=replace(config.train, model=variant.model),
+        train=config.train_of(target.setting, variant.model),
         gmm=replace(config.gmm, n_components=variant.k or 1),
         sample=replace(config.sample, time_points=variant.t or config.sample.time_points),
     )
@@ -285,7 +347,7 @@ def for_target(config: Config, target: Target, processes: int, on_gpu: bool, fac
     if config.decoder.weights != "train":
         del found["train_decoder"]
     if target.guided and config.guide.weights == "train":
-        guide = replace(config.train, model=config.guide.model, epochs=config.guide.epochs)
+        guide = given.train_of(target.setting, config.guide.model, guide=True)
         smaller = Estimator(replace(config, train=guide), target.encoder, processes, on_gpu, facts)
         found["train (guide)"] = smaller.train()
     return found

@@ -16,12 +16,15 @@ _GUIDANCE = r"\.g\d+(\.\d+)?"
 class Variant:
     """The values in a target's name, such as ``dinov2_mode.seed1.tiny.k512.t10`` or ``dinov2_mode_ag.t10.g1.5``.
 
+    A variant without time points and scale names a training; with a step, the weights of one of its milestones.
+
     Attributes:
         seed: seed of training and sampling.
         model: entry of `models`.
         k: number of modes; None for settings without a mixture.
         t: time points of the solver; None for a training.
         g: guidance scale; None without guidance.
+        step: step of the training whose weights are meant; None for the last.
     """
 
     seed: int
@@ -29,11 +32,14 @@ class Variant:
     k: int | None
     t: int | None
     g: float | None = None
+    step: int | None = None
 
     def __str__(self) -> str:
         parts = [f"seed{self.seed}", self.model]
         if self.k is not None:
             parts.append(f"k{self.k}")
+        if self.step is not None:
+            parts.append(f"step{self.step}")
         if self.t is not None:
             parts.append(f"t{self.t}")
         if self.g is not None:
@@ -47,9 +53,10 @@ def _decimal(value: float) -> str:
     return text or "0"
 
 
-def has_null_label(setting: str, configuration: config.Config) -> bool:
-    """Whether the model is trained with label dropout, as classifier-free guidance requires."""
-    dropout = {"class": configuration.train.label_dropout, "mode": configuration.train.mode_dropout, None: 0.0}
+def has_null_label(setting: str, model: str, configuration: config.Config) -> bool:
+    """Whether a model is trained with label dropout, as classifier-free guidance requires."""
+    train = configuration.train_of(setting, model)
+    dropout = {"class": train.label_dropout, "mode": train.mode_dropout, None: 0.0}
     return dropout[SETTINGS[setting].condition] > 0
 
 
@@ -60,7 +67,7 @@ def any_of(names: Iterable[str]) -> str:
 
 def variant_pattern(models: Iterable[str]) -> str:
     """Return a regular expression for variants; every part starts with a dot and may be missing."""
-    return rf"(\.seed\d+)?(\.{any_of(models)})?(\.k\d+)?(\.t\d+)?({_GUIDANCE})?"
+    return rf"(\.seed\d+)?(\.{any_of(models)})?(\.k\d+)?(\.step\d+)?(\.t\d+)?({_GUIDANCE})?"
 
 
 def complete_pattern(configuration: config.Config) -> str:
@@ -68,9 +75,10 @@ def complete_pattern(configuration: config.Config) -> str:
     whole = []
     for name, setting in SETTINGS.items():
         modes = r"\.k\d+" if setting.mixture else ""
-        for guide in ("", "_ag"):
-            scale = _GUIDANCE if guide or has_null_label(name, configuration) else ""
-            whole.append(rf"{name}{guide}\.seed\d+\.{any_of(configuration.models)}{modes}\.t\d+{scale}")
+        for model in configuration.models:
+            for guide in ("", "_ag"):
+                scale = _GUIDANCE if guide or has_null_label(name, model, configuration) else ""
+                whole.append(rf"{name}{guide}\.seed\d+\.{re.escape(model)}{modes}(\.step\d+)?\.t\d+{scale}")
     return f"({'|'.join(whole)})"
 
 
@@ -81,15 +89,19 @@ def parse_variant(text: str, setting: str, configuration: config.Config, guided:
         guided: whether the target uses autoguidance (``_ag``).
 
     Raises:
-        ValueError: it has a number of modes for a setting without a mixture, or a guidance scale without guidance.
+        ValueError: it has a number of modes for a setting without a mixture, a guidance scale without guidance, or a
+            step that the training does not have.
     """
     match = re.fullmatch(variant_pattern(configuration.models), text)
     if match is None:
         raise ValueError(f"'{text}' is not a variant such as .seed1.{configuration.train.model}.k512.t10.g1.5")
-    seed, model, k, t, g = (match.group(i) for i in (1, 3, 4, 5, 6))
-    has_mixture, has_scale = SETTINGS[setting].mixture, guided or has_null_label(setting, configuration)
+    seed, named, k, step, t, g = (match.group(i) for i in (1, 3, 4, 5, 6, 7))
+    model = named or configuration.train.model
+    has_mixture, has_scale = SETTINGS[setting].mixture, guided or has_null_label(setting, model, configuration)
     if k and not has_mixture:
         raise ValueError(f"the setting '{setting}' has no mixture; leave out '{k}'")
+    if step:
+        _check_step(int(step[5:]), configuration.train_of(setting, model).steps)
     if g and not has_scale:
         raise ValueError(
             f"the setting '{setting}' is trained without label dropout, so '{g}' can't be a classifier-free guidance "
@@ -98,11 +110,23 @@ def parse_variant(text: str, setting: str, configuration: config.Config, guided:
     scale = configuration.guide.scale if guided else configuration.sample.guidance.scale
     return Variant(
         seed=int(seed[5:]) if seed else configuration.train.seed,
-        model=model or configuration.train.model,
+        model=model,
         k=(int(k[2:]) if k else configuration.gmm.n_components) if has_mixture else None,
         t=int(t[2:]) if t else configuration.sample.time_points,
         g=(float(g[2:]) if g else scale) if has_scale else None,
+        step=int(step[5:]) if step else None,
     )
+
+
+def _check_step(step: int, steps: int) -> None:
+    """Raise ValueError if a training of ``steps`` steps has no such step; 0: it may end at any step."""
+    if step == 0:
+        raise ValueError("'.step0' is before the first step; the initial weights are no result")
+    if 0 < steps < step:
+        raise ValueError(
+            f"'.step{step}' is after the last step of the training; raise 'train.steps', which is {steps}, or name an "
+            "earlier step"
+        )
 
 
 @dataclass(frozen=True)
@@ -191,7 +215,7 @@ def explain_unknown(target: str, results: str, configuration: config.Config) -> 
     heads = f"{{{','.join(configuration.encoders)}}}_{{{','.join(SETTINGS)}}}"
     return (
         f"no target '{target}'{hint}: {'; '.join(wrong)}.\n"
-        f"Targets are {results}/fid/{heads}[_ag][.seedN][.MODEL][.kN][.tN][.gN].txt, "
+        f"Targets are {results}/fid/{heads}[_ag][.seedN][.MODEL][.kN][.stepN][.tN][.gN].txt, "
         f"with MODEL one of {', '.join(configuration.models)} (see {DOCUMENT})"
     )
 
@@ -249,5 +273,5 @@ def _corrected_head(head: str, configuration: config.Config) -> tuple[list[str],
 
 def _place(part: str, configuration: config.Config) -> int | None:
     """Return a part's place in a name; None if it is no part."""
-    kinds = (r"\.seed\d+", rf"\.{any_of(configuration.models)}", r"\.k\d+", r"\.t\d+", _GUIDANCE)
+    kinds = (r"\.seed\d+", rf"\.{any_of(configuration.models)}", r"\.k\d+", r"\.step\d+", r"\.t\d+", _GUIDANCE)
     return next((place for place, kind in enumerate(kinds) if re.fullmatch(kind, part)), None)

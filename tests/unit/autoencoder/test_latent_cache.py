@@ -4,10 +4,10 @@ import fcntl
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def read_all(cache, listing, views=1) -> torch.Tensor:
 
 
 def contents(cache) -> dict[str, str]:
-    return {path.name: store.file_digest(path) for path in cache.path.iterdir() if path.suffix == ".safetensors"}
+    return {path.name: store.file_digest(path) for path in cache.path.glob("view*.safetensors")}
 
 
 @pytest.fixture
@@ -155,14 +155,34 @@ def test_a_killed_fill_is_resumed_with_the_same_shards(tmp_path, listing, whole)
     assert store.read_json(cache.path / "about.json") == cache.key.about()
 
 
-def test_a_fill_that_is_interrupted_leaves_whole_files_only(tmp_path, listing, whole):
+@pytest.mark.parametrize(
+    ("name", "world", "saved"), [("SIGINT", 1, 12), ("SIGTERM", 1, 12), ("SIGUSR1", 1, 12), ("SIGTERM", 2, 24)]
+)
+def test_a_fill_that_is_asked_to_stop_finishes_its_shards(tmp_path, listing, whole, name, world, saved):
+    """The signal comes within the first pair of shards of every process."""
     cache = open_cache(tmp_path / "cache")
-    stopped = subprocess.run(command(listing, cache, "interrupt"), env=environment(), capture_output=True, text=True)
+    line = command(listing, cache, name, world=world)
+    stopped = subprocess.run(line, env=environment(), capture_output=True, text=True)
     assert "KeyboardInterrupt" in stopped.stderr and stopped.returncode != 0
-    assert contents(cache) and contents(cache).items() < contents(whole).items()
+    assert f"asked to stop: {saved} of 40 images are saved" in stopped.stderr
+    assert SHARD * len(contents(cache)) == saved and contents(cache).items() < contents(whole).items()
     assert {path.name for path in cache.path.iterdir()} == {*contents(cache), "about.json", "lock"}
-    fill(cache, listing, Fake(), views=2)
+    assert fill(cache, listing, Fake(), views=2) == 2 * N - saved
     assert contents(cache) == contents(whole)
+
+
+def test_a_request_to_stop_with_the_last_shard_is_not_forgotten(tmp_path, listing, monkeypatch):
+    cache, fake = open_cache(tmp_path / "cache"), Fake()
+
+    def encode(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if fake.seen == N - 2:
+            signal.raise_signal(signal.SIGTERM)
+        return fake(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(cache, listing, encode)
+    assert fill(cache, listing, fake) == 0 and fake.seen == N
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_two_processes_make_the_same_files(tmp_path, listing, whole):
@@ -189,16 +209,15 @@ def test_a_job_that_waits_says_so_once_and_encodes_the_rest(tmp_path, listing, m
     monkeypatch.setattr(latent_cache, "_SPELL", 0.05)
     cache, fake = open_cache(tmp_path / "cache"), Fake()
     cache.path.mkdir(parents=True)
-    with open(cache.path / "lock", "w") as handle:
-        handle.write("process 1 on elsewhere")
-        handle.flush()
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        thread = threading.Thread(target=fill, args=(cache, listing, fake))
-        thread.start()
-        time.sleep(0.4)
-        assert fake.seen == 0
+    handle, seen = open(cache.path / "lock", "w"), []  # noqa: SIM115 - closed by the thread
+    handle.write("process 1 on elsewhere")
+    handle.flush()
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    thread = threading.Timer(0.4, lambda: (seen.append(fake.seen), handle.close()))
+    thread.start()
+    fill(cache, listing, fake)
     thread.join()
-    assert fake.seen == N
+    assert seen == [0] and fake.seen == N
     assert re.findall("waiting for .*", capsys.readouterr().err) == [
         f"waiting for a job that fills '{cache.path}' (process 1 on elsewhere)"
     ]
@@ -213,7 +232,7 @@ def test_without_locks_it_goes_on_and_removes_nothing(tmp_path, listing, whole, 
     cache.path.mkdir(parents=True)
     (cache.path / ".other.partial-1.safetensors").touch()
     fill(cache, listing, Fake(), views=2)
-    assert contents(cache).items() > contents(whole).items()
+    assert contents(cache) == contents(whole) and (cache.path / ".other.partial-1.safetensors").exists()
 
 
 def test_the_same_images_twice_are_harmless(tmp_path, listing, whole):

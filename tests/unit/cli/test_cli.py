@@ -1,6 +1,7 @@
 """The command line: every stage explains itself, and mistakes are one line."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 import typing
@@ -9,6 +10,7 @@ import pytest
 
 from mmfm import config
 from mmfm.cli.__main__ import COMMANDS, main
+from support.places import ROOT
 
 STAGES = [name for name in COMMANDS if name in config.STAGES]
 
@@ -63,3 +65,14 @@ def test_a_users_mistake_is_one_line():
 def test_bad_settings_are_named(arguments, message, capsys):
     assert main(["fit_gmm", "--tokens", "x", "--out-dir", "y", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_doctor_measures_steps_and_collectives():
+    """Its CPU form: two processes and a toy model."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "src")}
+    line = [sys.executable, "-m", "mmfm.cli", "doctor", "--gpu", "--micro-batch", "2"]
+    result = subprocess.run(line, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 x CPU" in result.stdout and "all-reduce of 4 MB" in result.stdout
+    assert "training step of a toy model, 2 images per process: " in result.stdout

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mmfm.cli.__main__ import main
 from mmfm.infra import store
+from mmfm.workflow import compared as compared_results
 from support.fid_runs import garments  # noqa: F401 (fixture)
 from support.finished_results import WARNING, write_result
 
@@ -41,14 +42,24 @@ def table(text):
 def test_settings_stand_in_their_order_with_the_best_marked(results, capsys):
     text = compared(capsys, results)
     assert table(text) == [
-        ["dinov2", "uncond", "35.6000", "40", "0", "620", "79,360", "01:01", "24", "-", "2.000"],
-        ["dinov2", "gmm", "7.1000", "40", "0", "620", "79,360", "01:01", "24", "64", "0.750"],
-        ["*", "dinov2", "mode", "6.7000", "40", "0", "620", "79,360", "01:01", "24", "64", "0.750"],
+        ["dinov2", "uncond", "35.6000", "40", "0", "620", "79,360", "01:01", "24", "00:09", "-", "2.000"],
+        ["dinov2", "gmm", "7.1000", "40", "0", "620", "79,360", "01:01", "24", "00:09", "64", "0.750"],
+        ["*", "dinov2", "mode", "6.7000", "40", "0", "620", "79,360", "01:01", "24", "00:09", "64", "0.750"],
     ]
     assert "floor:     0.2500 (distance of 70 held-out real images)" in text and text.count(WARNING) == 1
     assert "differ" not in text and "[1]" not in text
     header, *rows = text.split("\n\n")[1].splitlines()
     assert {row.index("620") + 3 for row in rows} == {header.index("steps") + 5}  # numbers end below their title
+
+
+def test_results_without_a_time_of_sampling_are_taken(results, capsys):
+    """Those of before it was recorded."""
+    for path in (results / "fid").glob("dinov2_*.seed0.*.json"):
+        record = store.read_json(path)
+        del record["samples"]["seconds"]
+        store.write_json(path, record)
+    text = compared(capsys, *(results / "fid").glob("dinov2_*.seed0.*.json"))
+    assert "sampling" not in text and "training" in text and "00:09" not in text
 
 
 def test_distances_that_look_equal_are_both_the_best(results, garments, capsys):
@@ -62,6 +73,20 @@ def test_a_result_and_its_short_name_are_one(results, capsys):
     assert table(compared(capsys, names[0])) == table(compared(capsys, names[1]))  # the short name's files are found
 
 
+def test_the_weights_of_a_step_have_the_model_and_the_time_of_their_training(results, capsys):
+    """`.step310` names no training of its own; the history of the whole one says when the step was reached."""
+    made = results / "fid" / "dinov2_mode.seed0.tiny.k64.t25.json"
+    record = store.read_json(made)
+    record["samples"]["weights"]["step"] = 310
+    step = made.with_name("dinov2_mode.seed0.tiny.k64.step310.t25.json")
+    store.write_json(step, record)
+    (results / "sample" / "dinov2_mode" / "seed0.tiny.k64.t25").rename(
+        results / "sample" / "dinov2_mode" / "seed0.tiny.k64.step310.t25"
+    )
+    (found,) = compared_results.find([step])
+    assert (found.model, found.training_seconds) == ("tiny", 30.0)
+
+
 def test_files_that_were_made_anew_since_are_not_taken(results, garments, capsys, tmp_path):
     """Other images, a longer training, another mixture: the numbers and images of today are not the result's."""
     record = store.read_json(results / "fid" / "dinov2_mode.json")
@@ -70,7 +95,7 @@ def test_files_that_were_made_anew_since_are_not_taken(results, garments, capsys
     store.write_json(results / "spatial_gmm" / "dinov2" / "k64" / "report.json", {"digest": "n", "stats_digest": "n"})
     store.write_json(results / "fid" / "dinov2_mode.seed0.tiny.k64.t25.json", record)
     (row,) = table(compared(capsys, results / "fid" / "dinov2_mode.seed0.tiny.k64.t25.txt"))
-    assert row == ["dinov2", "mode", "6.7000", "40", "0", "620", "79,360", "24", "64"]
+    assert row == ["dinov2", "mode", "6.7000", "40", "0", "620", "79,360", "24", "00:09", "64"]
     assert main(["compare", str(results / "fid" / "dinov2_mode.txt"), "--out", str(tmp_path / "a.png")]) == 2
     assert "none of these results has its images any more" in capsys.readouterr().err
 
@@ -109,7 +134,7 @@ def test_what_else_differs_is_said(results, garments, capsys):
     write_result(results, garments[:40], "mode", 6.5, seed=3)
     text = compared(capsys, results)
     assert "\nThe rows also differ in seed, so not only the settings are compared.\n" in text
-    assert [row[-7] for row in table(text)] == ["0", "0", "0", "3"] and table(text)[3][0] == "*"
+    assert [row[-8] for row in table(text)] == ["0", "0", "0", "3"] and table(text)[3][0] == "*"
 
 
 def test_the_files_say_the_same(results, tmp_path, capsys):
@@ -121,7 +146,8 @@ def test_the_files_say_the_same(results, tmp_path, capsys):
         ("uncond", 35.6, False, 0), ("gmm", 7.1, False, 0), ("mode", 6.7, True, 0),
     ]  # fmt: skip
     assert found["warnings"] == [WARNING] and found["notes"] == []
-    assert found["rows"][1]["training_seconds"] == 61.5 and found["rows"][1]["model"] == "tiny"
+    assert (found["rows"][1]["training_seconds"], found["rows"][1]["sampling_seconds"]) == (61.5, 9.25)
+    assert found["rows"][1]["model"] == "tiny"
 
 
 def test_the_picture_shows_the_same_images_in_the_order_of_the_table(results, garments, tmp_path, capsys):
@@ -158,7 +184,7 @@ def test_folders_of_several_runs_are_told_apart(results, garments, tmp_path, cap
     for path in (tmp_path / "results" / "again" / "fid").iterdir():
         store.write_json(path, {**store.read_json(path), "frechet_distance": 9.0})
     both = table(compared(capsys, results, results / "again", "--out", tmp_path / "both.png"))
-    assert [row[-12] for row in both] == [str(results)] * 3 + [str(results / "again")] * 3
+    assert [row[-13] for row in both] == [str(results)] * 3 + [str(results / "again")] * 3
 
 
 @pytest.mark.parametrize(

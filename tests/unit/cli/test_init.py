@@ -48,8 +48,9 @@ def test_what_is_written_and_said(photos, tmp_path, capsys):
     out = tmp_path / "mine.yaml"
     assert run(photos, "--out", out) == 0
     said = capsys.readouterr().out
-    for expected in ("81 images in one class", "1 .gif", "broken.jpg", "median 40", "80 RGB"):
+    for expected in ("81 images in one class", "1 .gif", "broken.jpg", "median 40", "80 RGB; all are read as RGB\n"):
         assert expected in said, expected
+    assert "\n  encoder  resources/demo/encoder: a TOY, made for the demo" in said
     loaded = config.load([DEFAULTS, out])
     assert loaded.run == "my-photos-2" and loaded.data.root == str(photos) and loaded.data.unreadable == "skip"
     for name, encoder in loaded.encoders.items():
@@ -62,6 +63,12 @@ def test_what_is_written_and_said(photos, tmp_path, capsys):
     assert last in text and "minutes on" in text and "a TOY" in text
     with Image.open(tmp_path / "mine.png") as sheet:
         assert sheet.width > 700
+
+
+def test_what_becomes_of_transparency_is_said(photos, tmp_path, capsys):
+    Image.new("RGBA", (40, 50), (255, 0, 0, 99)).save(photos / "clear.png")
+    assert run(photos, "--out", tmp_path / "mine.yaml") == 0
+    assert "80 RGB, 1 RGBA; all are read as RGB, transparency over white\n" in capsys.readouterr().out
 
 
 def test_nothing_is_overwritten_without_force(photos, tmp_path, capsys):

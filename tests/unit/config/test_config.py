@@ -45,6 +45,9 @@ def test_defaults_load():
         ("train.milestones=[1.5]", "a whole number"),
         ("models.tiny.hidden_size=[190,192]", "models.tiny"),
         ("data=3", "'data' must be a section"),
+        ("data.limit.images=0", "'data.limit.images' is 0.0; it must be above 0 and at most 1"),
+        ("data.limit.classes=1.5", "'data.limit.classes' is 1.5; it must be above 0 and at most 1"),
+        ("extract.crop=encodr", r"'extract.crop' is 'encodr' \(did you mean 'encoder'\?\)"),
     ],
 )
 def test_a_bad_key_is_named(override, message):

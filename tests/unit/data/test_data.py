@@ -1,11 +1,15 @@
 """Listing, splits, reading and cropping of images."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from mmfm import data
+from mmfm.cli.__main__ import main
+from mmfm.data import loader
 from mmfm.data.fashion_mnist import pad_to_rgb
 from mmfm.data.moments import CovarianceMoments
 from support.tiny import write_images
@@ -62,6 +66,51 @@ def test_errors_name_the_folder(folder, tmp_path):
         data.scan(folder)
     with pytest.raises(FileNotFoundError, match=r"data.root '.*absent'"):
         data.scan(tmp_path / "absent")
+
+
+def test_limited_images_are_those_of_the_published_draws():
+    """One RandomState for everything, written out: the classes if they are limited, then the images of each."""
+    labels = np.array([0] * 5 + [1] * 2 + [2] * 9 + [3] * 4)
+    draws = np.random.RandomState(42)
+    rows = [draws.choice(np.arange(first, stop), n, replace=False) for first, stop, n in
+            ((0, 5, 2), (5, 7, 1), (7, 16, 4), (16, 20, 2))]  # fmt: skip
+    assert np.flatnonzero(data.choose_limited(labels, 0.5, 1.0, 42)).tolist() == sorted(np.concatenate(rows))
+    draws = np.random.RandomState(7)
+    kept = sorted(draws.choice(4, 2, replace=False))
+    rows = [
+        draws.choice(np.flatnonzero(labels == k), max(1, len(labels[labels == k]) // 4), replace=False) for k in kept
+    ]
+    assert np.flatnonzero(data.choose_limited(labels, 0.25, 0.6, 7)).tolist() == sorted(np.concatenate(rows))
+    whole = data.choose_limited(labels, 1.0, 0.6, 7)
+    assert whole.tolist() == [label in kept for label in labels]
+    assert data.choose_limited(labels, 0.01, 0.01, 0).sum() == 1, "at least one class, and one image of it"
+
+
+def test_a_limit_comes_before_holding_out_and_keeps_the_labels(tmp_path, capsys):
+    images = write_images(tmp_path / "images", 24, classes=3)
+
+    def listed(*keys: str) -> tuple[data.Listing, data.Listing]:
+        out = [tmp_path / "train.safetensors", tmp_path / "heldout.safetensors"]
+        line = ["list_images", "--settings", json.dumps({"data": {"root": "x", "holdout": 0, "seed": 0,
+                "unreadable": "error", "workers": 0}}), *keys, "--root", str(images)]  # fmt: skip
+        assert main([*line, "--train", str(out[0]), "--heldout", str(out[1])]) == 0
+        return tuple(data.Listing.open(path) for path in out)
+
+    def paths(listing: data.Listing) -> list[str]:
+        return [listing.relative_path(i) for i in range(len(listing))]
+
+    everything = listed()[0]
+    chosen = data.choose_limited(everything.labels, 0.5, 0.7, 3)
+    wanted = [path for path, keep in zip(paths(everything), chosen, strict=True) if keep]
+    limit = ("data.limit.images=0.5", "data.limit.classes=0.7", "data.limit.seed=3")
+    alone = listed(*limit)[0]
+    assert paths(alone) == wanted and len(wanted) == 8 and alone.digest != everything.digest
+    assert alone.labels.tolist() == everything.labels[chosen].tolist() and alone.classes == everything.classes
+    assert "data.limit keeps 8 of 24 images in 2 classes" in capsys.readouterr().out
+    train, heldout = listed(*limit, "data.holdout=3")
+    held = data.choose_heldout(wanted, 3, 0)
+    assert paths(train) == [path for path, out in zip(wanted, held, strict=True) if not out]
+    assert paths(heldout) == [path for path, out in zip(wanted, held, strict=True) if out]
 
 
 def test_heldout_images_are_chosen_by_path():
@@ -179,3 +228,15 @@ def test_one_row_has_a_population_variance_and_two_an_unbiased_one():
 def test_arrays_that_are_no_garments_are_refused(shape, dtype):
     with pytest.raises(ValueError, match=r"28"):
         pad_to_rgb(np.zeros(shape, dtype))
+
+
+def test_a_small_shared_memory_is_named_before_workers_start(folder, tmp_path, monkeypatch):
+    write(folder, tmp_path / "l.safetensors")
+    monkeypatch.setattr(loader, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(loader.disk, "free", lambda path: 64 << 20)
+    batches = [list(range(40))] * 2
+    with pytest.raises(
+        ValueError, match=r"16 image-reading processes read up to 0\.4 GB ahead .* 0\.1 GB are free; lower"
+    ):
+        data.image_batches(tmp_path / "l.safetensors", 224, batches, workers=16)
+    assert len(list(data.image_batches(tmp_path / "l.safetensors", 8, [[0], [1]], workers=0))) == 2

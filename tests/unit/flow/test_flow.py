@@ -239,6 +239,29 @@ def test_each_network_runs_once_on_the_batch_and_the_guide_only_where_needed():
     assert batches == {"model": [4, 4, 4], "guide": [4, 4]}
 
 
+def test_guidance_does_not_wait_for_the_device():
+    """Tensors on `meta` have no values: reading one raises, as a GPU would have to be waited for."""
+    guided = []
+    weak = lambda x, t: guided.append(float(t[0])) or x  # noqa: E731
+    field = autoguidance(lambda x, t: x, weak, scale=1.5, interval=(0.2, 0.6))
+    x = torch.ones(4, 2, device="meta")
+    assert euler(field, x, torch.tensor([1.0, 0.5, 0.3, 0.1, 0.0])).device.type == "meta"
+    assert guided == pytest.approx([0.5, 0.3])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_guided_steps_on_a_gpu_never_wait():
+    x = torch.ones(4, 2, device="cuda")
+    field = autoguidance(lambda x, t: x, lambda x, t: x, scale=1.5, interval=(0.2, 0.6))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        x = euler(field, x, torch.tensor([1.0, 0.5, 0.3, 0.1, 0.0]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert x.isfinite().all()
+
+
 def test_classifier_free_guidance_doubles_the_batch_only_inside_the_interval():
     batches = []
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -284,6 +285,24 @@ def test_no_image_twice_after_kills_between_shards(files, weights, tmp_path, mon
     images, _ = run(files, weights["class_gmm"], tmp_path / "killed", **keys)
     digests = [store.array_digest(image) for image in images]
     assert digests == [store.array_digest(image) for image in undisturbed] and len(set(digests)) == 14
+
+
+def test_the_time_is_that_of_all_images_at_the_rate_of_the_last_run(files, weights, tmp_path, monkeypatch):
+    """A batch takes a second: whether the run was killed before changes nothing, and an image made before is free."""
+    clock = SimpleNamespace(monotonic=itertools.count().__next__)
+    monkeypatch.setattr("mmfm.stages.sample.time", clock)
+    keys = {"n_images": 20, "shard_size": 10, "batch_size": 5}
+
+    def seconds(out: Path, n_images: int) -> float:
+        run(files, weights["mode"], tmp_path / out, **{**keys, "n_images": n_images})
+        return store.read_json(tmp_path / out / "samples.json")["seconds"]
+
+    assert seconds("whole", 20) == 4
+    with monkeypatch.context() as patch:
+        patch.setattr("mmfm.stages.sample.npz.write_parts", write_once_then_fail(npz.write_parts))
+        assert main(arguments(files, weights["mode"], tmp_path / "killed", **keys)) == 2
+    assert seconds("killed", 20) == seconds("killed", 20) == 4
+    assert seconds("killed", 10) is None
 
 
 def test_grid_shows_images_and_their_sources(made, files, weights):

@@ -24,6 +24,19 @@ def test_threads_are_shared_among_processes():
     assert variables["HF_HUB_OFFLINE"] == "1"
 
 
+def test_segments_of_gpu_memory_may_grow_unless_the_user_says_otherwise(monkeypatch):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert launch.environment(8, 2, gpus=2)["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert not set(names) & set(launch.environment(8, 2))
+    for name in names:
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "backend:native")
+            found = launch.environment(8, 2, gpus=2)
+            assert {n: found[n] for n in names if n in found} == {name: "backend:native"}
+
+
 @pytest.mark.parametrize(("declared", "expected"), [("0,1", ["0", "1"]), ("", []), ("-1", []), ("GPU-a", ["GPU-a"])])
 def test_visible_gpus(monkeypatch, declared, expected):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", declared)
@@ -41,6 +54,37 @@ def test_two_jobs_never_hold_the_same_gpu(monkeypatch, tmp_path):
     for lock in locks + more:
         lock.close()
     assert launch.hold_gpus(3)[0] == ["0", "1", "2"]
+
+
+def test_a_container_without_nvidia_smi_has_the_gpus_of_its_device_files(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("nvidia0", "nvidia1", "nvidia10", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(launch, "_DEVICES", tmp_path)
+    assert launch.visible_gpus() == ["0", "1", "10"]
+    monkeypatch.setattr(launch, "_DEVICES", tmp_path / "none")
+    assert launch.visible_gpus() == []
+
+
+def test_jobs_that_both_see_a_gpu_0_share_it_only_if_it_is_the_same(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(launch, "_LOCK_FOLDER", tmp_path / "locks")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def have(uuid):
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '0, {uuid}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+
+    have("GPU-a")
+    first, locks = launch.hold_gpus(1)
+    have("GPU-b")
+    second, more = launch.hold_gpus(1)
+    assert (first, second) == (["GPU-a"], ["GPU-b"])
+    with pytest.raises(ValueError, match="only 0 of 1 are free"):
+        launch.hold_gpus(1)
+    for lock in locks + more:
+        lock.close()
 
 
 @pytest.mark.slow

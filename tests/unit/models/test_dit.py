@@ -87,7 +87,7 @@ def test_initial_weights_follow_the_generator_or_the_global_seed():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_initial_weights_are_the_published_ones():
+def test_xavier_initial_weights():
     """Xavier-uniform maps and embeddings of 0.02, frequencies of 1; modulations, output and biases of 0."""
     config = DiTConfig(8, 2, 16, (96, 128), (1, 1), (2, 2), num_classes=100, label_dropout=0.1)
     model = DiT(config, generator=torch.Generator().manual_seed(0))
@@ -101,6 +101,33 @@ def test_initial_weights_are_the_published_ones():
     zero = [*(block.adaLN_modulation[-1] for block in (*model.blocks, model.final_layer)), model.final_layer.linear]
     assert not any(layer.weight.any() for layer in zero)
     assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
+def test_pytorch_initial_weights_are_those_of_the_published_code():
+    """At the widths of XL: the standard deviation of a uniform number within 1 / sqrt(inputs), weights and biases."""
+    config = DiTConfig(2, 1, 768, (1152, 2048), (1, 1), (16, 16), num_classes=50, label_dropout=0.0)
+    models = {
+        init: DiT(config, init=init, generator=torch.Generator().manual_seed(0)) for init in ("xavier", "pytorch")
+    }
+    model, (first, last) = models["pytorch"], models["pytorch"].blocks
+    assert first.attn.qkv.weight.std().item() == pytest.approx(0.0170, abs=1e-4)
+    assert models["xavier"].blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.0208, abs=1e-4)
+    assert first.mlp.w3.weight.std().item() == pytest.approx(0.0104, abs=1e-4)
+    for layer in (first.attn.proj, last.attn.qkv, last.mlp.w12, last.mlp.w3, model.s_projector):
+        expected = (3 * layer.in_features) ** -0.5
+        assert layer.weight.std().item() == pytest.approx(expected, rel=0.01)
+        assert layer.bias.std().item() == pytest.approx(expected, rel=0.1)
+    for layer in (model.t_embedder.mlp[0], model.t_embedder.mlp[2]):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.01)
+        assert layer.bias.std().item() == pytest.approx((3 * layer.in_features) ** -0.5, rel=0.1)
+    assert model.y_embedder.embedding_table.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    for layer in (model.x_embedder.proj, model.s_embedder.proj):
+        assert layer.weight.abs().max().item() == pytest.approx(
+            (6 / sum(layer.weight.flatten(1).shape)) ** 0.5, rel=0.01
+        )
+        assert not layer.bias.any()
+    zero = [*(block.adaLN_modulation[-1] for block in (*model.blocks, model.final_layer)), model.final_layer.linear]
+    assert not any(parameter.any() for layer in zero for parameter in layer.parameters())
 
 
 def test_new_model_predicts_zero_and_learns():

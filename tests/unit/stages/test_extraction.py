@@ -57,7 +57,7 @@ def sections(batch, cache):
         image=config.Image(16),
         encoder=config.Encoder("dinov2", "none", 16),
         latents=config.Latents("on" if cache else "off", str(cache)),
-        extract=config.Extract(shard_size=SHARD, batch_size=batch, workers=0),
+        extract=config.Extract(shard_size=SHARD, batch_size=batch, workers=0, crop="image"),
     )
 
 

@@ -1,6 +1,7 @@
 """Training divided among processes, whole or in shards: the same numbers, and checkpoints that fit either way."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,8 @@ def two(tmp_path_factory) -> Path:
         str(script),
         str(folder),
     ]
-    finished = subprocess.run(line, capture_output=True, text=True)
+    on_the_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(line, capture_output=True, text=True, env=on_the_cpu)
     assert finished.returncode == 0, finished.stderr
     return folder
 
@@ -61,7 +63,10 @@ def assert_close(state: Path, other: Path) -> None:
             torch.testing.assert_close(tensor, theirs.optimizer()["state"][index][name], atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "ddp-from-fsdp", "fsdp-from-ddp", "fsdp-whole-share", "fsdp-compiled"])
+@pytest.mark.parametrize(
+    "name",
+    ["ddp", "fsdp", "ddp-from-fsdp", "fsdp-from-ddp", "fsdp-whole-share", "fsdp-compiled", "ddp-compiled"],
+)
 def test_two_processes_train_as_one(two, one, name):
     assert numbers(two / name / "state-x") == pytest.approx(numbers(one), rel=1e-5)
     assert_close(two / name / "state-x", one)

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import gzip
+import json
 import math
 import os
 import shutil
@@ -139,7 +141,7 @@ def test_a_second_ctrl_c_after_a_while_does_not_wait_for_a_checkpoint(tiny_pipel
     assert main(["train", *arguments(tiny_pipeline, tmp_path, "mode")]) == 130
     assert steps_kept(tmp_path) == [4]
     errors = capfd.readouterr().err
-    assert "resumes from the last checkpoint" in errors and "saved" not in errors
+    assert "stopped at once" in errors and "saved" not in errors
 
 
 def test_kill_9_in_the_middle_changes_nothing(tiny_pipeline, tmp_path):
@@ -474,7 +476,7 @@ def test_milestones_stay_so_that_a_lowered_budget_finds_them(tiny_pipeline, tmp_
 
 def test_milestones_that_are_not_reached_are_named(tiny_pipeline, tmp_path, caplog):
     run(tiny_pipeline, tmp_path, "uncond", epochs=1, milestones=[1, 2, 99])
-    assert "train.milestones [2, 99] are not reached: train.epochs is 1" in caplog.text
+    assert "the milestones at steps [10, 495] are not reached: training ends at step 5" in caplog.text
 
 
 def test_an_image_size_that_the_decoder_does_not_make_is_refused(tiny_pipeline, tmp_path):
@@ -538,6 +540,36 @@ def test_a_step_on_a_gpu_never_waits(tiny_pipeline, tmp_path, monkeypatch, compi
     monkeypatch.setattr(trainer.Trainer, "_train_step", watched)
     run(tiny_pipeline, tmp_path, "mode", micro_batch=4, compile=compiled)
     assert (tmp_path / "ema.safetensors").exists()
+
+
+def test_some_steps_are_profiled(tiny_pipeline, undisturbed, tmp_path, capsys):
+    run(tiny_pipeline, tmp_path, profile=[3, 4])
+    profile = state_of(tmp_path) / "profile"
+    assert "aten::addmm" in (profile / "table-0.txt").read_text()
+    with gzip.open(profile / "trace-0.json.gz") as trace:
+        assert json.load(trace)["traceEvents"]
+    assert f"profile of steps 3 to 4: '{profile}'" in capsys.readouterr().err
+    assert_same(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("steps", [[3], [0, 4], [4, 3]])
+def test_a_profile_needs_a_first_and_a_last_step(tiny_pipeline, tmp_path, steps):
+    with pytest.raises(ValueError, match=r"'train.profile' is .*; give the first and the last step"):
+        run(tiny_pipeline, tmp_path, profile=steps)
+
+
+def test_the_history_says_how_long_steps_wait_for_data(tiny_pipeline, tmp_path, monkeypatch):
+    images, batches = latents.TrainingBatches.batches, []
+
+    def slow(self, *steps):
+        for batch in images(self, *steps):
+            time.sleep(0.02)
+            batches.append(batch)
+            yield batch
+
+    monkeypatch.setattr(latents.TrainingBatches, "batches", slow)
+    run(tiny_pipeline, tmp_path, epochs=1)
+    assert batches and all(0 < share <= 1 for (share,) in history(tmp_path, "data_wait"))
 
 
 def test_checkpointed_activations_change_only_the_rounding(tiny_pipeline, undisturbed, tmp_path):
@@ -631,7 +663,7 @@ def test_the_average_follows_a_compiled_model():
     model = torch.nn.Linear(3, 2)
     model.bias.requires_grad_(False)
     start = model.weight.detach().clone()
-    ema = Ema(model, 0.9)
+    ema = Ema(model)
     ema.follow([ema.module.weight], [model.weight])
     model.compile(backend="eager")
     optimizer = torch.optim.SGD([model.weight], lr=1.0)
@@ -639,7 +671,7 @@ def test_the_average_follows_a_compiled_model():
     for _ in range(3):
         model(torch.ones(1, 3)).sum().backward()
         optimizer.step()
-        ema.update()
+        ema.update(0.9)
         expected = 0.9 * expected + 0.1 * model.weight.detach()
     torch.testing.assert_close(ema.module.weight, expected)
     assert not torch.equal(ema.module.weight, start) and torch.equal(ema.module.bias, model.bias)
@@ -699,7 +731,8 @@ def a_trainer(state: Path, micro_batch: int = 0, ema_decay: float | None = 0.9, 
     plan = BatchPlan(seed=1, n_images=20, global_batch=8, micro_batch=micro_batch)
     state.mkdir(exist_ok=True)
     given = {"checkpoint_every": 100, "log_every": 3, "keep_checkpoints": 2, "logger": "none", **options}
-    optimizer = OptimizerOptions(lambda step: 0.1 / (1 + step), (0.9, 0.95), 0.01, 0.5, ema_decay)
+    decay = None if ema_decay is None else lambda step: ema_decay
+    optimizer = OptimizerOptions(lambda step: 0.1 / (1 + step), (0.9, 0.95), 0.01, 0.5, decay)
     run = Run("test", model, squared_errors, plan, state, Ranks(0, 1, torch.device("cpu")))
     made = trainer.Trainer(run, optimizer, LoopOptions(**given))
     return made, Points(plan, table)

@@ -43,23 +43,38 @@ def steps(given: LossWeighting, *losses: tuple[list[float], list[int]]) -> torch
     ],
 )
 def test_rules(rule, expected):
-    """Running losses 1 and 3 have ratios 0.5 and 1.5 to their mean; label 2 has not occurred."""
-    weights = steps(weighting(rule=rule, gamma=2.0), ([0.5, 1.5, 3.0], [0, 0, 1]))
+    """Running losses 1 and 3 have ratios 0.5 and 1.5 to their mean."""
+    weights = steps(weighting(2, 1, rule=rule, gamma=2.0), ([0.5, 1.5, 3.0], [0, 0, 1]))
     mean = sum(expected) / 2
-    assert weights.tolist() == pytest.approx([expected[0] / mean, expected[1] / mean, 1.0])
+    assert weights.tolist() == pytest.approx([expected[0] / mean, expected[1] / mean])
 
 
-def test_the_running_loss_is_an_average_over_the_steps_in_which_a_label_occurs():
+def test_the_running_loss_starts_at_one_and_moves_in_the_steps_in_which_a_label_occurs():
     given = weighting(decay=0.75)
-    steps(given, ([4.0], [0]), ([8.0, 1.0], [0, 1]), ([3.0], [1]))
-    assert given.running.tolist() == pytest.approx([5.0, 1.5, 0.0])
-    assert given.seen.tolist() == [True, True, False]
+    steps(given, ([5.0], [0]), ([8.0, 1.0], [0, 1]), ([3.0], [1]))
+    assert given.running.tolist() == pytest.approx([3.5, 1.5, 1.0])
+    mean = (3.5**2 + 1.5**2 + 1.0) / 3 / 4  # the losses' mean is 2
+    weights = steps(weighting(decay=0.75, gamma=2.0), ([5.0], [0]), ([8.0, 1.0], [0, 1]), ([3.0], [1]))
+    assert weights.tolist() == pytest.approx([x * x / 4 / mean for x in (3.5, 1.5, 1.0)]), "unseen labels count as 1"
 
 
-def test_bounds_and_warmup():
-    given = weighting(2, warmup_steps=2, bounds=[0.5, 1.25])
-    assert steps(given, ([1.0, 99.0], [0, 1])).tolist() == [1.0, 1.0]
+def test_the_warmup_ends_in_plain_means():
+    """Whatever the decay: the mean of all losses of a label, not of its steps, and 1 for a label without any."""
+    given = weighting(3, warmup_steps=2, decay=0.5)
+    assert steps(given, ([1.0, 2.0, 9.0], [0, 0, 1])).tolist() == [1.0, 1.0, 1.0]
+    assert given.running.tolist() == [1.0, 1.0, 1.0]
+    given.weigh(torch.tensor([6.0], requires_grad=True), torch.tensor([0]))
     given.after_step(ALONE, 2)
+    assert given.running.tolist() == [3.0, 9.0, 1.0] and given.weights.argmax() == 1
+    given.weigh(torch.tensor([5.0, 7.0], requires_grad=True), torch.tensor([2, 2]))
+    given.after_step(ALONE, 3)
+    assert given.running.tolist() == [3.0, 9.0, 3.5]
+
+
+def test_bounds():
+    """Weights are bounded after they are scaled: their mean is not 1 then."""
+    given = weighting(2, warmup_steps=1, bounds=[0.5, 1.25])
+    steps(given, ([1.0, 99.0], [0, 1]))
     assert given.weights.tolist() == [0.5, 1.25]
     values = given.weigh(torch.tensor([2.0, 2.0, 4.0]), torch.tensor([1, 0, 1]))
     assert values.tolist() == [2.5, 1.0, 5.0]
@@ -122,6 +137,15 @@ def test_the_state_survives_json():
     other = weighting()
     other.load(json.loads(json.dumps(given.state())), 2)
     assert torch.equal(other.weights, given.weights) and torch.equal(other.running, given.running)
+    warming, resumed = weighting(warmup_steps=2), weighting(warmup_steps=2)
+    steps(warming, ([0.1, 0.7], [0, 2]))
+    resumed.load(json.loads(json.dumps(warming.state())), 1)
+    for each in (warming, resumed):
+        each.weigh(torch.tensor([0.3, 0.5], requires_grad=True), torch.tensor([0, 1]))
+        each.after_step(ALONE, 2)
+    assert torch.equal(resumed.weights, warming.weights) and warming.running.tolist() == pytest.approx([0.2, 0.5, 0.7])
+    with pytest.raises(ValueError, match=r"of an earlier version \(no sums, counts\); remove the state directory"):
+        weighting().load({"running": [1.0] * 3, "seen": [True] * 3}, 2)
     with pytest.raises(ValueError, match="of 3 labels, not of 4"):
         weighting(4).load(given.state(), 2)
 
@@ -133,7 +157,7 @@ def test_an_interrupted_weighted_run_ends_like_an_undisturbed_one(tiny_pipeline,
     run(tiny_pipeline, tmp_path / "parts", "gmm", **keys)
     assert_same(tmp_path / "parts", tmp_path / "whole")
     kept = checkpoint.find(state_of(tmp_path / "whole"), 15).values["companion"]
-    assert all(kept["seen"]) and min(kept["running"]) > 0
+    assert min(kept["counts"]) > 0 and 1.0 not in kept["running"]
     plain = run(tiny_pipeline, tmp_path / "plain", "gmm", flip=False)
     with pytest.raises(AssertionError):
         assert_same(plain, tmp_path / "whole")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmfm import config
 from mmfm.config.choices import ENCODER_FAMILIES
@@ -117,3 +118,28 @@ def test_a_model_that_is_not_configured():
 def test_every_family_knows_what_it_can_load():
     for family in ENCODER_FAMILIES.values():
         assert set(family.model_types) == set(family.load().model_classes)
+
+
+def test_statistics_of_another_shape_are_refused_without_pytorch(folder, tmp_path):
+    """By the shapes in the file; what else the file names is not run."""
+    given = tmp_path / "stat.pt"
+    loaded = dataclasses.replace(CONFIGURATION, encoders={"mine": entry(folder)})
+    fits = torch.ones(96, 4, 4)
+    for content in ({"mean": None, "var": fits}, {"mean": fits, "var": fits}, {"mean": fits}, {"other": 3}, [1]):
+        torch.save(content, given)
+        checks.statistics("mine", loaded, given)
+    torch.save({"mean": None, "var": torch.ones(768, 16, 16)}, given)
+    with pytest.raises(
+        ValueError, match=r"stat.pt', statistics of latents \(768, 16, 16\), .*'mine' gives \(96, 4, 4\);"
+    ):
+        checks.statistics("mine", loaded, given)
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "touched",))
+
+    torch.save({"mean": Evil(), "var": fits}, given)
+    checks.statistics("mine", loaded, given)
+    given.write_bytes(b"PK no archive")
+    checks.statistics("mine", loaded, given)
+    assert not (tmp_path / "touched").exists()

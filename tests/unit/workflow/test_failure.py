@@ -92,7 +92,7 @@ def test_the_record_keeps_from_the_terminal_what_the_summary_says():
     other = record("MissingOutputException: no x", "error")
     last = record("WorkflowError:\nAt least one job did not complete successfully.", "error")
     plain = record("Finished jobid: 3", "job_finished")
-    brief = Brief(logging.Formatter("usual %(message)s"))
+    brief = Brief(found, logging.Formatter("usual %(message)s"))
     assert brief.format(job) == f"fit_gmm (dinov2.k5) did not finish; its log: {log}"
     assert brief.format(plain) == "usual Finished jobid: 3"
     assert all(found.keep(one) for one in (command, job, other, plain, last))
@@ -103,3 +103,15 @@ def test_the_record_keeps_from_the_terminal_what_the_summary_says():
     assert not found.passes(last) and found.passes(other)
     found.keep(record("Terminating processes on user request, this might take some time."))
     assert found.stopped
+
+
+def test_the_workflows_own_errors_are_shown_as_their_messages():
+    found, message = Record(), "'fid.weights' is 'x', which does not exist; set it (see config/README.md)\nTargets: a"
+    brief = Brief(found, logging.Formatter("usual %(message)s"))
+    around = "InputFunctionException in rule fid:\nError:\n  WorkflowError:\n    {}\nTraceback:\n  File x"
+    raised = record(around.format(message.replace("\n", "\n    ")), "error")
+    assert brief.format(raised).startswith("usual InputFunctionException")
+    found.refusals.append(message)
+    assert brief.format(raised) == f"Error: {message}"
+    assert brief.format(record("MissingInputException: no y", "error")) == "usual MissingInputException: no y"
+    assert brief.format(record(f"Finished: {message}", "job_finished")) == f"usual Finished: {message}"

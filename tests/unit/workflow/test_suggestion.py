@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from mmfm import config
+from mmfm.config.choices import CARDS
 from mmfm.workflow import costs, suggestion
 from mmfm.workflow.suggestion import EncoderChoice, Images, Machine
 from support.places import DEFAULTS, ROOT
@@ -15,7 +16,7 @@ PHOTOS = Images("/data/my phötos: 1", 5_000, 10, 300, 50_000, False)
 SMALL = EncoderChoice("dinov2", "hf:facebook/dinov2-small", "a small one", 384, 12, 14)
 BASE = dataclasses.replace(SMALL, width=768)
 LAPTOP = Machine("8 cores", False, 8, costs.Rates(2e11, 2e11, 200, 2e8))
-GPU = Machine("a GPU", True, 16, dataclasses.replace(costs.GPU, decode=200))
+GPU = Machine("a GPU", True, 16, dataclasses.replace(costs.gpu_rates(CARDS["A100-40GB"]), decode=200))
 
 
 def suggest(images=PHOTOS, encoder=SMALL, machine=LAPTOP, **options):

@@ -1,0 +1,71 @@
+"""The formulas of the estimates against what PyTorch counts, for models of five shapes."""
+
+import pytest
+import torch
+
+from mmfm import config
+from mmfm.autoencoder.decoder import Decoder, DecoderConfig
+from mmfm.models.dit import DiT
+from mmfm.workflow import costs
+from support import counting
+
+SHAPES = {
+    "XL": (config.Model((1152, 2048), (28, 2), (16, 16)), 16, 768),
+    "S": (config.Model((384, 2048), (12, 2), (6, 16)), 16, 768),
+    "tiny": (config.Model((192, 192), (3, 1), (6, 6)), 4, 192),
+    "even": (config.Model((512, 512), (4, 4), (8, 8)), 8, 768),
+    "deep": (config.Model((768, 1024), (6, 2), (12, 16)), 16, 384),
+}
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request):
+    return SHAPES[request.param]
+
+
+def test_operations(shape):
+    model, grid, channels = shape
+    forward, both = counting.operations(counting.sizes(model, grid, channels))
+    found = costs.dit_flops(model, grid**2, channels)
+    print(f"operations: {found:.4e}, counted {forward:.4e}: {found / forward:.4f}; training {3 * found / both:.4f}")
+    assert found == pytest.approx(forward, rel=0.02) and 3 * found == pytest.approx(both, rel=0.02)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_stored_activations(shape, recomputed):
+    model, grid, channels = shape
+    counted = counting.activations(counting.sizes(model, grid, channels), recomputed)
+    found = costs.dit_activations(model, grid**2, channels, recomputed)
+    print(f"activations: {found:.4e}, counted {counted:.4e}: {found / counted:.4f}")
+    assert found == pytest.approx(counted, rel=0.1)
+
+
+def test_parameters(shape):
+    model, grid, channels = shape
+    with torch.device("meta"):
+        counted = sum(p.numel() for p in DiT(counting.sizes(model, grid, channels)).parameters())
+    found = costs.dit_parameters(model, channels)
+    print(f"parameters: {found:.4e}, counted {counted:.4e}: {found / counted:.4f}")
+    assert found == pytest.approx(counted, rel=0.02)
+
+
+def test_stored_activations_of_the_decoder(full):
+    d = full.decoder
+    sizes = DecoderConfig(768, d.hidden_size, d.intermediate_size, d.num_heads, d.num_layers, 16, 256)
+    counted = counting.stored(lambda: Decoder(sizes), lambda model, batch: model(torch.empty(batch, 256, 768)))
+    found = costs.decoder_activations(d, 256)
+    print(f"activations of the decoder: {found:.4e}, counted {counted:.4e}: {found / counted:.4f}")
+    assert found == pytest.approx(counted, rel=0.1)
+
+
+def test_the_counters_count():
+    """One linear map after another, by hand."""
+    width, tokens, inner = 16, 16, int(2 / 3 * 64)
+    small = counting.sizes(config.Model((width, width), (1, 1), (2, 2)), 4, 8)
+    attention = 2 * tokens * width * 4 * width + 2 * 2 * tokens * tokens * width
+    block = attention + 2 * tokens * width * 3 * inner
+    embedding = 2 * (2 * tokens * 8 * width) + 2 * (512 * width + width * width)
+    modulation = 2 * width * 6 * width * (1 + tokens) + 2 * tokens * width * 2 * width
+    forward, both = counting.operations(small)
+    assert forward == 2 * block + embedding + modulation + 2 * tokens * width * 8
+    assert 2.7 < both / forward < 3
