@@ -40,3 +40,18 @@ def test_every_promise_names_a_test_that_exists():
     files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
     for file, name in promised:
         assert f"\ndef {name}(" in files[file], f"{file}::{name}"
+
+
+def test_every_number_of_the_method_names_a_test_that_exists():
+    """In the table of docs/parity.md; ``::name`` is in the file named before it."""
+    section = (ROOT / "docs" / "parity.md").read_text().split("## The method's numbers")[1].split("## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    assert len(rows) > 15
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)?::(test_\w+)`", row)
+        assert named and named[0][0], row
+        file = ""
+        for other, name in named:
+            file = other or file
+            assert f"\ndef {name}(" in files[file], f"{file}::{name}"

@@ -21,7 +21,7 @@ OVERLAY = Path("overlay.yaml")
 
 def plan(
     keys: dict, targets: list[str], touch: bool = False, version: str | None = None, force: str | None = None,
-    parameters: bool = False, graph: bool = False, operation: bool = False,
+    parameters: bool = False, graph: bool = False, operation: bool = False, resources: bool = False,
 ) -> list[str] | dict[str, str] | dict[str, dict]:  # fmt: skip
     """Return the rules that a call would run; with ``touch`` its outputs are made, empty, and recorded as up to date.
 
@@ -31,6 +31,7 @@ def plan(
         force: a rule to run in any case, as by ``-R``.
         parameters: return the parameter of every job of a stage by its first output instead.
         operation: return the operation keys of every job by its first output instead.
+        resources: return what every job of a stage asks for by its first output instead.
         graph: return for every rule the rules whose outputs it reads, and the names of its outputs, instead.
     """
     OVERLAY.write_text(yaml.safe_dump(keys))
@@ -63,6 +64,11 @@ def plan(
                 return found
             if operation:
                 return {str(job.output[0]): job.resources.get("operation", "") for job in jobs}
+            if resources:
+                asked = ("gpu", "mem_mb", "runtime", "disk_mb")
+                return {
+                    str(job.output[0]): {name: job.resources.get(name) for name in asked} for job in jobs if job.output
+                }
             if parameters:
                 return {str(job.output[0]): job.params.settings for job in jobs if hasattr(job.params, "settings")}
             return sorted({job.rule.name for job in jobs})

@@ -51,7 +51,7 @@ def euler(velocity_fn: VelocityFn, x: Tensor, times: Tensor, dtype: torch.dtype 
         x: state at times[0], (B, ...).
         times: (T,) strictly decreasing, from 1 (source) towards 0 (data).
         dtype: of state and time. bfloat16 rounds both, as the published code did. A step's length is the difference of
-            float32 times in any case; PyTorch rounds it to the state's dtype when it multiplies.
+            float32 times in any case, rounded to the state's dtype.
 
     Returns:
         state at times[-1], (B, ...) of ``dtype``.
@@ -61,7 +61,7 @@ def euler(velocity_fn: VelocityFn, x: Tensor, times: Tensor, dtype: torch.dtype 
     """
 
     def step(x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-        return x + (t_next - t) * _evaluate(velocity_fn, x, t)
+        return x + _length(t, t_next, x) * _evaluate(velocity_fn, x, t)
 
     return _integrate(step, x, times, dtype)
 
@@ -74,8 +74,8 @@ def heun(velocity_fn: VelocityFn, x: Tensor, times: Tensor, dtype: torch.dtype =
 
     def step(x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         first = _evaluate(velocity_fn, x, t)
-        second = _evaluate(velocity_fn, x + (t_next - t) * first, t_next)
-        return x + (t_next - t) * (first + second) / 2
+        second = _evaluate(velocity_fn, x + _length(t, t_next, x) * first, t_next)
+        return x + _length(t, t_next, x) * (first + second) / 2
 
     return _integrate(step, x, times, dtype)
 
@@ -135,6 +135,11 @@ def adaptive(
     return path[-1], evaluations
 
 
+def _length(t: Tensor, t_next: Tensor, x: Tensor) -> Tensor:
+    """Return the length of a step in the dtype of x, to which only some devices would round it in a product."""
+    return (t_next - t).to(x.dtype)
+
+
 def _evaluate(velocity_fn: VelocityFn, x: Tensor, t: Tensor) -> Tensor:
     return velocity_fn(x, t.to(x.dtype).expand(x.shape[0])).to(x.dtype)
 
@@ -150,7 +155,7 @@ def _integrate(
     step: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, times: Tensor, dtype: torch.dtype
 ) -> Tensor:
     # The default is float32 even if the network runs in bf16, which can't resolve steps of 0.003 near t = 1. Times are
-    # 0-dimensional, so t_next - t is exact for any dtype of the state. They stay on the CPU, so that guidance can read
+    # float32, so t_next - t is exact for any dtype of the state. They stay on the CPU, so that guidance can read
     # them without waiting for a GPU.
     times = _checked(times)
     x = x.to(dtype)

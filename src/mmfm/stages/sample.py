@@ -86,9 +86,8 @@ def identity(config: StageConfig, sampler: Sampler) -> dict[str, Any]:
     found = {"setting": config.setting, **config.identity(), "seed": sampler.seed, "precision": sampler.precision}
     if sampler.means_precision not in (None, "float32"):  # configured as `auto`, it depends on the device
         found["means"] = sampler.means_precision
-    if (
-        sampler.precision == "reference"
-    ):  # earlier versions rounded state and time only; their shards must not be mixed in
+    # Earlier versions rounded state and time only; their shards must not be mixed in.
+    if sampler.precision == "reference":
         found["rounded"] = "all"
     if sampler.generator.is_adaptive:  # the images of a batch share the solver's step sizes
         found["batch_size"] = config.sample.batch_size

@@ -136,14 +136,43 @@ def test_the_imagenet_preset_carries_the_published_numbers():
     loaded = config.load([DEFAULTS, ROOT / "config" / "imagenet256.yaml"])
     assert (loaded.gmm.n_components, loaded.train.global_batch, loaded.train.ema_decay) == (8192, 1024, 0.9995)
     assert loaded.section("model").depth == (28, 2) and loaded.sample.time_points == 50
-    assert (loaded.guide.model, loaded.guide.epochs, loaded.guide.scale, loaded.guide.interval) == (
-        "S",
-        20,
-        1.5,
-        (0, 1),
+    assert (loaded.guide.model, loaded.guide.steps, loaded.guide.scale) == ("S", 25_000, 1.5)
+    assert loaded.guide.interval == (0, 1)
+    assert (loaded.train.steps, loaded.train.milestone_steps) == (100_000, (25_000,))
+    assert (loaded.train.betas, loaded.train.weight_decay, loaded.train.clip_norm) == ((0.9, 0.95), 0, 1.0)
+    assert (loaded.train.assignment, loaded.train.init, loaded.train.means_precision) == (
+        "soft",
+        "pytorch",
+        "reference",
     )
-    assert (loaded.train.label_dropout, loaded.train.mode_dropout, loaded.train.loss_weighting.rule) == (0.1, 0, "none")
+    assert (loaded.extract.crop, loaded.spatial_gmm.crop, loaded.latent_stats.mean) == ("encoder", "encoder", False)
     assert (loaded.gmm.reg_covar, loaded.gmm.tol, loaded.gmm.max_iter, loaded.gmm.seed) == (1e-6, 1e-3, 100, 42)
+
+
+@pytest.mark.parametrize(
+    ("setting", "model", "phase", "warmup"),
+    [
+        ("uncond", "XL", (20, 2e-4, 0.995), None),
+        ("gmm", "XL", (20, 4e-4, 0.999), 2500 / 8),
+        ("mode", "XL", (20, 4e-4, 0.999), 2500 / 32),
+        ("uncond", "S", None, None),
+        ("gmm", "S", None, 2500 / 2),
+        ("mode", "S", None, 2500 / 2),
+    ],
+)
+def test_the_imagenet_recipes_are_the_published_ones(setting, model, phase, warmup):
+    """DINOv2's; the warm-up is 2500 micro-batches over those of a GPU per step."""
+    loaded = config.load([DEFAULTS, ROOT / "config" / "imagenet256.yaml"])
+    train = loaded.train_of(setting, model, guide=model == "S")
+    assert train.target_step(1251) == (25_000 if model == "S" else 100_000)
+    assert (train.lr, train.final_lr, train.constant_epochs, train.decay_end_epoch) == (2e-4, 2e-5, 40, 800)
+    assert train.ema_decay == 0.9995 and dataclasses.astuple(train.initial_phase) == (phase or (0, 0.0, 0.0))
+    rule = train.loss_weighting
+    if warmup is None:
+        assert rule.rule == "none"
+    else:
+        assert (rule.rule, rule.by, rule.gamma, rule.bounds) == ("focal", "mode", 2.0, (0.3, 3.0))
+        assert abs(rule.warmup_steps - warmup) <= 0.5 and rule.decay == pytest.approx(0.9995 ** (1 / 8), abs=1e-7)
 
 
 def test_a_list_passes_through_the_shell_and_back():

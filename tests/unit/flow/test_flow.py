@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors import safe_open
+from torch.overrides import TorchFunctionMode
 
 from mmfm.config.choices import SOLVERS
 from mmfm.flow.guidance import autoguidance, classifier_free_guidance
@@ -130,7 +131,7 @@ def test_solver_keeps_float32_and_passes_batched_times():
 
 
 def test_bf16_state_and_time_round_as_torchdiffeq_does():
-    """The published sampler gave torchdiffeq's Euler a bf16 state: time is rounded for the model, not for the step."""
+    """The published sampler gave torchdiffeq's Euler a bf16 state: time is rounded for the model."""
     from torchdiffeq import odeint
 
     start, times = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).bfloat16(), time_grid(12, 3.0)
@@ -144,6 +145,25 @@ def test_bf16_state_and_time_round_as_torchdiffeq_does():
     assert final.dtype == torch.bfloat16 and torch.equal(final, expected)
     exact = euler(lambda x, t: torch.sin(3 * x) + t[:, None], start.float(), times)
     assert 1e-3 < (final.float() - exact).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(("solver", "dtype"), [(s, d) for s in (euler, heun) for d in (torch.bfloat16, torch.float32)])
+def test_a_steps_length_is_rounded_to_the_states_dtype_before_it_is_used(solver, dtype):
+    """PyTorch would round it or not, depending on the devices of the two factors."""
+    lengths = []
+
+    class Products(TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), keywords=None):
+            factors = [a for a in arguments if isinstance(a, torch.Tensor)]
+            if function is torch.Tensor.mul and len(factors) == 2:
+                lengths.extend(factor for factor in factors if factor.ndim == 0)
+            return function(*arguments, **(keywords or {}))
+
+    times = time_grid(4, 3.0)
+    with Products():
+        solver(lambda x, t: x, torch.ones(2, 3), times, dtype=dtype)
+    assert {length.dtype for length in lengths} == {dtype}
+    assert sorted({length.item() for length in lengths}) == sorted(times.diff().to(dtype).tolist())
 
 
 @pytest.mark.parametrize("method", [name for name, solver in SOLVERS.items() if solver.adaptive])
