@@ -6,7 +6,8 @@ from PIL import Image
 from mmfm import config, data
 from mmfm.cli.__main__ import main
 from mmfm.workflow import costs, facts, resources, targets
-from support.places import DEFAULTS, ROOT
+from support.checkout import link_workflow
+from support.places import DEFAULTS
 
 DEMO = config.load([DEFAULTS])
 
@@ -116,7 +117,8 @@ def test_a_name_that_is_no_target(name, message):
 
 
 def test_scale_of_each_input(photos, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
+    (tmp_path / "checkout").mkdir()
+    monkeypatch.chdir(link_workflow(tmp_path / "checkout"))  # results in the repository would count as this run's
     mine = tmp_path / "mine.yaml"
     mine.write_text(
         f"data: {{root: {photos}}}\nimage: {{size: 64}}\nfid: {{detector: inception, weights: x}}\n"
