@@ -70,20 +70,27 @@ def nearest_multiples(size: int, patch: int) -> str:
     return f"{below} or {below + patch}" if below else str(patch)
 
 
+def _latent_shape(about: Encoder) -> tuple[int, int, int] | None:
+    """Return the shape (C, H, W) of an encoder's latents by its folder's config.json; None without one."""
+    file = Path(about.weights) / "config.json"
+    if not file.is_file():
+        return None
+    found = _read_json(file, about.weights)
+    found = found.get("vision_config", found)
+    side = about.input_size // found["patch_size"]
+    return found["hidden_size"], side, side
+
+
 def decoder(name: str, config: Config, path: Path) -> None:
     """Check the sizes in a decoder's file against an encoder's local folder and the image size.
 
     Raises:
         ValueError: it decodes latents of another shape, or images of another size.
     """
-    sizes, about = _decoder_sizes(path), config.encoders[name]
-    folder = Path(about.weights)
-    if sizes is None or not (folder / "config.json").is_file():
+    sizes, latent = _decoder_sizes(path), _latent_shape(config.encoders[name])
+    if sizes is None or latent is None:
         return  # the stages that read it say what is wrong
-    found = _read_json(folder / "config.json", str(folder))
-    found = found.get("vision_config", found)
-    grid = about.input_size // found["patch_size"]
-    expected = (found["hidden_size"], grid * grid, config.image.size)
+    expected = (latent[0], latent[1] * latent[2], config.image.size)
     actual = (sizes["latent_dim"], sizes["num_patches"], sizes["patch_size"] * int(sizes["num_patches"] ** 0.5))
     if actual != expected:
         raise ValueError(
@@ -99,14 +106,9 @@ def statistics(name: str, config: Config, path: Path) -> None:
     Raises:
         ValueError: they are statistics of latents of another shape.
     """
-    shape, about = _statistics_shape(path), config.encoders[name]
-    folder = Path(about.weights)
-    if shape is None or not (folder / "config.json").is_file():
+    shape, expected = _statistics_shape(path), _latent_shape(config.encoders[name])
+    if shape is None or expected is None:
         return  # the stage that reads it says what is wrong
-    found = _read_json(folder / "config.json", str(folder))
-    found = found.get("vision_config", found)
-    side = about.input_size // found["patch_size"]
-    expected = (found["hidden_size"], side, side)
     if shape != expected:
         raise ValueError(
             f"'latent_stats.weights' is '{path}', statistics of latents {shape}, but the encoder '{name}' gives "
