@@ -19,7 +19,7 @@ import yaml
 
 from mmfm import config
 from mmfm.config import registry
-from mmfm.config.sections import NEVER
+from mmfm.config.keys import NEVER
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "config" / "README.md"

@@ -57,7 +57,7 @@ def test_every_stage_has_its_module_command_and_documents(name):
 def with_a_new_key(folder: Path) -> Path:
     """Copy the package, and add a key to the section `train` as a later version would."""
     shutil.copytree(ROOT / "src", folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    sections = folder / "mmfm" / "config" / "sections.py"
+    sections = folder / "mmfm" / "config" / "training.py"
     text, first = sections.read_text(), '    model: str = key("name of an entry of `models`")\n    seed: int'
     assert text.count(first) == 1
     added = first.replace("    seed", '    warmth: float = key("a new key", minimum=0, as_before=0.0)\n    seed')

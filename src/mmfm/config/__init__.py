@@ -7,40 +7,33 @@ results. Every key has one of three kinds:
 * ``budget``: how far to go; part of the parameter but not of the fingerprint, so raising it continues a finished run.
 * ``operation``: speed, memory, logging; part of neither.
 
-:mod:`~mmfm.config.registry` lists the stages, :mod:`~mmfm.config.sections` the keys, and :mod:`~mmfm.config.choices`
-the values they accept. :class:`StageConfig` holds what one stage reads.
+:mod:`~mmfm.config.registry` lists the stages; :mod:`~mmfm.config.sections`, :mod:`~mmfm.config.training` and
+:mod:`~mmfm.config.sampling` declare the keys, and :mod:`~mmfm.config.choices` the values they accept. :class:`Config`
+is the whole, :class:`StageConfig` what one stage reads of it.
 """
 
 from mmfm.config.choices import SETTINGS, did_you_mean
+from mmfm.config.keys import declared, keys_of_kind
 from mmfm.config.reading import build, demo_layer, load, parse_overrides
 from mmfm.config.registry import STAGES
+from mmfm.config.sampling import Guidance, Guide, Sample
 from mmfm.config.sections import (
-    Config,
     Data,
     Decoder,
     Encoder,
     Extract,
     Fid,
     Gmm,
-    Guidance,
-    Guide,
     Image,
-    InitialPhase,
     Latents,
     LatentStats,
     Limit,
-    LossWeighting,
-    Model,
-    Preview,
-    Recipe,
-    Sample,
     SpatialGmm,
     Sweep,
-    Train,
-    declared,
-    keys_of_kind,
 )
 from mmfm.config.stage import SECTIONS, StageConfig, effective
+from mmfm.config.training import InitialPhase, LossWeighting, Model, Preview, Recipe, Train
+from mmfm.config.whole import Config
 
 __all__ = [
     "SECTIONS",

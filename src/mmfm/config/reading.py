@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mmfm.config.choices import did_you_mean
-from mmfm.config.sections import NEVER, Config
+from mmfm.config.keys import NEVER
+from mmfm.config.whole import Config
 
 RETIRED = dict.fromkeys(
     ("decoder.latent_cache_gb", "train.latent_cache_gb"), "latents.cache says whether latents are kept, now on disk"

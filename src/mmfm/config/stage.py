@@ -5,9 +5,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
-from mmfm.config import reading, sections
+from mmfm.config import reading, sampling, sections, training
 from mmfm.config.choices import SETTINGS, did_you_mean
+from mmfm.config.keys import keys_of_kind
 from mmfm.config.registry import STAGES
+from mmfm.config.whole import Config
 
 _UNREAD: Any = None
 
@@ -32,16 +34,16 @@ class StageConfig:
     gmm: sections.Gmm = _UNREAD
     spatial_gmm: sections.SpatialGmm = _UNREAD
     decoder: sections.Decoder = _UNREAD
-    model: sections.Model = _UNREAD
-    train: sections.Train = _UNREAD
-    sample: sections.Sample = _UNREAD
+    model: training.Model = _UNREAD
+    train: training.Train = _UNREAD
+    sample: sampling.Sample = _UNREAD
     fid: sections.Fid = _UNREAD
     sweep: sections.Sweep = _UNREAD
 
     @classmethod
     def of(
         cls,
-        config: sections.Config,
+        config: Config,
         stage: str,
         *,
         encoder: str = "",
@@ -88,7 +90,7 @@ class StageConfig:
         are left out.
         """
         found = {
-            name: sections.keys_of_kind(effective(getattr(self, name), self.setting), *kinds)
+            name: keys_of_kind(effective(getattr(self, name), self.setting), *kinds)
             for name in STAGES[self.stage].sections
         }
         return {name: keys for name, keys in found.items() if keys}
@@ -105,7 +107,7 @@ class StageConfig:
         """Return the operation keys as ``section.key=value``, without spaces, so they need no quoting in a shell."""
         flags = []
         for name in STAGES[self.stage].sections:
-            for path, value in _flatten(sections.keys_of_kind(getattr(self, name), "operation"), name):
+            for path, value in _flatten(keys_of_kind(getattr(self, name), "operation"), name):
                 text = str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
                 flags.append(f"{path}={text}")
         return flags

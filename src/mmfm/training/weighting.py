@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfm.config import sections
+from mmfm.config import training
 from mmfm.config.choices import WEIGHTINGS
 from mmfm.infra.distributed import Ranks
 
@@ -65,7 +65,7 @@ class LossWeighting:
     """
 
     def __init__(
-        self, config: sections.LossWeighting, num_labels: int, warmup_steps: int, device: torch.device | str
+        self, config: training.LossWeighting, num_labels: int, warmup_steps: int, device: torch.device | str
     ) -> None:
         self.config, self.warmup_steps = config, warmup_steps
         self._rule = WEIGHTINGS[config.rule].load()

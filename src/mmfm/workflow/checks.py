@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mmfm.config import Config, Encoder
 from mmfm.config.choices import DETECTORS, ENCODER_FAMILIES
-from mmfm.config.sections import Config, Encoder
 
 PROCESSOR = "preprocessor_config.json"
 
