@@ -24,6 +24,7 @@ for layer in demo_layer(config, "config/config.yaml"):
 
 include: "rules/common.smk"
 include: "rules/images.smk"
+include: "rules/published.smk"
 include: "rules/extract.smk"
 include: "rules/mixture.smk"
 include: "rules/decoder.smk"
@@ -59,4 +60,4 @@ rule all:
     default_target: True
     input:
         expand("<results>/fid/{encoder}_{setting}.txt", encoder=ENCODERS, setting=COMPARED),
-        rules.comparison.output,
+        rules.comparison.output if C.train.weights == "train" else [],

@@ -13,10 +13,14 @@ from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 
 from mmfm import config as mmfm_config
-from mmfm.config.choices import DETECTORS
-from mmfm.infra.store import MODEL_FILES
+from mmfm.config.choices import DETECTORS, INCEPTION_FILE, INCEPTION_URL
+from mmfm.infra.store import MODEL_FILES, canonical_json
+from mmfm.published import layout
 from mmfm.workflow import checks, facts, failure, jobs, last_run, locks, outlook, targets
 from mmfm.workflow.resources import Estimator
+
+PUBLISHED = "docs/published.md"
+"""The document that explains published files."""
 
 CONFIGURATION, IMAGES, RUNS = "config/README.md", "docs/your-own-data.md", "README.md#changing-stopping-resuming"
 """The documents that explain errors of the configuration, of the images and of runs."""
@@ -65,8 +69,13 @@ pathvars:
 
 ENCODERS = list(C.encoders)
 SETTINGS = list(mmfm_config.SETTINGS)
-# The settings that need neither classes nor a second model.
-COMPARED = ["uncond", "gmm", "mode"]
+# The settings that need neither classes nor a second model; `uncond` is not published.
+COMPARED = ["gmm", "mode"] if C.train.weights == "published" else ["uncond", "gmm", "mode"]
+# Fetched files lie outside the results; runs share them.
+FETCHED = C.published.folder
+DETECTOR = f"{FETCHED}/detectors/{INCEPTION_FILE}"
+# Published weights, compared with a given reference, need no images.
+NO_IMAGES = C.train.weights == "published" and C.fid.reference != "train"
 # Autoguidance: the suffix of a setting's name.
 GUIDED = ["", "_ag"]
 
@@ -164,7 +173,7 @@ def reference_file(wildcards):
 def encoder_folder(name):
     """Return an encoder's folder: the configured one, or the one it is downloaded to."""
     weights = C.encoders[name].weights
-    return f"{RESULTS}/fetched/{name}" if weights.startswith("hf:") else weights
+    return f"{FETCHED}/models/{weights.removeprefix('hf:')}" if weights.startswith("hf:") else weights
 
 
 def encoder_files(wildcards):
@@ -182,20 +191,122 @@ def given(key, path, remedy):
     return path
 
 
+def published_file(place, *names):
+    """Return a published file: in the folder that the user has, or where it is fetched to.
+
+    Args:
+        place: function of :mod:`mmfm.published.layout` that says where it lies; `names` are its arguments.
+    """
+    name = checked(place, *names, document=PUBLISHED)
+    if not C.published.root:
+        return f"{FETCHED}/{name}"
+    return given("published.root", f"{C.published.root}/{name}", "fetch it, or set published.root to '' to fetch all")
+
+
+def given_file(key, value, wildcards, place, *names, made):
+    """Return a job's file for a key: a published one, or the user's, whose path may name encoder and setting."""
+    if value == "published":
+        return published_file(place, C.encoders[wildcards.encoder].family, *names)
+    return given(key, value.format(**dict(wildcards.items())), f"set it to a file, to `published`, or to `{made}`")
+
+
 def given_decoder(wildcards):
     """Return the configured decoder file."""
-    path = C.decoder.weights.format(encoder=wildcards.encoder)
-    given("decoder.weights", path, "set it to a decoder's file, or to `train`")
+    path = given_file("decoder.weights", C.decoder.weights, wildcards, layout.decoder, made="train")
     checked(checks.decoder, wildcards.encoder, C, Path(path))
     return path
 
 
 def given_statistics(wildcards):
     """Return the configured file of latent statistics."""
-    path = C.latent_stats.weights.format(encoder=wildcards.encoder)
-    given("latent_stats.weights", path, "set it to a file of statistics (.pt), or to `compute`")
+    path = given_file("latent_stats.weights", C.latent_stats.weights, wildcards, layout.statistics, made="compute")
     checked(checks.statistics, wildcards.encoder, C, Path(path))
     return path
+
+
+def given_mixture(wildcards):
+    """Return the configured mixture of the global tokens."""
+    return given_file("gmm.weights", C.gmm.weights, wildcards, layout.mixture, made="fit")
+
+
+def given_spatial(wildcards):
+    """Return the configured spatial mixture."""
+    return given_file("spatial_gmm.weights", C.spatial_gmm.weights, wildcards, layout.spatial_mixture, made="compute")
+
+
+def step_of(wildcards):
+    """Return the step that a target names; None for the last."""
+    return int(wildcards.step.removeprefix(".step")) if getattr(wildcards, "step", "") else None
+
+
+def given_weights(wildcards):
+    """Return the configured weights of the model."""
+    step = step_of(wildcards)
+    if step is not None and C.train.weights != "published":
+        raise refusal(f"'train.weights' is one file, so a target can't name a step ('{wildcards.step}') of it")
+    names = wildcards.setting, step
+    return given_file("train.weights", C.train.weights, wildcards, layout.checkpoint, *names, made="train")
+
+
+def given_guide(wildcards):
+    """Return the configured weights of the guide."""
+    return given_file("guide.weights", C.guide.weights, wildcards, layout.guide, wildcards.setting, made="train")
+
+
+def expected_weights(wildcards, model):
+    """Return what given weights must be, as JSON; see `mmfm import --help`."""
+    encoder, mixture = C.encoders[wildcards.encoder], mmfm_config.SETTINGS[wildcards.setting].mixture
+    published = C.train.weights == "published" and not model == C.guide.model
+    return canonical_json(
+        {
+            "setting": wildcards.setting,
+            "model": mmfm_config.keys_of_kind(C.section("model", model=model), "identity"),
+            "modes": C.gmm.n_components if mixture else None,
+            "step": (step_of(wildcards) or layout.steps(encoder.family)[0]) if published else None,
+            "encoder": mmfm_config.keys_of_kind(encoder, "identity"),
+            "image_size": C.image.size,
+        }
+    )
+
+
+def given_reference(wildcards):
+    """Return the configured moments to compare with; nothing where the images give them."""
+    if C.fid.reference == "train":
+        return []
+    if C.fid.reference == "published":
+        return published_file(lambda: layout.REFERENCE)
+    return given("fid.reference", C.fid.reference, "set it to `train`, `published` or an .npz")
+
+
+def processor_files(wildcards):
+    """Return the files of a job's encoder that sampling needs: with published weights, its normalisation alone."""
+    if C.train.weights != "published":
+        return encoder_files(wildcards)
+    return [f"{RESULTS}/processor/{wildcards.encoder}/preprocessor_config.json"]
+
+
+def fetchable():
+    """Return all files that a target of this configuration may fetch."""
+    found = []
+    for name, encoder in C.encoders.items():
+        family = encoder.family
+        if encoder.weights.startswith("hf:") and C.train.weights != "published":
+            found += [f"{encoder_folder(name)}/{file}" for file in MODEL_FILES]
+        places = [
+            (C.decoder.weights, layout.decoder),
+            (C.latent_stats.weights, layout.statistics),
+            (C.gmm.weights, layout.mixture),
+            (C.spatial_gmm.weights, layout.spatial_mixture),
+        ]
+        found += [published_file(place, family) for value, place in places if value == "published"]
+        for setting in ("gmm", "mode"):
+            if C.train.weights == "published":
+                found += [published_file(layout.checkpoint, family, setting, step) for step in layout.steps(family)]
+            if C.guide.weights == "published" and family == "dinov2":
+                found.append(published_file(layout.guide, family, setting))
+    found += [DETECTOR] if C.fid.weights == "fetch" else []
+    found += [published_file(lambda: layout.REFERENCE)] if C.fid.reference == "published" else []
+    return list(dict.fromkeys(path for path in found if path.startswith(f"{FETCHED}/")))
 
 
 def own_images(wildcards):
@@ -210,7 +321,9 @@ def detector_weights(wildcards):
     checked(checks.detector, C)
     if C.fid.detector == "encoder":
         return f"{encoder_folder(feature_encoder(wildcards))}/model.safetensors"
-    return given("fid.weights", C.fid.weights, "see 'mmfm fid_reference --help' for how to get it")
+    if C.fid.weights == "fetch":
+        return DETECTOR
+    return given("fid.weights", C.fid.weights, "set it to `fetch`, or see 'mmfm fid_reference --help'")
 
 
 def training_variant(wildcards):
@@ -254,8 +367,27 @@ def demanded_steps(wildcards):
     return steps - {None}
 
 
+def given_weights_here(wildcards):
+    """Return where given weights are imported to, after checking that the target's name fits them."""
+    variant = training_variant(wildcards)
+    named = {"model": (variant.model, C.train.model), "number of modes": (variant.k, C.gmm.n_components)}
+    for what, (found, own) in named.items():
+        if found not in (None, own):
+            raise refusal(
+                f"the {what} '{found}' is not that of the given weights, {own}; {layout.INSTEAD} (see {PUBLISHED})"
+            )
+    if variant.k is not None and C.gmm.weights == "fit":
+        raise refusal(
+            f"'train.weights' is given, so give the mixtures that they were trained with: 'gmm.weights' and "
+            f"'spatial_gmm.weights' (see {PUBLISHED})"
+        )
+    return GIVEN.replace("<results>", RESULTS).format(**dict(wildcards.items()))
+
+
 def weights_file(wildcards):
     """Return the weights to sample: those of the last step, or of a milestone."""
+    if C.train.weights != "train":
+        return given_weights_here(wildcards)
     made_by = rules.milestone if wildcards.step else rules.train
     return made_by.output.ema.format(n=wildcards.step.removeprefix(".step"), **dict(wildcards.items()))
 
@@ -267,8 +399,8 @@ def mixture_inputs(wildcards):
         return {"gmm": [], "spatial_gmm": []}
     names = {"encoder": wildcards.encoder, "k": k}
     return {
-        "gmm": rules.fit_gmm.output.gmm.format(**names),
-        "spatial_gmm": rules.spatial_gmm.output.mixture.format(**names),
+        name: path.replace("<results>", RESULTS).format(**names)
+        for name, path in (("gmm", GMM), ("spatial_gmm", SPATIAL))
     }
 
 
@@ -280,7 +412,7 @@ def guide_weights(wildcards):
     if not wildcards.ag:
         return []
     if C.guide.weights != "train":
-        return C.guide.weights.format(encoder=wildcards.encoder, setting=wildcards.setting)
+        return GIVEN_GUIDE.replace("<results>", RESULTS).format(**dict(wildcards.items()))
     checked(C.section, "model", "", C.guide.model)
     guide = replace(training_variant(wildcards), model=C.guide.model, t=None, g=None, step=None)
     names = {"encoder": wildcards.encoder, "setting": wildcards.setting, "training": f"{guide}.guide"}
@@ -298,17 +430,20 @@ def sampled(wildcards):
 def detector_file(wildcards):
     """Return the weights file of the detector for a shell command; it may be missing."""
     own = f"{encoder_folder(feature_encoder(wildcards))}/model.safetensors"
-    return shlex.quote(own if C.fid.detector == "encoder" else C.fid.weights)
+    given = DETECTOR if C.fid.weights == "fetch" else C.fid.weights
+    return shlex.quote(own if C.fid.detector == "encoder" else given)
 
 
 def sample_operation(wildcards):
     """Return the operation keys of `sample`, and the detector if its features are wanted.
 
-    The detector is not an input, because it does not change the images. Its file may be missing.
+    The detector is not an input, because it does not change the images. Its file may be missing. Given weights do not
+    know the seed in the target's name.
     """
+    seed = "" if C.train.weights == "train" else f" --seed {training_variant(wildcards).seed}"
     if not C.sample.features:
-        return OPERATION["sample"]
-    return f"{OPERATION['sample']} --detector {C.fid.detector} --detector-weights {detector_file(wildcards)}"
+        return f"{OPERATION['sample']}{seed}"
+    return f"{OPERATION['sample']}{seed} --detector {C.fid.detector} --detector-weights {detector_file(wildcards)}"
 
 
 def preview_decoder(wildcards):
@@ -319,7 +454,7 @@ def preview_decoder(wildcards):
     """
     given = C.decoder.weights.format(encoder=wildcards.encoder)
     own = f"{RESULTS}/decoder/{wildcards.encoder}/decoder.safetensors"
-    return shlex.quote(own if given == "train" else given)
+    return shlex.quote(given if given.endswith(".safetensors") else own)
 
 
 def train_operation(wildcards):

@@ -1,4 +1,4 @@
-"""The decoder: trained here, or copied from the configured file."""
+"""The decoder: trained here, copied from the configured file, or imported from a published one."""
 
 DECODER = "<results>/decoder/{encoder}/decoder.safetensors"
 
@@ -47,7 +47,7 @@ if C.decoder.weights == "train":
             ' --listing {input.listing:q} --encoder-weights "$(dirname {input.encoder[0]:q})" --out-dir "$(dirname {output.decoder:q})"'
             " {resources.operation} 2>&1 | tee {log:q}"
 
-else:
+elif C.decoder.weights.endswith(".safetensors"):
 
     rule given_decoder:
         input:
@@ -66,3 +66,28 @@ else:
             runtime=5,
         shell:
             "cp {input:q} {output:q} 2>&1 | tee {log:q}"
+
+else:
+
+    rule import_decoder:
+        input:
+            source=given_decoder,
+            stats=STATISTICS,
+        output:
+            decoder=DECODER,
+        log:
+            "<logs>/import_decoder.{encoder}.log",
+        benchmark:
+            "<benchmarks>/import_decoder.{encoder}.tsv"
+        conda:
+            "../envs/mmfm.yaml"
+        threads: 1
+        resources:
+            mem_mb=6000,
+            runtime=10,
+        params:
+            heads=C.decoder.num_heads,
+            size=C.image.size,
+        shell:
+            "python -m mmfm.cli import decoder {input.source:q} --out {output.decoder:q} --stats {input.stats:q}"
+            " --heads {params.heads} --image-size {params.size} 2>&1 | tee {log:q}"

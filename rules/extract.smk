@@ -1,37 +1,7 @@
-"""The encoder, downloaded if it is not a local folder; one pass over the images; latent statistics, computed or given."""
+"""One pass over the images by the encoder; latent statistics, computed or given."""
 
 STATISTICS = "<results>/latent_stats/{encoder}/stats.pt"
 ABOUT_STATISTICS = "<results>/latent_stats/{encoder}/stats.json"
-
-
-localrules:
-    fetch_encoder,
-
-
-# The only rule with network access, so that ranks never race to download.
-rule fetch_encoder:
-    output:
-        config="<results>/fetched/{encoder}/config.json",
-        processor="<results>/fetched/{encoder}/preprocessor_config.json",
-        weights="<results>/fetched/{encoder}/model.safetensors",
-    log:
-        "<logs>/fetch_encoder.{encoder}.log",
-    benchmark:
-        "<benchmarks>/fetch_encoder.{encoder}.tsv"
-    conda:
-        "../envs/mmfm.yaml"
-    threads: 1
-    resources:
-        mem_mb=1000,
-        runtime=60,
-    params:
-        model=lambda wildcards: C.encoders[wildcards.encoder].weights.removeprefix("hf:"),
-    shell:
-        "(hf download {params.model:q} config.json preprocessor_config.json model.safetensors"
-        ' --local-dir "$(dirname {output.config:q})"'
-        " || (echo fetch_encoder: error: {params.model:q} can not be fetched: no network, or no such model."
-        " Fetch it where there is network, and set encoders.{wildcards.encoder}.weights to the folder. >&2; false))"
-        " 2>&1 | tee {log:q}"
 
 
 rule extract:
@@ -94,7 +64,7 @@ else:
     rule given_statistics:
         input:
             statistics=given_statistics,
-            encoder=encoder_files,
+            encoder=[] if C.latent_stats.weights == "published" else encoder_files,
         output:
             stats=STATISTICS,
             about=ABOUT_STATISTICS,
@@ -111,8 +81,12 @@ else:
             disk_mb=RESOURCES["latent_stats"].disk_mb,
         params:
             settings=parameter("latent_stats"),
-            input_size=lambda wildcards: C.encoders[wildcards.encoder].input_size,
+            checked=lambda wildcards, input: (
+                f"--encoder-weights {shlex.quote(str(Path(input.encoder[0]).parent))}"
+                f" --input-size {C.encoders[wildcards.encoder].input_size}"
+                if input.encoder
+                else ""
+            ),
         shell:
-            "python -m mmfm.cli latent_stats --settings {params.settings:q} --given {input.statistics:q}"
-            ' --encoder-weights "$(dirname {input.encoder[0]:q})" --input-size {params.input_size}'
+            "python -m mmfm.cli latent_stats --settings {params.settings:q} --given {input.statistics:q} {params.checked}"
             " --out {output.stats:q} --out-json {output.about:q} 2>&1 | tee {log:q}"

@@ -10,14 +10,10 @@ _SLOW = not GPUS and bool(DETECTORS[C.fid.detector].cpu_rate)
 
 rule fid_reference:
     input:
-        lambda wildcards: (
-            []
-            if C.fid.reference == "train"
-            else given("fid.reference", C.fid.reference, "set it to `train` or an .npz")
-        ),
+        given_reference,
         branch(C.data.root == "demo", then=DEMO_IMAGES, otherwise=[]),
-        listing=LISTING,
-        heldout=HELDOUT,
+        listing=[] if NO_IMAGES else LISTING,
+        heldout=[] if NO_IMAGES else HELDOUT,
         detector=detector_weights,
     output:
         REFERENCE,

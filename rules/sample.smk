@@ -3,7 +3,7 @@
 
 rule sample:
     input:
-        encoder=encoder_files,
+        encoder=processor_files,
         ema=weights_file,
         stats=STATISTICS,
         about=ABOUT_STATISTICS,

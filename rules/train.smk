@@ -1,6 +1,10 @@
-"""Training of the flow-matching model, and the weights of its milestones."""
+"""Weights of the flow-matching model: trained here, with those of milestones, or given; and of the guide."""
+
+GIVEN = "<results>/train/{encoder}_{setting}/given{step}/ema.safetensors"
+GIVEN_GUIDE = "<results>/train/{encoder}_{setting}/given.guide/ema.safetensors"
 
 
+# Also where the weights are given: a guide may be trained for them.
 rule train:
     input:
         unpack(mixture_inputs),
@@ -60,3 +64,41 @@ rule milestone:
         disk_mb=RESOURCES["sample"].disk_mb,
     shell:
         "python -m mmfm.cli milestone --ema {input.ema:q} --step {wildcards.n} --out {output.ema:q} 2>&1 | tee {log:q}"
+
+
+rule import_weights:
+    input:
+        source=given_weights,
+        stats=STATISTICS,
+    output:
+        ema=GIVEN,
+    log:
+        "<logs>/import_weights.{encoder}_{setting}{step}.log",
+    benchmark:
+        "<benchmarks>/import_weights.{encoder}_{setting}{step}.tsv"
+    conda:
+        "../envs/mmfm.yaml"
+    threads: 1
+    resources:
+        mem_mb=MEM_MB["latent_stats"],
+        runtime=30,
+        disk_mb=RESOURCES["sample"].disk_mb,
+    params:
+        expected=lambda wildcards: expected_weights(wildcards, C.train.model),
+    shell:
+        "python -m mmfm.cli import weights {input.source:q} --out {output.ema:q} --stats {input.stats:q}"
+        " --expected {params.expected:q} 2>&1 | tee {log:q}"
+
+
+use rule import_weights as import_guide with:
+    input:
+        source=given_guide,
+        stats=STATISTICS,
+    output:
+        ema=GIVEN_GUIDE,
+    log:
+        "<logs>/import_guide.{encoder}_{setting}.log",
+    benchmark:
+        "<benchmarks>/import_guide.{encoder}_{setting}.tsv"
+    params:
+        expected=lambda wildcards: expected_weights(wildcards, C.guide.model),

@@ -533,10 +533,12 @@ def test_an_encoder_that_cannot_be_fetched(snakemake, network, tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         endpoint = f"http://127.0.0.1:{server.server_port if network else 9}"
         said = snakemake(
-            "encoders: {dinov2: {weights: 'hf:facebook/no-such-model'}}", "results/fetched/dinov2/config.json",
+            "encoders: {dinov2: {weights: 'hf:facebook/no-such-model'}}",
+            "published/models/facebook/no-such-model/config.json",
             HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / "cache"), NO_PROXY="127.0.0.1",
         )  # fmt: skip
         server.shutdown()
-    errors = [line for line in said if line.startswith("fetch_encoder: error: ")]  # the rule's text is quoted, too
+    errors = [line for line in said if line.startswith("fetch: error: ")]
     assert len(errors) == 1, said
-    assert "facebook/no-such-model can not be fetched" in errors[0] and "encoders.dinov2.weights" in errors[0]
+    assert "'facebook/no-such-model' (revision 'main') " in errors[0]
+    assert ("check its name" if network else "an encoder, its `weights`) to a folder that has the files") in errors[0]

@@ -1,6 +1,7 @@
 """``mmfm COMMAND ...``: run one stage by hand, or a tool. ``mmfm COMMAND --help`` explains it."""
 
 import importlib
+import keyword
 import sys
 
 from mmfm.config.registry import STAGES
@@ -21,10 +22,17 @@ GROUPS: dict[str, dict[str, str]] = {
         "milestone": "write the weights of an earlier step of a training",
         "compare": "compare finished results in a table and a picture",
     },
+    "Published files": {
+        "fetch": "fetch published files, encoders and detectors",
+        "import": "write a published file as one of this project",
+    },
     "To free disk space": {
         "clean": "remove state that no target uses, or latent caches",
     },
 }
+DOCUMENTS = dict.fromkeys(("fetch", "import"), "docs/published.md")
+"""The documents that explain the tools' errors."""
+
 COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in commands.items()}
 
 
@@ -48,12 +56,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"mmfm: error: unknown command '{name}'{did_you_mean(name, COMMANDS)}; see mmfm --help", file=sys.stderr)
         return 2
     _gpu_locks = join_gpus()
-    module = importlib.import_module(f"mmfm.cli.{name}")
+    module = importlib.import_module(f"mmfm.cli.{name}{'_' * keyword.iskeyword(name)}")
     try:
         return module.main(arguments[1:]) or 0
     except (ValueError, OSError) as error:
         message = error if isinstance(error, ValueError) or error.errno is None else explain(error)
-        see = f" (see {STAGES[name].document})" if name in STAGES else ""
+        document = STAGES[name].document if name in STAGES else DOCUMENTS.get(name)
+        see = f" (see {document})" if document else ""
         print(f"{name}: error: {' '.join(str(message).split())}{see}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:

@@ -30,8 +30,10 @@ Detectors (fid.detector), and how to get their weights (fid.weights):
 def main(arguments: list[str]) -> int:
     """Parse the arguments and run the stage."""
     parser = StageParser("fid_reference", DESCRIPTION)
-    parser.add_argument("--train-listing", type=Path, help="listing of the training images (if fid.reference=train)")
-    parser.add_argument("--heldout-listing", type=Path, help="listing of the held-out images, for the floor")
+    parser.add_argument(
+        "--train-listing", type=Path, nargs="?", help="listing of the training images (if fid.reference=train)"
+    )
+    parser.add_argument("--heldout-listing", type=Path, nargs="?", help="listing of the held-out images, for the floor")
     parser.add_argument("--detector-weights", type=Path, help="weights file of the detector (default: fid.weights)")
     parser.add_argument("--out", type=Path, required=True, help="reference (output)")
     options, config = parser.parse(arguments)

@@ -28,6 +28,7 @@ from mmfm.config.sections import (
     Latents,
     LatentStats,
     Limit,
+    Published,
     SpatialGmm,
     Sweep,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "LossWeighting",
     "Model",
     "Preview",
+    "Published",
     "Recipe",
     "Sample",
     "SpatialGmm",

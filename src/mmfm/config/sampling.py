@@ -73,7 +73,8 @@ class Guide:
     """The weaker model of autoguidance, for targets with `_ag` only."""
 
     weights: str = key(
-        "`train`, or a weights file, in which `{encoder}` and `{setting}` stand for the names", path=True
+        "`train`; or `published`, or a weights file of yours, in which `{encoder}` and `{setting}` stand for the names",
+        path=True,
     )
     model: str = key("name of an entry of `models`")
     epochs: int = budget("passes over the training images", unit="epochs", minimum=1)

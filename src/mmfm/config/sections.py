@@ -47,6 +47,22 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Published:
+    """The files that the paper's authors published, for keys with the value `published`."""
+
+    repository: str = operation("their repository on the Hugging Face hub", as_before="luo00042/mm-fm")
+    revision: str = operation("its branch, tag or commit", as_before="main")
+    root: str = operation(
+        "folder in which you have them, as in the repository; empty: those needed are fetched", path=True, as_before=""
+    )
+    folder: str = operation(
+        "where fetched files go, encoders too; may be shared by several working directories",
+        path=True,
+        as_before="published",
+    )
+
+
+@dataclass(frozen=True)
 class Image:
     """Images, as all stages see them."""
 
@@ -93,8 +109,8 @@ class LatentStats:
     """The statistics by which latents are normalised."""
 
     weights: str = key(
-        "`compute` takes the moments of `extract`; else a file of statistics (.pt with `mean` and `var`), in which "
-        "`{encoder}` stands for the encoder's name",
+        "`compute` takes the moments of `extract`; else `published`, or a file of statistics (.pt with `mean` and "
+        "`var`), in which `{encoder}` stands for the encoder's name",
         path=True,
         as_before="compute",
     )
@@ -122,6 +138,12 @@ class Gmm:
     cache_gb: float = operation(
         "memory per process for caching tokens, at most a quarter of what is free", unit="GB", minimum=0
     )
+    weights: str = key(
+        "`fit`; or `published`, or a mixture of yours (gmm.safetensors, or a published .pkl), in which `{encoder}` "
+        "stands for the encoder's name",
+        path=True,
+        as_before="fit",
+    )
 
     def check(self, where: str) -> None:
         """Raise ValueError if keys contradict each other."""
@@ -146,6 +168,12 @@ class SpatialGmm:
         choices=choices.SPATIAL_COVARIANCES,
     )
     crop: str = key(_CROP, choices=choices.CROPS, as_before="image")
+    weights: str = key(
+        "`compute`; or `published`, or a spatial mixture of yours (spatial_gmm.zarr, or a published .pkl), in which "
+        "`{encoder}` stands for the encoder's name",
+        path=True,
+        as_before="compute",
+    )
 
 
 @dataclass(frozen=True)
@@ -153,7 +181,9 @@ class Decoder:
     """The ViT decoder that turns latents into images."""
 
     weights: str = key(
-        "decoder file, in which `{encoder}` stands for the encoder's name; or `train` to train one", path=True
+        "`train` to train one; or `published`, or a decoder of yours (decoder.safetensors, or a published .pt), in "
+        "which `{encoder}` stands for the encoder's name",
+        path=True,
     )
     hidden_size: int = key("width", minimum=1)
     intermediate_size: int = key("width of the MLPs", minimum=1)
@@ -182,9 +212,13 @@ class Fid:
     """Frechet distance between generated and real images."""
 
     detector: str = key("feature network", choices=choices.DETECTORS)
-    weights: str = key("weights file of the detector; none for `encoder`", path=True, as_before="")
+    weights: str = key(
+        "weights file of the detector, or `fetch` to fetch Inception's; none for `encoder`", path=True, as_before=""
+    )
     reference: str = key(
-        "what to compare with: `train` (the training images), or an .npz file with `mu` and `sigma`", path=True
+        "what to compare with: `train` (the training images), `published` (ADM's batch of ImageNet at 256 pixels), or "
+        "an .npz file with `mu` and `sigma`",
+        path=True,
     )
     batch_size: int = operation("images per detector call", unit="images", minimum=1)
     workers: int = operation("image-reading processes per rank", minimum=0)

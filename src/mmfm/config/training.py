@@ -171,6 +171,12 @@ class Train:
         choices=choices.INITS,
         as_before="xavier",
     )
+    weights: str = key(
+        "`train`; or `published`, or weights of yours (ema.safetensors, or a published .pt), in which `{encoder}` and "
+        "`{setting}` stand for the names: nothing is trained then",
+        path=True,
+        as_before="train",
+    )
 
     def check(self, where: str) -> None:
         """Raise ValueError if keys contradict each other."""
@@ -233,15 +239,17 @@ class Recipe:
     settings: tuple[str, ...] = key("settings that it is for; empty for all", choices=choices.SETTINGS, as_before=())
     models: tuple[str, ...] = key("entries of `models` that it is for; empty for all", as_before=())
     train: dict[str, Any] = key(
-        "keys of `train`, all but `model` and `seed`; `epochs` and `steps` do not count for a guide", part_of=Train
+        "keys of `train`, all but `model`, `seed` and `weights`; `epochs` and `steps` do not count for a guide",
+        part_of=Train,
     )
 
     def check(self, where: str) -> None:
         """Raise ValueError at a key that belongs to a target's name."""
-        for name in ("model", "seed"):
+        for name in ("model", "seed", "weights"):
             if name in self.train:
                 raise ValueError(
-                    f"'{where}.train.{name}' can't be in a recipe; set 'train.{name}', or name it in the target"
+                    f"'{where}.train.{name}' can't be in a recipe; set 'train.{name}'"
+                    + ("" if name == "weights" else ", or name it in the target")
                 )
 
     def matches(self, setting: str, model: str) -> bool:

@@ -20,6 +20,7 @@ from mmfm.config.sections import (
     Image,
     Latents,
     LatentStats,
+    Published,
     SpatialGmm,
     Sweep,
 )
@@ -60,12 +61,14 @@ class Config:
     sweep: Sweep = nested()
     guide: Guide = nested()
     recipes: dict[str, Recipe] = nested(as_before={})
+    published: Published = nested()
 
     def check(self, where: str) -> None:
         """Raise ValueError if a key names an entry that does not exist, or recipes contradict `train` or each other."""
         self.section("model")
         if self.fid.encoder:
             self.section("encoder", self.fid.encoder)
+        self._check_given()
         for name, recipe in self.recipes.items():
             for model in recipe.models:
                 _named(self.models, model, "models", f"'recipes.{name}.models' names ")
@@ -76,6 +79,22 @@ class Config:
                 if len(matching) > 1:
                     both = " and ".join(f"'recipes.{name}'" for name in matching[:2])
                     raise ValueError(f"{both} are both for the setting {setting} and the model {model}; narrow one")
+
+    def _check_given(self) -> None:
+        """Raise ValueError if files that belong together are partly given and partly made."""
+        mixture, spatial = self.gmm.weights, self.spatial_gmm.weights
+        if (mixture == "fit") != (spatial == "compute"):
+            raise ValueError(
+                f"'gmm.weights' is {mixture}, but 'spatial_gmm.weights' {spatial}; they share their modes, so "
+                "give both, or make both"
+            )
+        given = {"spatial_gmm.weights": spatial, "train.weights": self.train.weights}
+        if self.latent_stats.weights == "compute" and "published" in given.values():
+            key = next(name for name, value in given.items() if value == "published")
+            raise ValueError(
+                f"'{key}' is published, made with the published latent statistics; set 'latent_stats.weights' to "
+                "published, or to their file"
+            )
 
     def _check_recipe(self, name: str, train: Train) -> None:
         where, recipe = f"recipes.{name}.train", self.recipes[name]

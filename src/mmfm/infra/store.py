@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,14 @@ def array_digest(*arrays: np.ndarray) -> str:
     """Return the SHA-256 over the dtypes, shapes and bytes of arrays, in order."""
     digest = hashlib.sha256()
     for array in arrays:
-        array = np.ascontiguousarray(array)
-        digest.update(f"{array.dtype.str}{array.shape}".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data if array.size else b"")
+        update_digest(digest, np.ascontiguousarray(array))
     return digest.hexdigest()
+
+
+def update_digest(digest: "hashlib._Hash", array: np.ndarray) -> None:
+    """Feed a contiguous array to a digest, as :func:`array_digest` does."""
+    digest.update(f"{array.dtype.str}{array.shape}".encode())
+    digest.update(array.reshape(-1).view(np.uint8).data if array.size else b"")
 
 
 def _is_running(pid: str) -> bool:
@@ -188,6 +192,50 @@ def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: M
     with whole_file(path) as partial:
         save_file(contiguous, partial, {_METADATA: canonical_json({**metadata, "digest": digest})})
     return digest
+
+
+def stream_arrays(
+    path: str | Path,
+    arrays: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    read: Callable[[str], np.ndarray],
+    metadata: Mapping[str, Any],
+) -> str:
+    """Write arrays as :func:`write_arrays` does, with one of them in memory at a time, and return their digest.
+
+    Args:
+        arrays: dtype and shape by name.
+        read: returns the array with a name.
+
+    Raises:
+        ValueError: an array has another dtype or shape than said.
+    """
+    names, codes = sorted(arrays), {np.dtype(kind): code for code, kind in _SAFETENSORS_DTYPES.items()}
+    entries: dict[str, Any] = {}
+    start = 0
+    for name in names:
+        dtype, shape = arrays[name]
+        stop = start + dtype.itemsize * math.prod(shape)
+        entries[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+
+    def header(digest: str) -> bytes:
+        about = {"__metadata__": {_METADATA: canonical_json({**metadata, "digest": digest})}, **entries}
+        text = json.dumps(about, separators=(",", ":")).encode()
+        return text + b" " * (-len(text) % 8)
+
+    digest = hashlib.sha256()
+    with whole_file(path) as partial, partial.open("wb") as file:
+        blank = header("0" * 2 * digest.digest_size)  # as long as the digest, which is known at the end
+        file.write(struct.pack("<Q", len(blank)) + blank)
+        for name in names:
+            array = np.ascontiguousarray(read(name))
+            if (array.dtype, array.shape) != arrays[name]:
+                raise ValueError(f"'{name}' is {array.dtype} {array.shape}, not {arrays[name]}")
+            update_digest(digest, array)
+            file.write(array.reshape(-1).view(np.uint8).data if array.size else b"")
+        file.seek(8)
+        file.write(header(digest.hexdigest()))
+    return digest.hexdigest()
 
 
 def _entry(dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[np.dtype, tuple[int, ...], int, int]:

@@ -15,7 +15,8 @@ REFERENCE = "fid_reference/VIRTUAL_imagenet256_labeled.npz"
 _ENCODERS = {"dinov2": "dinov2-b", "siglip2": "siglip2-b", "mae": "mae-b"}
 _SETTINGS = {"gmm": "uncond-gmm", "mode": "mode-gmm"}
 _STEPS = {"dinov2": (100_000, 25_000), "siglip2": (25_000,), "mae": (25_000,)}
-_INSTEAD = "train it, with --configfile config/imagenet256.yaml"
+INSTEAD = "train it, with --configfile config/imagenet256.yaml"
+"""What to do for a result that is not published."""
 
 FOLDERS = ("checkpoints", "decoders", "fid_reference", "gmm", "normalization_stats")
 
@@ -63,12 +64,12 @@ def checkpoint(family: str, setting: str, step: int | None = None) -> str:
     SETTINGS.require(setting)
     if setting not in _SETTINGS:
         raise ValueError(
-            f"no checkpoint of the setting '{setting}' is published, only of {' and '.join(_SETTINGS)}; {_INSTEAD}"
+            f"no checkpoint of the setting '{setting}' is published, only of {' and '.join(_SETTINGS)}; {INSTEAD}"
         )
     step = steps(family)[0] if step is None else step
     if step not in steps(family):
         known = " and ".join(f"{known:,}" for known in steps(family))
-        raise ValueError(f"no checkpoint of {family} at step {step:,} is published, only at {known}; {_INSTEAD}")
+        raise ValueError(f"no checkpoint of {family} at step {step:,} is published, only at {known}; {INSTEAD}")
     return f"checkpoints/{_encoder(family)}/{_SETTINGS[setting]}-{step // 1000}k.pt"
 
 
@@ -80,5 +81,5 @@ def guide(family: str, setting: str) -> str:
     """
     SETTINGS.require(setting)
     if family != "dinov2" or setting not in _SETTINGS:
-        raise ValueError(f"no guide of {family} in the setting '{setting}' is published; {_INSTEAD}")
+        raise ValueError(f"no guide of {family} in the setting '{setting}' is published; {INSTEAD}")
     return f"checkpoints/autoguidance/dit-s-{_SETTINGS[setting]}-25k.pt"

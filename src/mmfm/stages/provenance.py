@@ -53,6 +53,13 @@ def encoder(folder: Path) -> Input:
     return Input("encoder", "encoder", folder, store.folder_digest(folder))
 
 
+def processor(folder: Path) -> Input:
+    """What sampling needs of the encoder: its folder, or one that holds its image normalisation alone."""
+    if (folder / "model.safetensors").is_file():
+        return encoder(folder)
+    return Input("processor", "image normalisation", folder, store.file_digest(folder / "preprocessor_config.json"))
+
+
 def statistics(path: Path) -> Input:
     """The latent statistics, with the metadata that `latent_stats` writes beside them.
 

@@ -72,7 +72,7 @@ def belonging(files: SampleFiles) -> provenance.Inputs:
         ema,
         provenance.decoder(files.decoder),
         provenance.statistics(files.stats),
-        provenance.encoder(files.encoder_weights),
+        provenance.processor(files.encoder_weights),
     ]
     if files.spatial_gmm is not None and setting_of(ema.about).mixture:
         read.append(provenance.spatial_mixture(files.spatial_gmm))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmfm import config
+from mmfm.config.choices import INCEPTION_FILE
 from mmfm.generation.sampler import SampleFiles
 from mmfm.models.weights import weights_metadata
 from mmfm.workflow import garbage, last_run
@@ -12,6 +13,7 @@ from mmfm.workflow.targets import snakemake_command
 
 _PLACES = {
     "ema": ("train", "train/{encoder}_{setting}/{training}/ema.safetensors"),
+    "processor": ("processor", "processor/{encoder}/preprocessor_config.json"),
     "guide": ("train", "train/{encoder}_{setting}/*.guide/ema.safetensors"),
     "decoder": ("decoder", "decoder/{encoder}/decoder.safetensors"),
     "stats": ("latent_stats", "latent_stats/{encoder}/stats.pt"),
@@ -64,9 +66,10 @@ class Finished:
         rule, template = _PLACES[name]
         place = template.format(features=f"{self._feature_encoder}/" if self._feature_encoder else "", **self.names)
         path, found = self.results / place, sorted(self.results.glob(place))
-        given = self.configuration.guide.weights if name == "guide" and self.configuration else "train"
-        if given != "train":
-            found += [p for p in self._below(given.format(**self.names)) if p.is_file()]
+        if name == "ema":  # given weights are there once for all seeds
+            found += sorted(
+                self.results.glob(f"train/{self.names['encoder']}_{self.names['setting']}/given*/ema.safetensors")
+            )
         exact = "*" not in place
         remedy = snakemake_command(path) if exact else f"{snakemake_command(self.target)} -R {rule}"
         return self._used(name, found, path, f"make it: {remedy}")
@@ -78,18 +81,24 @@ class Finished:
             return ""
         return self.configuration.fid.encoder or self.names["encoder"]
 
-    def _encoder_places(self, name: str, weights: str) -> list[Path]:
+    def _encoder_places(self, weights: str) -> list[Path]:
         """Return where an encoder's folder can be."""
-        return [self.results / "fetched" / name] if weights.startswith("hf:") else list(self._below(weights))
+        if not weights.startswith("hf:"):
+            return list(self._below(weights))
+        folder = self.configuration.published.folder if self.configuration else "published"
+        return list(self._below(f"{folder}/models/{weights.removeprefix('hf:')}"))
 
     def encoder_folder(self) -> Path:
         """Return the encoder's folder; errors as in :meth:`file`."""
-        fetched = self.results / "fetched" / self.names["encoder"]
         hub = self.encoder.weights.startswith("hf:")
-        places = self._encoder_places(self.names["encoder"], self.encoder.weights)
+        places = self._encoder_places(self.encoder.weights)
         found = [place for place in places if (place / "config.json").is_file()]
-        remedy = f"make it: {snakemake_command(fetched / 'config.json')}" if hub else "restore it"
+        remedy = f"fetch it: {snakemake_command(places[0] / 'config.json')}" if hub else "restore it"
         return self._used("encoder", found, places[0], remedy)
+
+    def processor_folder(self) -> Path:
+        """Return the folder with the encoder's image normalisation; errors as in :meth:`file`."""
+        return self.file("processor").parent if "processor" in self.digests else self.encoder_folder()
 
     def detector(self) -> tuple[str, Path]:
         """Return the name of the configured detector and the path of its weights.
@@ -102,10 +111,12 @@ class Finished:
                 f"no '{self.results / last_run.FILE}', which names the detector; load one with mmfm.load_detector"
             )
         if name := self._feature_encoder:
-            folders = self._encoder_places(name, self.configuration.encoders[name].weights)
+            folders = self._encoder_places(self.configuration.encoders[name].weights)
             places = [folder / "model.safetensors" for folder in folders]
         else:
-            places = list(self._below(self.configuration.fid.weights))
+            weights, folder = self.configuration.fid.weights, self.configuration.published.folder
+            fetched = f"{folder}/detectors/{INCEPTION_FILE}"
+            places = list(self._below(fetched if weights == "fetch" else weights))
         return self.configuration.fid.detector, next((p for p in places if p.is_file()), places[0])
 
     def sample_files(self) -> SampleFiles:
@@ -114,7 +125,7 @@ class Finished:
         mixture = config.SETTINGS[self.names["setting"]].mixture
         spatial_gmm = self.file("spatial_gmm") if mixture else None
         guide = self.file("guide") if "guide" in self.digests else None
-        return SampleFiles(ema, decoder, stats, self.encoder_folder(), spatial_gmm, guide)
+        return SampleFiles(ema, decoder, stats, self.processor_folder(), spatial_gmm, guide)
 
     def _used(self, name: str, found: list[Path], wanted: Path, remedy: str) -> Path:
         """Return the file with the recorded digest from those found."""

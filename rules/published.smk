@@ -1,0 +1,115 @@
+"""Files from the Hugging Face hub: encoders, published files, and the detector's weights."""
+
+
+localrules:
+    fetch_encoder,
+    fetch_published,
+    fetch_detector,
+    fetched,
+    processor,
+
+
+# Fetching rules alone need a network. They are no part of the stages, so that ranks never race to download.
+rule fetch_encoder:
+    output:
+        config=f"{FETCHED}/models/{{model}}/config.json",
+        processor=f"{FETCHED}/models/{{model}}/preprocessor_config.json",
+        weights=f"{FETCHED}/models/{{model}}/model.safetensors",
+    log:
+        "<logs>/fetch_encoder.{model}.log",
+    benchmark:
+        "<benchmarks>/fetch_encoder.{model}.tsv"
+    wildcard_constraints:
+        model="[^/]+/[^/]+",
+    conda:
+        "../envs/mmfm.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=60,
+    shell:
+        'python -m mmfm.cli fetch --repository {wildcards.model:q} --folder "$(dirname {output.config:q})"'
+        " config.json preprocessor_config.json model.safetensors 2>&1 | tee {log:q}"
+
+
+rule fetch_published:
+    output:
+        f"{FETCHED}/{{file}}",
+    log:
+        "<logs>/fetch_published.{file}.log",
+    benchmark:
+        "<benchmarks>/fetch_published.{file}.tsv"
+    wildcard_constraints:
+        file=rf"{targets.any_of(layout.FOLDERS)}/.+",
+    conda:
+        "../envs/mmfm.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=720,
+    params:
+        repository=C.published.repository,
+        revision=C.published.revision,
+        folder=FETCHED,
+    shell:
+        "python -m mmfm.cli fetch --repository {params.repository:q} --revision {params.revision:q}"
+        " --folder {params.folder:q} {wildcards.file:q} 2>&1 | tee {log:q}"
+
+
+rule fetch_detector:
+    output:
+        DETECTOR,
+    log:
+        "<logs>/fetch_detector.log",
+    benchmark:
+        "<benchmarks>/fetch_detector.tsv"
+    conda:
+        "../envs/mmfm.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=60,
+    params:
+        url=INCEPTION_URL,
+    shell:
+        "python -m mmfm.cli fetch --url {params.url:q} {output:q} 2>&1 | tee {log:q}"
+
+
+# For a login node with a network: all that the configuration can need.
+rule fetched:
+    input:
+        fetchable(),
+    output:
+        "<results>/fetched",
+    log:
+        "<logs>/fetched.log",
+    benchmark:
+        "<benchmarks>/fetched.tsv"
+    conda:
+        "../envs/mmfm.yaml"
+    threads: 1
+    resources:
+        mem_mb=100,
+        runtime=1,
+    shell:
+        "(printf '%s\\n' {input:q} > {output:q}) 2>&1 | tee {log:q}"
+
+
+# Sampling needs of an encoder only how it normalises pixels.
+rule processor:
+    output:
+        "<results>/processor/{encoder}/preprocessor_config.json",
+    log:
+        "<logs>/processor.{encoder}.log",
+    benchmark:
+        "<benchmarks>/processor.{encoder}.tsv"
+    conda:
+        "../envs/mmfm.yaml"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=5,
+    params:
+        family=lambda wildcards: C.encoders[wildcards.encoder].family,
+    shell:
+        "python -m mmfm.cli import processor {params.family} --out {output:q} 2>&1 | tee {log:q}"
