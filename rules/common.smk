@@ -278,6 +278,12 @@ def given_reference(wildcards):
     return given("fid.reference", C.fid.reference, "set it to `train`, `published` or an .npz")
 
 
+def reference_operation(wildcards, input):
+    """Return the operation keys of `fid_reference`, and the published file, if that is what to compare with."""
+    published = f" --reference {shlex.quote(input[0])}" if C.fid.reference == "published" else ""
+    return f"{OPERATION['fid_reference']}{published}"
+
+
 def processor_files(wildcards):
     """Return the files of a job's encoder that sampling needs: with published weights, its normalisation alone."""
     if C.train.weights != "published":
@@ -285,28 +291,29 @@ def processor_files(wildcards):
     return [f"{RESULTS}/processor/{wildcards.encoder}/preprocessor_config.json"]
 
 
-def fetchable():
+def fetchable(_):
     """Return all files that a target of this configuration may fetch."""
-    found = []
+    found, published = [DETECTOR] if C.fid.weights == "fetch" else [], []
     for name, encoder in C.encoders.items():
         family = encoder.family
         if encoder.weights.startswith("hf:") and C.train.weights != "published":
             found += [f"{encoder_folder(name)}/{file}" for file in MODEL_FILES]
-        places = [
-            (C.decoder.weights, layout.decoder),
-            (C.latent_stats.weights, layout.statistics),
-            (C.gmm.weights, layout.mixture),
-            (C.spatial_gmm.weights, layout.spatial_mixture),
-        ]
-        found += [published_file(place, family) for value, place in places if value == "published"]
-        for setting in ("gmm", "mode"):
-            if C.train.weights == "published":
-                found += [published_file(layout.checkpoint, family, setting, step) for step in layout.steps(family)]
-            if C.guide.weights == "published" and family == "dinov2":
-                found.append(published_file(layout.guide, family, setting))
-    found += [DETECTOR] if C.fid.weights == "fetch" else []
-    found += [published_file(lambda: layout.REFERENCE)] if C.fid.reference == "published" else []
-    return list(dict.fromkeys(path for path in found if path.startswith(f"{FETCHED}/")))
+        places = {
+            layout.decoder: C.decoder.weights,
+            layout.statistics: C.latent_stats.weights,
+            layout.mixture: C.gmm.weights,
+            layout.spatial_mixture: C.spatial_gmm.weights,
+        }
+        published += [place(family) for place, value in places.items() if value == "published"]
+        if C.train.weights == "published":
+            published += layout.checkpoints(family)
+        if C.guide.weights == "published":
+            published += layout.guides(family)
+    if C.fid.reference == "published":
+        published.append(layout.REFERENCE)
+    if not C.published.root:
+        found += [f"{FETCHED}/{name}" for name in published]
+    return list(dict.fromkeys(found))
 
 
 def own_images(wildcards):
@@ -412,6 +419,8 @@ def guide_weights(wildcards):
     if not wildcards.ag:
         return []
     if C.guide.weights != "train":
+        if C.guide.weights == "published":
+            checked(layout.guide, C.encoders[wildcards.encoder].family, wildcards.setting, document=PUBLISHED)
         return GIVEN_GUIDE.replace("<results>", RESULTS).format(**dict(wildcards.items()))
     checked(C.section, "model", "", C.guide.model)
     guide = replace(training_variant(wildcards), model=C.guide.model, t=None, g=None, step=None)

@@ -27,7 +27,7 @@ rule fid_reference:
         "../envs/mmfm.yaml"
     threads: ALL_CORES if _SLOW else SHARED_CORES
     resources:
-        operation=OPERATION["fid_reference"],
+        operation=reference_operation,
         gpu=GPUS,
         processes=C.processes,
         mem_mb=MEM_MB["fid_reference"],

@@ -78,7 +78,7 @@ rule fetch_detector:
 # For a login node with a network: all that the configuration can need.
 rule fetched:
     input:
-        fetchable(),
+        fetchable,
     output:
         "<results>/fetched",
     log:

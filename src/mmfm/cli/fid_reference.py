@@ -35,8 +35,11 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--heldout-listing", type=Path, nargs="?", help="listing of the held-out images, for the floor")
     parser.add_argument("--detector-weights", type=Path, help="weights file of the detector (default: fid.weights)")
+    parser.add_argument("--reference", help="file with mu and sigma (default: fid.reference)")
     parser.add_argument("--out", type=Path, required=True, help="reference (output)")
     options, config = parser.parse(arguments)
+    if options.reference:
+        config = config.with_keys(fid={"reference": options.reference})
     from mmfm.evaluation.detector import load_detector
     from mmfm.evaluation.reference import Reference
     from mmfm.infra.distributed import process_group

@@ -77,11 +77,18 @@ def _processor(options: argparse.Namespace) -> str:
 
 
 def _mixture(options: argparse.Namespace) -> str:
-    raise NotImplementedError
+    from mmfm.published.mixtures import import_mixture
+
+    digest = import_mixture(Path(options.source), options.out, options.stats, options.modes)
+    return f"mixture of {options.modes:,} modes, digest {digest[:12]}"
 
 
 def _spatial(options: argparse.Namespace) -> str:
-    raise NotImplementedError
+    from mmfm.published.mixtures import import_spatial
+
+    found = import_spatial(Path(options.source), options.out, options.stats, options.gmm)
+    said = f"; all modes together have variance {found['variance']:.3f}" if found else ""
+    return f"spatial mixture{said}"
 
 
 _IMPORTS = {

@@ -83,3 +83,13 @@ def guide(family: str, setting: str) -> str:
     if family != "dinov2" or setting not in _SETTINGS:
         raise ValueError(f"no guide of {family} in the setting '{setting}' is published; {INSTEAD}")
     return f"checkpoints/autoguidance/dit-s-{_SETTINGS[setting]}-25k.pt"
+
+
+def checkpoints(family: str) -> list[str]:
+    """Return all checkpoints of an encoder family."""
+    return [checkpoint(family, setting, step) for setting in _SETTINGS for step in steps(family)]
+
+
+def guides(family: str) -> list[str]:
+    """Return all guides of an encoder family."""
+    return [guide(family, setting) for setting in _SETTINGS] if family == "dinov2" else []
