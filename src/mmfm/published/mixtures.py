@@ -117,15 +117,50 @@ def import_spatial(source: Path, out: Path, stats: Path, gmm: Path) -> dict[str,
     if source.is_dir():
         return _copy(source, out, tuple(var.shape), tokens, digests)
     content = pickles.load(source)
+    means, variances, weights = _checked(content, source, var.numel(), tokens, gmm)
+    counts = _counts(content, len(weights))
+    disk.require(out.parent / "import", "import", 4 * math.prod(means.shape), written=0)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        group = zarr.open_group(partial, mode="w")
+        found, row_digests = _write_means(group, means, source, weights, tuple(var.shape))
+        found["variance"] += float(weights @ variances)
+        _check_statistics(source, found, centred=bool(mean.any()))
+    except ValueError:
+        shutil.rmtree(partial)
+        raise
+    for name, values in {"weights": weights, "counts": counts, "variances": variances}.items():
+        group.create_array(name, data=values, chunks=values.shape)
+    joined = np.frombuffer("".join(row_digests).encode(), np.uint8)
+    recorded = {f"{name}_digest": value for name, value in digests.items()}
+    recorded["digest"] = store.array_digest(joined, variances, weights, counts)
+    group.attrs.update({**recorded, "source": {"file": source.name, "sha256": store.file_digest(source)}})
+    store.publish_directory(partial, out)
+    return found
+
+
+def _checked(
+    content: Any, source: Path, size: int, tokens: Mixture, gmm: Path
+) -> tuple[StoredArray, np.ndarray, np.ndarray]:
+    """Return means (K, C H W), variances (K,) and weights (K,), after checking all but the means' values.
+
+    Args:
+        size: C H W.
+    """
     attributes = _estimator(content, source)
     means, covariances = _array(attributes, "means_", source), _array(attributes, "covariances_", source)
     weights = _array(attributes, "weights_", source).load().astype(np.float64)
-    k, size = len(weights), math.prod(var.shape)
+    k = len(weights)
     _require(source, k, tokens.n_components)
-    if attributes.get("covariance_type") != "spherical" or covariances.shape != (k,) or means.shape != (k, size):
+    kind = attributes.get("covariance_type")
+    if kind != "spherical":
         raise ValueError(
-            f"'{source}' is no spatial mixture of latents {list(var.shape)}: it has means {list(means.shape)} and "
-            f"covariances {list(covariances.shape)}, not {[k, size]} and {[k]}; give the one of this encoder"
+            f"'{source}' has {kind} covariances, but spatial mixtures have spherical ones; give another file"
+        )
+    if covariances.shape != (k,) or means.shape != (k, size):
+        raise ValueError(
+            f"'{source}' is no spatial mixture of these latents: it has means {list(means.shape)} and covariances "
+            f"{list(covariances.shape)}, not {[k, size]} and {[k]}; give the one of this encoder"
         )
     if not np.allclose(weights / weights.sum(), tokens.weights.numpy(), rtol=1e-3, atol=1e-7):
         raise ValueError(f"'{source}' has other weights than '{gmm}', so it is of another fit; give files of one fit")
@@ -133,43 +168,29 @@ def import_spatial(source: Path, out: Path, stats: Path, gmm: Path) -> dict[str,
     variances = covariances.load().astype(np.float32).astype(np.float64)
     if bad := np.flatnonzero(~(np.isfinite(variances) & (variances > 0))).tolist():
         raise ValueError(f"mode {bad[0]} in '{source}' has the variance {variances[bad[0]]:g}; fetch it again")
-    counts = _counts(content, weights, k)
-    disk.require(out.parent / "import", "import", 4 * k * size, written=0)
-    partial = out.with_name(f".{out.name}.partial")
-    group = zarr.open_group(partial, mode="w")
-    shape = tuple(var.shape)
-    rows = group.create_array("means", shape=(k, *shape), dtype="float32", chunks=(1, *shape), compressors=None)
-    total, square, digest = np.zeros(size), 0.0, []
+    return means, variances, weights
+
+
+def _write_means(
+    group: Any, means: StoredArray, source: Path, weights: np.ndarray, shape: tuple[int, ...]
+) -> tuple[dict[str, float], list[str]]:
+    """Write the means, one chunk per mode; return ``variance`` and ``centre`` of the means, and the rows' digests."""
+    rows = group.create_array(
+        "means", shape=(len(weights), *shape), dtype="float32", chunks=(1, *shape), compressors=None
+    )
+    total, square, row_digests = np.zeros(means.shape[1]), 0.0, []
     for first, block in _blocks(means, source):
-        total += weights[first : first + len(block)] @ block
-        square += float(weights[first : first + len(block)] @ np.square(block, dtype=np.float64).mean(1))
+        share = weights[first : first + len(block)]
+        total += share @ block
+        square += float(share @ np.square(block, dtype=np.float64).mean(1))
         for mode, row in enumerate(block.astype(np.float32).reshape(-1, *shape), first):
             rows[mode] = row
-            digest.append(store.array_digest(row))
-    found = {
-        "variance": float(weights @ variances + square - np.square(total).mean()),
-        "centre": float(np.square(total).mean()),
-    }
-    try:
-        _check_statistics(source, found, centred=bool(mean.any()))
-    except ValueError:
-        shutil.rmtree(partial)
-        raise
-    for name, values in {"weights": weights, "counts": counts, "variances": variances}.items():
-        group.create_array(name, data=values, chunks=values.shape)
-    joined = np.frombuffer("".join(digest).encode(), np.uint8)
-    group.attrs.update(
-        {
-            **{f"{name}_digest": value for name, value in digests.items()},
-            "digest": store.array_digest(joined, variances, weights, counts),
-            "source": {"file": source.name, "sha256": store.file_digest(source)},
-        }
-    )
-    store.publish_directory(partial, out)
-    return found
+            row_digests.append(store.array_digest(row))
+    centre = float(np.square(total).mean())
+    return {"variance": square - centre, "centre": centre}, row_digests
 
 
-def _counts(content: Any, weights: np.ndarray, k: int) -> np.ndarray:
+def _counts(content: Any, k: int) -> np.ndarray:
     """Return the images of each mode, (K,) int64: published counts include the flips; without counts they are 0."""
     stored = content.get("cluster_counts") if isinstance(content, dict) else None
     counted = stored.load() if isinstance(stored, StoredArray) and stored.shape == (k,) else np.zeros(k)
