@@ -17,7 +17,7 @@ from mmfm.mixture.spatial import SpatialMixture
 from mmfm.published import pickles
 from mmfm.published.pickles import Estimator, StoredArray
 
-_BLOCK_BYTES = 64 << 20
+_BLOCK_BYTES = 16 << 20
 _VARIANCE = (0.5, 2.0)
 _CENTRE = 0.1
 
