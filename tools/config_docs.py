@@ -27,7 +27,9 @@ STAGES = ROOT / "docs" / "stages.md"
 FRONT = ROOT / "README.md"
 SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.json"
 
-NOT_RERUN = {("gmm", "n_components"): "sweep"} | {("guide", key): "train" for key in ("weights", "scale", "interval")}
+NOT_RERUN = {("gmm", key): "sweep" for key in ("n_components", "weights")} | {
+    ("guide", key): "train" for key in ("weights", "scale", "interval")
+}
 """By section and key: a stage that the key does not rerun although the other keys of its section do."""
 
 INTRODUCTION = """\

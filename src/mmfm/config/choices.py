@@ -200,7 +200,7 @@ DETECTORS = Choices(
             2048,
             11.4e9,
             0.1e9,
-            f"download {INCEPTION_URL} and set fid.weights to the file ({INCEPTION_FILE}, 95.7 MB)",
+            f"set fid.weights to fetch, or to the file, from {INCEPTION_URL} (95.7 MB)",
             cpu_rate=1.4,
         ),
     },

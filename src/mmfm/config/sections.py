@@ -233,6 +233,8 @@ class Fid:
         if self.detector != "encoder" and not self.weights:
             remedy = choices.DETECTORS[self.detector].remedy
             raise ValueError(f"'{where}.weights' is empty, but the detector {self.detector} has weights: {remedy}")
+        if self.weights == "fetch" and self.detector != "inception":
+            raise ValueError(f"'{where}.weights' is fetch, but only inception can be fetched, not {self.detector}")
 
 
 @dataclass(frozen=True)
