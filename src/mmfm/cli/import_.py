@@ -13,11 +13,12 @@ this for keys with the value `published` or a file (gmm.weights, train.weights, 
   mmfm import decoder model.pt --out decoder.safetensors --stats stats.pt --heads 16 --image-size 256
   mmfm import mixture gmm.pkl --out gmm.safetensors --stats stats.pt --modes 8192
   mmfm import spatial spatial.pkl --out spatial_gmm.zarr --stats stats.pt --gmm gmm.safetensors
+  mmfm import tokens cls_tokens.npz --out cls_tokens.zarr   (for fit_gmm alone: their rows are in no known order)
   mmfm import processor dinov2 --out preprocessor_config.json   (the usual normalisation of an encoder family)
 
 --stats gives the shape of the latents: latent statistics as latent_stats writes them."""
 
-KINDS = ("weights", "decoder", "mixture", "spatial", "processor")
+KINDS = ("weights", "decoder", "mixture", "spatial", "tokens", "processor")
 
 
 def main(arguments: list[str]) -> int:
@@ -40,6 +41,7 @@ def main(arguments: list[str]) -> int:
         "decoder": ("stats", "heads", "image_size"),
         "mixture": ("stats", "modes"),
         "spatial": ("stats", "gmm"),
+        "tokens": (),
         "processor": (),
     }
     for name in needed[options.kind]:
@@ -65,6 +67,13 @@ def _decoder(options: argparse.Namespace) -> str:
     extra = import_decoder(Path(options.source), options.out, options.stats, options.heads, options.image_size)
     left = f"; {len(extra)} tensors in the file are not the decoder's: {', '.join(extra)}" if extra else ""
     return f"decoder of images of {options.image_size} pixels{left}"
+
+
+def _tokens(options: argparse.Namespace) -> str:
+    from mmfm.published.tokens import import_tokens
+
+    n, width = import_tokens(Path(options.source), options.out)
+    return f"{n:,} tokens of {width} dimensions, for fit_gmm alone: their rows are in no known order"
 
 
 def _processor(options: argparse.Namespace) -> str:
@@ -96,5 +105,6 @@ _IMPORTS = {
     "decoder": _decoder,
     "mixture": _mixture,
     "spatial": _spatial,
+    "tokens": _tokens,
     "processor": _processor,
 }

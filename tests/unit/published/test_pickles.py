@@ -15,6 +15,7 @@ import pytest
 from mmfm.published import pickles
 from mmfm.published.pickles import Estimator, Extent, StoredArray
 from support import published_folder as tiny
+from support.mutation import mutated
 
 
 def plain(value):
@@ -213,24 +214,6 @@ def test_truncated_files_are_refused(tmp_path):
     content = pickle.dumps(tiny.cls_pickle(fitted))
     for stop in range(0, len(content) - 1, 64):
         refusal(tmp_path, content[:stop])
-
-
-def mutated(content: bytes, rng: random.Random) -> bytes:
-    """Return a file with some bytes changed, removed, added or repeated."""
-    data = bytearray(content)
-    for _ in range(rng.choice([1, 1, 2, 5, 30])):
-        at, kind = rng.randrange(len(data)), rng.randrange(4)
-        if kind == 0:
-            data[at] = rng.randrange(256)
-        elif kind == 1:
-            del data[at : at + rng.choice([1, 4, 100])]
-        elif kind == 2:
-            data[at:at] = rng.choice([bytes([rng.choice(b"(.0R\x81bhq\x94csuae]})tNK")]), rng.randbytes(4)])
-        else:
-            other = rng.randrange(len(data))
-            data[at:at] = data[other : other + rng.choice([8, 64, 400])]
-        data = data or bytearray(b".")
-    return bytes(data)
 
 
 def test_a_thousand_mutated_files_are_read_or_refused(tmp_path):
