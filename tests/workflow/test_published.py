@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 
@@ -86,3 +87,58 @@ def test_without_a_folder_of_ones_own_only_what_a_target_needs_is_fetched(checko
         "published/gmm/dinov2-b/spatial_gmm_from_cls_n8192_diag_k-means++_flip.pkl",
         "published/normalization_stats/dinov2-b/stat.pt",
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["hub", "published"])
+@pytest.mark.parametrize("name", ["dinov2_mode_ag", "dinov2_gmm.step25000"])
+def test_an_exported_target_makes_the_same_images(checkout, layout, name, tmp_path):
+    import mmfm
+    from mmfm.cli.__main__ import main
+    from mmfm.models.weights import weights_metadata
+
+    folder, _ = checkout
+    target, out = folder / f"results/published/fid/{name}.txt", tmp_path / "exported"
+    code, said = snakemake(folder, str(target.relative_to(folder)))
+    assert code == 0, said
+    assert main(["export", str(target), "--out", str(out), "--layout", layout, "--licence", "mit"]) == 0
+    own, other = mmfm.open(target, "cpu"), mmfm.open(out, "cpu")
+    assert np.array_equal(own.generate(4, progress=False).tensor, other.generate(4, progress=False).tensor)
+    assert np.array_equal(own.mixture.means, other.mixture.means)
+    weights = out / ("ema.safetensors" if layout == "hub" else "imported/ema.safetensors")
+    place = {"dinov2_mode_ag": "dinov2_mode/given", "dinov2_gmm.step25000": "dinov2_gmm/given.step25000"}[name]
+    first = folder / "results/published/train" / place / "ema.safetensors"
+    assert weights_metadata(weights)["digest"] == weights_metadata(first)["digest"]
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n") and "grid.png" in card and (out / "grid.png").is_file()
+    result = json.loads(target.with_suffix(".json").read_text())
+    assert f"{result['frechet_distance']:.4f}" in card
+    assert main(["export", str(target), "--out", str(out)]) == 2  # it exists
+
+
+def test_pickles_of_an_export_are_those_of_scikit_learn(tmp_path):
+    """The published code unpickles them and asks for these attributes."""
+    import pickle
+
+    import torch
+
+    from mmfm.mixture.gaussian import Mixture
+    from mmfm.mixture.spatial import SpatialMixture
+    from mmfm.published.mixtures import import_mixture, import_spatial
+    from mmfm.workflow.exporting import _pickle_spatial
+
+    fitted, spatial = tiny.mixtures()
+    torch.save({"mean": None, "var": torch.ones(tiny.CHANNELS, tiny.GRID, tiny.GRID)}, tmp_path / "stats.pt")
+    (tmp_path / "gmm.pkl").write_bytes(pickle.dumps(fitted))
+    (tmp_path / "spatial.pkl").write_bytes(pickle.dumps(spatial))
+    import_mixture(tmp_path / "gmm.pkl", tmp_path / "gmm.safetensors", tmp_path / "stats.pt", tiny.MODES)
+    import_spatial(tmp_path / "spatial.pkl", tmp_path / "s.zarr", tmp_path / "stats.pt", tmp_path / "gmm.safetensors")
+    _pickle_spatial(SpatialMixture.open(tmp_path / "s.zarr"), {}, tmp_path / "out.pkl")
+    found = pickle.loads((tmp_path / "out.pkl").read_bytes())
+    assert type(found["model"]) is type(fitted) and found["model"].means_.shape == (tiny.MODES, 256)
+    assert np.allclose(found["model"].means_, spatial["model"].means_, atol=1e-7)
+    assert found["cluster_counts"].tolist() == spatial["cluster_counts"].tolist()
+    own = Mixture.load(tmp_path / "gmm.safetensors").to_sklearn()
+    tokens = np.random.default_rng(0).normal(size=(5, tiny.CHANNELS))
+    assert np.allclose(own.predict_proba(tokens), fitted.predict_proba(tokens))
+    assert not (tmp_path / "out.means").exists()

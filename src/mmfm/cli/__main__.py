@@ -25,12 +25,13 @@ GROUPS: dict[str, dict[str, str]] = {
     "Published files": {
         "fetch": "fetch published files, encoders and detectors",
         "import": "write a published file as one of this project",
+        "export": "write a finished target as a folder to give away",
     },
     "To free disk space": {
         "clean": "remove state that no target uses, or latent caches",
     },
 }
-DOCUMENTS = dict.fromkeys(("fetch", "import"), "docs/published.md")
+DOCUMENTS = dict.fromkeys(("fetch", "import", "export"), "docs/published.md")
 """The documents that explain the tools' errors."""
 
 COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in commands.items()}

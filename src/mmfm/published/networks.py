@@ -47,6 +47,8 @@ class Expected:
         step: optimiser step; None if it is not known beforehand.
         encoder: the section ``encoder``, as JSON values, for the record.
         image_size: of the images, pixels, for the record.
+        means_precision: the ``train.means_precision`` of the training. Published training rounds the source's means and
+            standard deviations to bf16.
     """
 
     setting: str
@@ -55,6 +57,7 @@ class Expected:
     step: int | None
     encoder: dict[str, Any]
     image_size: int
+    means_precision: str = "reference"
 
 
 def read_torch(path: Path) -> Any:
@@ -139,11 +142,10 @@ def import_weights(source: Path, out: Path, stats: Path, expected: Expected) -> 
         "epochs": None,
         "seed": 0,
         "images_seen": None,
-        # Published training rounds the source's means and deviations to bf16.
         "settings": {
             "encoder": expected.encoder,
             "image": {"size": expected.image_size},
-            "train": {"means_precision": "reference"},
+            "train": {"means_precision": expected.means_precision},
         },
         "source": _origin(source),
         "model": asdict(config),

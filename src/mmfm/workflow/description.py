@@ -8,7 +8,7 @@ from typing import Any
 from mmfm import config
 from mmfm.infra import store
 from mmfm.models.weights import weights_metadata
-from mmfm.workflow import last_run
+from mmfm.workflow import exported, last_run
 from mmfm.workflow.finished import Finished
 from mmfm.workflow.targets import snakemake_command
 
@@ -20,8 +20,8 @@ def read(target: str | Path) -> Finished:
     """Read the description of a finished target.
 
     Args:
-        target: ``results/fid/NAME.txt``, a folder ``results/sample/NAME/VARIANT`` or ``results/train/NAME/VARIANT``, or
-            a file in such a folder.
+        target: ``results/fid/NAME.txt``, a folder ``results/sample/NAME/VARIANT`` or ``results/train/NAME/VARIANT``, a
+            folder that ``mmfm export`` wrote, or a file in such a folder.
 
     Raises:
         FileNotFoundError: it does not exist; the message names the command that makes it.
@@ -32,6 +32,8 @@ def read(target: str | Path) -> Finished:
         raise FileNotFoundError(f"no '{target}'; make it: {snakemake_command(target)}")
     place = target.absolute()
     folder = place if place.is_dir() else place.parent
+    if (folder / exported.ABOUT).is_file():
+        return exported.read(folder)
     if place.suffix in (".txt", ".json") and folder.name == "fid":
         name = place.name.removesuffix(place.suffix)
         samples = _read(folder / f"{name}.json", target).get("samples")
