@@ -184,11 +184,11 @@ def crop_of_adm(image, size):
     "size",
     [
         (16, 16), (19, 16), (16, 19), (23, 16), (16, 23), (20, 18), (31, 31), (31, 38), (32, 32), (32, 39), (39, 32),
-        (33, 34), (63, 70), (64, 64), (65, 131), (14, 11),
+        (33, 34), (63, 70), (64, 64), (65, 131), (14, 11), (12, 8),
     ],
 )  # fmt: skip
 def test_crop_is_adms(size):
-    """Margins of both parities on either side, and both sides of where an image is halved once and once more."""
+    """Margins of both parities, both sides of where an image is halved once and once more, and one that is doubled."""
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     image = Image.fromarray(noise)
     np.testing.assert_array_equal(np.asarray(data.center_crop(image, 16)), crop_of_adm(image, 16))
