@@ -140,6 +140,17 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
         assert np.abs(np.asarray(read, int) - grey[..., None]).max() <= 4
 
 
+@pytest.mark.parametrize(("mode", "clear", "kept"), [("P", 0, 1), ("L", 30, 60), ("RGB", (9, 8, 7), (60, 50, 40))])
+def test_a_colour_that_is_declared_transparent_becomes_white(tmp_path, mode, clear, kept):
+    image = Image.new(mode, (2, 1))
+    if mode == "P":
+        image.putpalette([10, 20, 30, 60, 50, 40])
+    image.putdata([clear, kept])
+    image.save(tmp_path / "x.png", transparency=clear)
+    read = np.asarray(data.read_image(tmp_path / "x.png"))
+    assert read[0].tolist() == [[255] * 3, [60] * 3 if mode == "L" else [60, 50, 40]]
+
+
 def test_exif_rotation_is_applied(tmp_path):
     image = Image.new("RGB", (20, 10))
     exif = image.getexif()
