@@ -23,7 +23,7 @@ SIDE = 32
 CHANGES = {
     "extract": {"shard_size": 100, "batch_size": 100},
     "gmm": {"chunk_size": 2048, "cache_gb": 0.0, "max_iter": 2},
-    "spatial_gmm": {"batch_size": 200},
+    "spatial_gmm": {"batch_size": 32},
     "decoder": {"global_batch": 32, "checkpoint_every": 100},
     "train": {"global_batch": 32, "checkpoint_every": 100},
     "sample": {"shard_size": 200, "batch_size": 200},
