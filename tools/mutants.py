@@ -48,15 +48,19 @@ for _name in OURS:
     del sys.modules[_name]
 
 TESTS = {
-    "data": "data moments demo extraction", "flow": "flow source", "models": "dit flow checkpoint",
+    "data": "data moments demo extraction", "data/survey": "survey",
+    "flow": "flow source", "models": "dit flow checkpoint",
     "mixture": "gaussian em truncated initial split_merge bad_mixtures",
     "mixture/coupling": "spatial", "mixture/images_by_mode": "spatial", "mixture/mapped_rows": "source",
     "mixture/spatial": "source spatial", "mixture/validity": "validity", "mixture/gaussian": "gaussian em bad_mixtures",
-    "training": "training", "training/loggers": "loggers", "training/checkpoint": "checkpoint training",
-    "training/fid_curve": "fid_curve", "training/parallel": "parallel checkpoint", "training/previews": "fid_curve",
+    "training": "trainer history training broken_runs resuming settings weighting milestones",
+    "training/loggers": "loggers wandb", "training/runlog": "trainer loggers fid_curve training broken_runs",
+    "training/checkpoint": "checkpoint trainer training broken_runs resuming", "training/fid_curve": "fid_curve",
+    "training/parallel": "parallel checkpoint trainer", "training/previews": "fid_curve",
     "training/weighting": "weighting",
-    "generation": "sampling", "evaluation": "fid reference", "evaluation/frechet": "frechet",
-    "evaluation/detector": "detector", "evaluation/contact_sheet": "contact_sheet", "evaluation/mixture_report": "em",
+    "generation": "sampling api published_precision settings", "evaluation": "fid reference",
+    "evaluation/frechet": "frechet", "evaluation/detector": "detector",
+    "evaluation/contact_sheet": "contact_sheet", "evaluation/mixture_report": "em",
     "stages/runner": "runner extraction spatial stage_state",
 }  # fmt: skip
 """Test files by the beginning of the path in src/mmfm that they are for; of several the longest counts."""

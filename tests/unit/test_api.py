@@ -18,6 +18,7 @@ from mmfm.data import tokens
 from mmfm.evaluation.detector import load_detector
 from mmfm.evaluation.frechet import frechet_distance
 from mmfm.flow.path import interpolate
+from mmfm.generation import batches
 from mmfm.generation.between import slerp
 from mmfm.infra import npz, store
 from mmfm.mixture.gaussian import Mixture
@@ -112,6 +113,20 @@ def test_images_are_those_of_sample(model, sampled):
     assert torch.equal(model.generate(22).tensor, sampled)
     assert_close(model.generate(5, first=7).tensor, sampled[7:12])
     assert_close(model.generate(22, batch_size=22).tensor, sampled)
+
+
+@pytest.mark.parametrize("solver", ["heun", "dopri5"])
+def test_the_bar_ends_at_the_number_of_images(model, monkeypatch, solver):
+    ends = []
+
+    class Bar(batches.tqdm):
+        def __exit__(self, *exception):
+            ends.append((self.n, self.total))
+            return super().__exit__(*exception)
+
+    monkeypatch.setattr(batches, "tqdm", Bar)
+    model.generate(7, solver=solver)  # two batches
+    assert ends == [(pytest.approx(7), 7)]
 
 
 @pytest.mark.parametrize("place", ["sample/dinov2_{}/seed3.tiny{}.t4", "train/dinov2_{}/seed3.tiny{}"])
@@ -221,10 +236,12 @@ def test_encode_takes_what_people_have(model, tiny_pipeline):
     for same in (stacked, stacked.float() / 255, mmfm.Images(stacked)):
         assert torch.equal(model.encode(same).latent, latents)
     torch.testing.assert_close(model.encode(files[1]).latent, latents[1:2])
+    assert model.encode(torch.stack([torch.zeros(3, SIZE, SIZE), torch.ones(3, SIZE, SIZE)])).latent.isfinite().all()
     large = Image.new("L", (70, 50), 128)
     assert torch.equal(model.encode(large).latent, model.encode(torch.full((3, SIZE, SIZE), 128).byte()).latent)
     torch.testing.assert_close(model.mixture.posterior(token).sum(1), torch.ones(3))
-    for wrong in (stacked[:, :1], stacked[..., 1:], stacked.int(), stacked.float(), []):
+    floats = stacked.float()
+    for wrong in (stacked[:, :1], stacked[..., 1:], stacked.int(), floats, floats / 100, floats / 255 - 0.1, []):
         with pytest.raises(ValueError, match=r"images|pixels"):
             model.encode(wrong)
 
@@ -271,7 +288,14 @@ def test_slerp_stays_on_the_sphere():
     path = slerp(start, end, torch.linspace(0, 1, 5))
     assert torch.equal(path[0], start) and torch.equal(path[-1], end)
     torch.testing.assert_close(path.flatten(1).norm(dim=1), start.norm().expand(5))
-    assert torch.equal(slerp(start, start, torch.tensor([0.3]))[0], start)
+
+
+def test_slerp_between_equal_and_opposite_ends_is_straight():
+    """Also where rounding takes their cosine beyond 1."""
+    for seed in range(20):
+        start = torch.randn(3, 20, 20, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(slerp(start, start, torch.tensor([0.3]))[0], start)
+        torch.testing.assert_close(slerp(start, -start, torch.tensor([0.25]))[0], start / 2)
 
 
 def test_trajectory(model):
@@ -286,7 +310,7 @@ def test_trajectory(model):
 def test_straightness_of_known_paths():
     """A straight one at constant speed has 0, a detour of half the chord at the middle a mean of a quarter."""
     times = torch.tensor([1.0, 0.5, 0.0])
-    start, end = torch.zeros(1, 1, 2, 1), torch.tensor([[[[2.0], [0.0]]]])
+    start, end = torch.ones(1, 1, 2, 1), torch.tensor([[[[3.0], [1.0]]]])
     middle = interpolate(end, start, torch.tensor([0.5]))
     straight = mmfm.Trajectory(times, torch.stack([start, middle, end]))
     bent = mmfm.Trajectory(times, torch.stack([start, middle + torch.tensor([[[[0.0], [1.0]]]]), end]))

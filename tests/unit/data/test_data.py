@@ -140,6 +140,17 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
         assert np.abs(np.asarray(read, int) - grey[..., None]).max() <= 4
 
 
+@pytest.mark.parametrize(("mode", "clear", "kept"), [("P", 0, 1), ("L", 30, 60), ("RGB", (9, 8, 7), (60, 50, 40))])
+def test_a_colour_that_is_declared_transparent_becomes_white(tmp_path, mode, clear, kept):
+    image = Image.new(mode, (2, 1))
+    if mode == "P":
+        image.putpalette([10, 20, 30, 60, 50, 40])
+    image.putdata([clear, kept])
+    image.save(tmp_path / "x.png", transparency=clear)
+    read = np.asarray(data.read_image(tmp_path / "x.png"))
+    assert read[0].tolist() == [[255] * 3, [60] * 3 if mode == "L" else [60, 50, 40]]
+
+
 def test_exif_rotation_is_applied(tmp_path):
     image = Image.new("RGB", (20, 10))
     exif = image.getexif()
@@ -184,11 +195,11 @@ def crop_of_adm(image, size):
     "size",
     [
         (16, 16), (19, 16), (16, 19), (23, 16), (16, 23), (20, 18), (31, 31), (31, 38), (32, 32), (32, 39), (39, 32),
-        (33, 34), (63, 70), (64, 64), (65, 131), (14, 11),
+        (33, 34), (63, 70), (64, 64), (65, 131), (14, 11), (12, 8),
     ],
 )  # fmt: skip
 def test_crop_is_adms(size):
-    """Margins of both parities on either side, and both sides of where an image is halved once and once more."""
+    """Margins of both parities, both sides of where an image is halved once and once more, and one that is doubled."""
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     image = Image.fromarray(noise)
     np.testing.assert_array_equal(np.asarray(data.center_crop(image, 16)), crop_of_adm(image, 16))

@@ -72,7 +72,9 @@ def test_too_little_data_and_wrong_shapes_are_refused():
 
 def test_two_rows_are_enough_for_a_covariance_and_one_is_not():
     rows = torch.tensor([[0.0, 1.0], [2.0, 5.0]])
-    moments = CovarianceMoments.zeros(2).update(rows)
+    moments, one = CovarianceMoments.zeros(2).update(rows), CovarianceMoments.zeros(2).update(rows[:1])
     np.testing.assert_allclose(moments.covariance(), np.cov(rows.numpy(), rowvar=False))
-    with pytest.raises(ValueError, match="1 rows seen, 2 needed"):
-        CovarianceMoments.zeros(2).update(rows[:1]).covariance()
+    np.testing.assert_allclose(moments.unbiased_variance(), [2, 8])
+    for wanted in (one.covariance, one.unbiased_variance):
+        with pytest.raises(ValueError, match="1 rows seen, 2 needed"):
+            wanted()

@@ -23,6 +23,7 @@ from mmfm import config
 from mmfm.autoencoder.decoder import Decoder, DecoderConfig, save_decoder
 from mmfm.cli.__main__ import main
 from mmfm.flow.path import time_grid, time_shift
+from mmfm.generation import networks
 from mmfm.generation.sampler import SampleFiles, Sampler
 from mmfm.infra import npz, store
 from mmfm.infra.progress import Progress
@@ -175,6 +176,14 @@ def test_classifier_free_guidance(files, weights, tmp_path):
     assert about["mode_draw"] == "k ~ mixture weights, stratified"
     assert np.abs(guided.astype(int) - plain).mean() > 0.1
     assert_equal_to_rounding(outside, plain)
+
+
+@pytest.mark.parametrize(("setting", "labels"), [("mode", [1]), ("class", None)])
+def test_classifier_free_guidance_needs_labels_and_a_null_label(weights, setting, labels):
+    model, guidance = load_ema(weights[setting])[0], config.Guidance(1.5, (0.0, 1.0))
+    field = networks.guided(model, None, guidance, "float32", torch.device("cpu"))
+    with pytest.raises(ValueError, match="needs labels and a model trained with label dropout"):
+        field(None if labels is None else torch.tensor(labels))
 
 
 def test_an_adaptive_solver_survives_a_kill(files, weights, tmp_path, monkeypatch):
@@ -491,6 +500,7 @@ def test_refuses_other_decoders_modes_and_guides(files, weights, tmp_path):
     unlabelled = write_ema(tmp_path / "unlabelled", files, "class", model={"classes": 0})
     with pytest.raises(ValueError, match="of setting 'class', but know 0 labels"):
         load(files, unlabelled)
+    load(files, write_ema(tmp_path / "one", files, "class", model={"classes": 1}))
     with pytest.raises(ValueError, match=r"of setting 'gmm', not 'mode'; give those of 'mode'"):
         load(files, weights["gmm"], expected="mode")
     with pytest.raises(ValueError, match="give the weaker model for autoguidance: --guide"):

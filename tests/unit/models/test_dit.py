@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from mmfm.models import dit
 from mmfm.models.dit import DIT_PRESETS, DiT, DiTConfig
 from support.places import GOLDEN
 
@@ -173,6 +174,16 @@ def test_patches_return_to_their_place():
     assert image[0, :, 0, 1].tolist() == [3, 4, 5]
     assert image[0, :, 0, 2].tolist() == [12, 13, 14], "the second patch is right of the first"
     assert image[0, :, 2, 0].tolist() == [24, 25, 26], "the third patch is below the first"
+
+
+def test_activations_are_checkpointed_on_request_and_only_for_gradients(monkeypatch):
+    blocks, (x, t) = [], inputs()
+    monkeypatch.setattr(dit, "checkpoint", lambda block, *given, **_: (blocks.append(block), block(*given))[1])
+    for asked, differentiated, expected in ((False, True, 0), (True, False, 0), (True, True, 3)):
+        blocks.clear()
+        with torch.set_grad_enabled(differentiated):
+            DiT(TINY, **{"checkpoint_activations": True} if asked else {})(x, t, torch.tensor([0, 1, 2]))
+        assert len(blocks) == expected, (asked, differentiated)
 
 
 def test_checkpointed_activations_give_the_same_gradients():

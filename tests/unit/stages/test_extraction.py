@@ -101,7 +101,8 @@ def undisturbed(listing, tmp_path_factory):
 def test_row_i_is_image_i(listing, undisturbed):
     listed = data.Listing.open(listing)
     tokens = TokenStore.open(undisturbed / "t.zarr")
-    assert len(tokens) == N and tokens.listing_digest == listed.digest
+    assert (len(tokens), tokens.width) == tokens.read(0, N).shape and len(tokens) == N
+    assert tokens.listing_digest == listed.digest
     np.testing.assert_array_equal(tokens.labels[:], listed.labels)
     for i in (0, 17, N - 1):
         image = np.asarray(Image.open(listed.path(i)), np.float32).transpose(2, 0, 1)[None] / 255

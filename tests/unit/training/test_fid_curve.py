@@ -90,6 +90,7 @@ def test_the_distance_is_that_of_the_average_at_the_step(undisturbed, tiny_pipel
     line = read_history(undisturbed / "fid.jsonl")[-1]
     assert line["distance"] == pytest.approx(expected, rel=1e-4)
     assert (line["measure"], line["n_images"], line["time_points"]) == ("Frechet distance", N, 3)
+    assert 0 < line["seconds"] < 60
     assert (line["detector_digest"], line["reference_digest"]) == (detector.digest, real.about["digest"])
 
 

@@ -51,6 +51,16 @@ def test_previews_are_shown_once_in_a_resumed_run(tiny_pipeline, tmp_path):
             assert np.array_equal(pixels, np.asarray(picture))
 
 
+@pytest.mark.parametrize(("step", "shown"), [(6, [3, 6]), (None, [3, 6, 9])])
+def test_a_board_is_given_the_previews_up_to_the_step_that_a_run_goes_on_from(tmp_path, monkeypatch, step, shown):
+    for drawn in (3, 6, 9):
+        preview_file(tmp_path, drawn).touch()
+    given = []
+    monkeypatch.setattr("mmfm.training.runlog.open_logger", lambda logger, state, lines: given.extend(lines))
+    RunLog(tmp_path, "tensorboard", step, Ranks(0, 1, torch.device("cpu")))
+    assert given == [{"step": n, "preview/images": preview_file(tmp_path, n)} for n in shown]
+
+
 def test_a_board_that_fails_ends_no_training(tmp_path, monkeypatch, caplog):
     class Failing(loggers.NoLogger):
         def write(self, line):

@@ -12,10 +12,11 @@ from mmfm.generation import conditioning
 from mmfm.infra import rng
 from mmfm.mixture.gaussian import Mixture
 from mmfm.models.weights import load_ema
+from mmfm.training import setup
 from mmfm.training.latents import Inputs, MicroBatch
 from mmfm.training.objective import FlowMatching
 from mmfm.training.setup import image_classes
-from support.tiny import SECTIONS, Pipeline
+from support.tiny import MODES, SECTIONS, Pipeline
 from support.train_runs import run, weights
 
 SHAPE = (32, 4, 4)
@@ -69,6 +70,14 @@ def test_class_settings_train(tiny_pipeline, tmp_path, setting):
     assert (model.config.num_classes, model.config.label_dropout, about["setting"]) == (2, 0.1, setting)
     assert weights(tmp_path)["y_embedder.embedding_table.weight"].shape == (3, 32)
     assert ("gmm_digest" in about) == (setting == "class_gmm") and (tmp_path / "preview.png").exists()
+
+
+@pytest.mark.parametrize(("warmup_steps", "expected"), [(0, 15), (7, 7)])
+def test_the_warmup_of_loss_weights_is_counted_in_steps(tiny_pipeline, warmup_steps, expected):
+    warmup = {"warmup_epochs": 3, "warmup_steps": warmup_steps}
+    keys = {**SECTIONS["train"]["loss_weighting"], "rule": "focal", **warmup}
+    given = setup._weighting(task(tiny_pipeline, "mode", loss_weighting=keys), 5, torch.device("cpu"))
+    assert given.warmup_steps == expected and len(given.weights) == MODES
 
 
 def test_bad_labels_are_refused(tiny_pipeline):
