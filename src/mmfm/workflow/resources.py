@@ -170,13 +170,14 @@ class Estimator:
     def train(self) -> Resources:
         """Encoder and posterior forward, model forward and backward; checkpoints with the EMA."""
         train, k = self.config.train, self.config.gmm.n_components
-        steps = train.target_step(self.n // train.global_batch)
+        epoch = self.n // train.global_batch
+        steps = train.target_step(epoch)
         images = steps * train.global_batch
         micro = train.micro_batch or -(-train.global_batch // self.processes)
         parameters = costs.dit_parameters(self.model, self.encoder.width, k)
-        ends = {epoch for epoch in train.milestones if epoch < train.epochs}
+        kept = {steps, *(step for step in train.kept_steps(epoch) if step < steps)}
         total, checkpoint = self._checkpoints(
-            parameters, average=True, keep=train.keep_checkpoints, milestones=len(ends) + 1
+            parameters, average=True, keep=train.keep_checkpoints, milestones=len(kept)
         )
         saved, activations = checkpoint * steps / train.checkpoint_every, micro * self._activations()
         posterior = 4 * self.encoder.width * k
