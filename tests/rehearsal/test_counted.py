@@ -5,9 +5,16 @@ import torch
 
 from mmfm import config
 from mmfm.autoencoder.decoder import Decoder, DecoderConfig
+from mmfm.infra.distributed import Ranks
 from mmfm.models.dit import DiT
+from mmfm.training import latents, setup
+from mmfm.training.options import Run
+from mmfm.training.trainer import Trainer
 from mmfm.workflow import costs
 from support import counting
+from support.rehearsal import META
+
+RANKS = Ranks(0, 1, META)
 
 SHAPES = {
     "XL": (config.Model((1152, 2048), (28, 2), (16, 16)), 16, 768),
@@ -46,6 +53,23 @@ def test_parameters(shape):
         counted = sum(p.numel() for p in DiT(counting.sizes(model, grid, channels)).parameters())
     found = costs.dit_parameters(model, channels)
     print(f"parameters: {found:.4e}, counted {counted:.4e}: {found / counted:.4f}")
+    assert found == pytest.approx(counted, rel=0.02)
+
+
+def test_weights_gradients_optimizer_and_average(shape, full, tmp_path):
+    model, grid, channels = shape
+    sizes = counting.sizes(model, grid, channels)
+    with META:
+        network, x = DiT(sizes), torch.empty(2, channels, grid, grid)
+    plan = latents.BatchPlan(0, 100, 2)
+    run = Run("train", network, lambda forward, _, x: forward(x, x[:, 0, 0, 0]).mean((1, 2, 3)), plan, tmp_path, RANKS)
+    made = Trainer(run, setup.optimizer_options(full.train, 50), setup.loop_options(full.train, 50))
+    made._train_step(network, ((micro, x) for micro in plan.micro_batches(0)))
+    moments = [state[name] for state in made.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    tensors = [*made.division.tensors, *made.division.gradients(), *moments, *made.division.averages]
+    counted = sum(t.nbytes for t in tensors)
+    found = costs.dit_parameters(model, channels) * (costs.TRAINED_BYTES + costs.EMA_BYTES)
+    print(f"weights and optimiser: {found:.4e}, counted {counted:.4e}: {found / counted:.4f}")
     assert found == pytest.approx(counted, rel=0.02)
 
 

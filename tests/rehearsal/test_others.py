@@ -12,7 +12,8 @@ import torch
 from mmfm.config import Guidance
 from mmfm.config.choices import SETTINGS
 from mmfm.data.moments import CovarianceMoments
-from mmfm.evaluation.detectors import inception
+from mmfm.evaluation.detector import Detector
+from mmfm.evaluation.detectors import encoder, inception
 from mmfm.flow.path import time_grid
 from mmfm.flow.source import couple_modes
 from mmfm.generation import networks
@@ -145,14 +146,27 @@ def test_the_moments_of_modes(full):
     assert finished == dict.fromkeys(range(4), (SHAPE, torch.float64))
 
 
-def test_the_detector(full, monkeypatch):
+DETECTED = {"evaluation.detector.Detector.features": Wait("once a batch: are the features finite?", 1)}
+
+
+def test_the_inception_network(full, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *_, **__: {})
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: None)
     with META:
         detector = inception.load(Path("weights.pth"), "0", META)
     moments = CovarianceMoments.zeros(detector.dimension, META)
-    asked = {"evaluation.detector.Detector.features": Wait("once a batch: are the features finite?", 1)}
-    with Rehearsal(asked, double=True):
+    with Rehearsal(DETECTED, double=True) as rehearsal:
         images = torch.empty(full.fid.batch_size, 3, 256, 256, dtype=torch.uint8, device=META)
         moments.update(detector.features(images))
-    assert moments.m2.shape == (2048, 2048)
+    assert moments.m2.shape == (2048, 2048) and rehearsal.seen == dict.fromkeys(DETECTED, 1)
+
+
+def test_the_encoder_as_a_detector(autoencoder):
+    made = autoencoder.encoder
+    detector = Detector("tokens", "0", made.hidden_size, False, encoder._Tokens(made), META)
+    resized = {"evaluation.detectors.encoder._Tokens.__call__": Wait("four times for the first images of a size")}
+    for side, allowed, waits in ((256, DETECTED, 1), (32, DETECTED | resized, 5), (32, DETECTED, 1)):
+        with Rehearsal(allowed) as rehearsal:
+            features = detector.features(torch.empty(BATCH, 3, side, side, dtype=torch.uint8, device=META))
+        assert features.shape == (BATCH, SHAPE[0]) and features.dtype == torch.float32
+        assert sum(rehearsal.seen.values()) == waits, side
