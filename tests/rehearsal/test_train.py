@@ -18,7 +18,7 @@ from mmfm.models.layers import SwiGLU
 from mmfm.training import latents, setup
 from mmfm.training.options import Run
 from mmfm.training.trainer import Trainer
-from support.rehearsal import IMAGES, META, SHAPE, InBf16, Rehearsal, Waits, network
+from support.rehearsal import IMAGES, META, SHAPE, InBf16, Rehearsal, Wait, Waits, network
 
 SHARE = 1024 // 8
 
@@ -58,6 +58,18 @@ def test_a_step_of_every_setting(trainer, setting):
     assert made.step == 1 and made.norm.device == META
     moments = [state["exp_avg"] for state in made.optimizer.state.values()]
     assert [m.shape for m in moments] == [t.shape for t in made.division.tensors]
+
+
+READ = {"flow.source.MixtureSource.draw": Wait("once a micro-batch: the host reads variances of the modes from disk")}
+
+
+def test_variances_on_disk_cost_a_wait_for_each_micro_batch(full, task, diagonal_source):
+    loss, images = replace(task("mode"), source=diagonal_source), 16
+    micro = latents.MicroBatch(range(images), torch.arange(images))
+    given = latents.Inputs(*(torch.empty(images, *shape, device=META) for shape in (SHAPE, SHAPE[:1])))
+    with Rehearsal(READ) as rehearsal:
+        loss.losses(network(loss, full.models["S"]), micro, given).sum().backward()
+    assert rehearsal.seen == dict.fromkeys(READ, 1)
 
 
 def test_a_wait_in_a_step_is_found(trainer, monkeypatch):
