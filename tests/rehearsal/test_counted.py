@@ -7,6 +7,7 @@ from mmfm import config
 from mmfm.autoencoder.decoder import Decoder, DecoderConfig
 from mmfm.infra.distributed import Ranks
 from mmfm.models.dit import DiT
+from mmfm.models.flops import dit_flops
 from mmfm.training import latents, setup
 from mmfm.training.options import Run
 from mmfm.training.trainer import Trainer
@@ -33,7 +34,7 @@ def shape(request):
 def test_operations(shape):
     model, grid, channels = shape
     forward, both = counting.operations(counting.sizes(model, grid, channels))
-    found = costs.dit_flops(model, grid**2, channels)
+    found = dit_flops(model, grid**2, channels)
     print(f"operations: {found:.4e}, counted {forward:.4e}: {found / forward:.4f}; training {3 * found / both:.4f}")
     assert found == pytest.approx(forward, rel=0.02) and 3 * found == pytest.approx(both, rel=0.02)
 
