@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmfm import config
 from mmfm.autoencoder.decoder import Decoder, DecoderConfig
 from mmfm.infra.distributed import Ranks
 from mmfm.models.dit import DiT
-from mmfm.models.flops import dit_flops
+from mmfm.models.flops import decoder_flops, dit_flops
 from mmfm.training import latents, setup
 from mmfm.training.options import Run
 from mmfm.training.trainer import Trainer
@@ -81,6 +82,16 @@ def test_stored_activations_of_the_decoder(full):
     found = costs.decoder_activations(d, 256)
     print(f"activations of the decoder: {found:.4e}, counted {counted:.4e}: {found / counted:.4f}")
     assert found == pytest.approx(counted, rel=0.1)
+
+
+def test_operations_of_encoder_and_decoder(full, autoencoder):
+    d, size = full.decoder, costs.encoder_size("nowhere", 224, 14)
+    with FlopCounterMode(display=False) as counter:
+        latent = autoencoder.encoder(torch.empty(1, 3, 224, 224, device=META)).latent
+        encoded = counter.get_total_flops()
+        autoencoder.decoder(latent.flatten(2).transpose(1, 2))
+    assert size.flops == pytest.approx(encoded, rel=0.02)
+    assert decoder_flops(d, 257) == pytest.approx(counter.get_total_flops() - encoded, rel=0.02)
 
 
 def test_the_counters_count():

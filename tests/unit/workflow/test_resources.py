@@ -1,6 +1,7 @@
 """The estimated resources against what they describe, and the document against what the code prints."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -20,17 +21,38 @@ from mmfm.training.setup import loop_options
 from mmfm.training.trainer import Trainer
 from mmfm.workflow import costs, resources
 from mmfm.workflow.facts import Facts
+from mmfm.workflow.outlook import duration
 from mmfm.workflow.resources import Estimator
 from support.places import ROOT
 
+DOCUMENT = ROOT / "docs" / "scale.md"
 FULL = config.load([ROOT / "config" / "config.yaml", ROOT / "config" / "imagenet256.yaml"])
 
 
 def test_the_document_shows_what_is_printed(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert main(["scale", "--config", "config/imagenet256.yaml"]) == 0
-    shown = (ROOT / "docs" / "scale.md").read_text().split("imagenet256.yaml -->\n")[1].split("\n<!-- end")[0]
-    assert shown == capsys.readouterr().out.strip()
+    parts = re.findall(r"<!-- printed by: mmfm (.*?) -->\n(.*?)\n<!-- end", DOCUMENT.read_text(), re.DOTALL)
+    assert len(parts) == 2
+    for command, shown in parts:
+        assert main(command.split()) == 0
+        assert shown == capsys.readouterr().out.strip()
+
+
+def test_the_document_says_what_fits_each_card():
+    for card in CARDS.keys() - {"auto"}:
+
+        def estimate(card=card, **train):
+            section = dataclasses.replace(FULL.train, **train)
+            return Estimator(dataclasses.replace(FULL, card=card, train=section), "dinov2", 8, True)
+
+        fits = [
+            estimate(**more).largest_micro_batch() for more in ({}, {"checkpoint_activations": True}, {"model": "S"})
+        ]
+        need = estimate(micro_batch=fits[0]).train()
+        taken = [f"{need.device / 1e9:.1f} GB", duration(need.seconds)] if fits[0] else ["-", "-"]
+        first, *rest = (f"{images or '-'}" for images in fits)
+        row = f"| {card} | {CARDS[card].memory / 1e9:.1f} GB | {first} | {' | '.join(taken)} | {' | '.join(rest)} |"
+        assert row in DOCUMENT.read_text().splitlines(), row
 
 
 @pytest.mark.parametrize(("name", "published"), [("XL", 839e6), ("S", 196e6)])
