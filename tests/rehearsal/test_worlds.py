@@ -73,5 +73,6 @@ def test_a_step_of_divided_training(full, world, sharding, tmp_path):
     assert held == moments and made.step == 1
     if sharding == "ddp":
         assert held == whole == sum(exchanged), "gradients are exchanged once a step, after the last micro-batch"
+        assert not forward.will_sync_module_buffers(), "they are constants"
     else:
         assert whole / world <= held < 1.2 * whole / world
