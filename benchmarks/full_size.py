@@ -26,6 +26,7 @@ import train_speed
 from mmfm import config
 from mmfm.infra.distributed import Ranks, choose_device
 from mmfm.models.dit import DIT_PRESETS
+from mmfm.models.flops import dit_flops
 from mmfm.training import trial
 from mmfm.training.runlog import Clock
 from mmfm.training.trainer import Trainer
@@ -77,7 +78,7 @@ def train(name: str, batch: int, steps: int, state: Path, keep: bool) -> dict[st
     first, *timed = seconds
     parts = train_speed.parts_of_steps(trainer, forward, batches, 1)
     trainer._check(feed)
-    flops = 3 * batch * costs.dit_flops(trainer.model.config, SHAPE[1] * SHAPE[2], SHAPE[0])
+    flops = 3 * batch * dit_flops(trainer.model.config, SHAPE[1] * SHAPE[2], SHAPE[0])
     step, passes = min(timed), sum(parts[name] for name in ("forward", "backward")) / sum(parts.values())
     found = {
         "parameters": sum(p.numel() for p in trainer.model.parameters()), "first_step_seconds": first,

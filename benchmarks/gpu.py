@@ -24,7 +24,7 @@ import runs
 from mmfm import config
 from mmfm.autoencoder.decoder import Decoder, DecoderConfig
 from mmfm.config import Guidance
-from mmfm.config.choices import CARDS
+from mmfm.config.choices import CARDS, known_card
 from mmfm.flow.path import time_grid, time_shift
 from mmfm.flow.source import MixtureSource, couple_modes
 from mmfm.generation import networks
@@ -37,6 +37,7 @@ from mmfm.mixture.groups import GROUP_ROWS
 from mmfm.mixture.moments import m_step
 from mmfm.mixture.streaming import Rows
 from mmfm.mixture.truncated import Truncation, exact_winners, truncated_e_step
+from mmfm.models.flops import decoder_flops, dit_flops
 from mmfm.models.layers import compile_blocks
 from mmfm.training import setup, trial
 from mmfm.workflow import costs
@@ -111,7 +112,7 @@ def train(sizes: Sizes, name: str, micro_batches: list[int], compiled: bool, ste
         for micro in micro_batches:
             trainer = trial.trainer(task, model, sizes.shape, micro, Path(folder), Ranks(0, 1, DEVICE))
             row: dict[str, Any] = {"model": name, "micro_batch": micro, "compile": compiled}
-            row["flops"] = 3 * micro * costs.dit_flops(sections, grid, sizes.shape[0])
+            row["flops"] = 3 * micro * dit_flops(sections, grid, sizes.shape[0])
             row["estimated_seconds"] = row["flops"] / RATES.half
             row["estimated_gb"] = _estimated_gb(sizes, name, micro)
             _fresh()
@@ -231,7 +232,7 @@ def sample(sizes: Sizes, name: str, guide: str, compiled: bool) -> list[dict[str
         for model in models:
             compile_blocks(model)
     grid = sizes.shape[1] * sizes.shape[2]
-    flops = [costs.dit_flops(read.models[n], grid, sizes.shape[0]) for n in (name, guide)]
+    flops = [dit_flops(read.models[n], grid, sizes.shape[0]) for n in (name, guide)]
     decoder_section = read.decoder
     decoder = Decoder(
         DecoderConfig(sizes.shape[0], decoder_section.hidden_size, decoder_section.intermediate_size,
@@ -251,7 +252,7 @@ def sample(sizes: Sizes, name: str, guide: str, compiled: bool) -> list[dict[str
         for precision in () if compiled else ("float32", "bf16"):
             with autocast(precision, DEVICE):
                 spent = seconds(lambda: decoder(tokens), 5)
-            work = sizes.batch * costs.decoder_flops(decoder_section, grid + 1)
+            work = sizes.batch * decoder_flops(decoder_section, grid + 1)
             found.append({"what": f"decoder, {precision}", "compile": False, "seconds": spent,
                           "estimated_seconds": work / RATES.single, "peak_gb": _peak_gb()})  # fmt: skip
     del models
@@ -266,7 +267,7 @@ def card() -> str:
 
 def report(found: dict[str, Any]) -> str:
     """Return the Markdown tables."""
-    peak = CARDS[costs.known_card(found["card"]) or CARD].peak
+    peak = CARDS[known_card(found["card"]) or CARD].peak
     lines = [f"# ImageNet-256's sizes on one {found['card']}", ""]
     lines += [
         f"torch {found['torch']}, driver {found['driver']}. Estimates are those of `mmfm scale` for the card {CARD}.",

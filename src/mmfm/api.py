@@ -274,7 +274,7 @@ class Model:
         >>> model.nearest_images(3, 2)
         <2 images of 32 x 32 pixels>
         """
-        given(mode, 1, self.num_modes, "modes", self.device)
+        given(mode, 1, self.num_modes, "modes")
         files = {name: self._found.file(name) for name in ("listing", "tokens", "gmm", "assignment")}
         tokens, assignment = TokenStore.open(files["tokens"]), provenance.labels(files["assignment"])
         provenance.belong_together(

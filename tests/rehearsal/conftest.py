@@ -17,6 +17,7 @@ from mmfm.config.choices import SETTINGS
 from mmfm.flow.path import time_shift
 from mmfm.flow.source import GaussianSource, MixtureSource
 from mmfm.mixture.gaussian import Mixture
+from mmfm.mixture.mapped_rows import MappedRows
 from mmfm.training.objective import FlowMatching
 from support.places import ROOT
 from support.rehearsal import CLASSES, IMAGES, META, SHAPE, device_without_memory, on_meta
@@ -51,6 +52,23 @@ def source(full: Config) -> MixtureSource:
     k = full.gmm.n_components
     means = torch.empty((k, *SHAPE), dtype=torch.bfloat16, device=META)
     return MixtureSource(means, torch.ones(k, dtype=torch.float64), torch.full((k,), 1 / k), META)
+
+
+class Unread(MappedRows):
+    """Variances of all positions and modes, in files that are not there."""
+
+    def __init__(self, modes: int) -> None:
+        self.shape = (modes, *SHAPE)
+
+    def gather(self, rows: torch.Tensor, pinned: bool = False) -> torch.Tensor:
+        assert rows.device.type == "cpu" and len(rows) <= 16
+        return torch.ones(len(rows), *SHAPE)
+
+
+@pytest.fixture(scope="session")
+def diagonal_source(source: MixtureSource) -> MixtureSource:
+    """The same with a variance per position, from the disk."""
+    return MixtureSource(source.means, Unread(source.num_modes), source.weights, META)
 
 
 Task = Callable[[str], FlowMatching]

@@ -2,12 +2,21 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmfm import config
 from mmfm.autoencoder.decoder import Decoder, DecoderConfig
+from mmfm.infra.distributed import Ranks
 from mmfm.models.dit import DiT
+from mmfm.models.flops import decoder_flops, dit_flops
+from mmfm.training import latents, setup
+from mmfm.training.options import Run
+from mmfm.training.trainer import Trainer
 from mmfm.workflow import costs
 from support import counting
+from support.rehearsal import META
+
+RANKS = Ranks(0, 1, META)
 
 SHAPES = {
     "XL": (config.Model((1152, 2048), (28, 2), (16, 16)), 16, 768),
@@ -26,7 +35,7 @@ def shape(request):
 def test_operations(shape):
     model, grid, channels = shape
     forward, both = counting.operations(counting.sizes(model, grid, channels))
-    found = costs.dit_flops(model, grid**2, channels)
+    found = dit_flops(model, grid**2, channels)
     print(f"operations: {found:.4e}, counted {forward:.4e}: {found / forward:.4f}; training {3 * found / both:.4f}")
     assert found == pytest.approx(forward, rel=0.02) and 3 * found == pytest.approx(both, rel=0.02)
 
@@ -49,6 +58,23 @@ def test_parameters(shape):
     assert found == pytest.approx(counted, rel=0.02)
 
 
+def test_weights_gradients_optimizer_and_average(shape, full, tmp_path):
+    model, grid, channels = shape
+    sizes = counting.sizes(model, grid, channels)
+    with META:
+        network, x = DiT(sizes), torch.empty(2, channels, grid, grid)
+    plan = latents.BatchPlan(0, 100, 2)
+    run = Run("train", network, lambda forward, _, x: forward(x, x[:, 0, 0, 0]).mean((1, 2, 3)), plan, tmp_path, RANKS)
+    made = Trainer(run, setup.optimizer_options(full.train, 50), setup.loop_options(full.train, 50))
+    made._train_step(network, ((micro, x) for micro in plan.micro_batches(0)))
+    moments = [state[name] for state in made.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    tensors = [*made.division.tensors, *made.division.gradients(), *moments, *made.division.averages]
+    counted = sum(t.nbytes for t in tensors)
+    found = costs.dit_parameters(model, channels) * (costs.TRAINED_BYTES + costs.EMA_BYTES)
+    print(f"weights and optimiser: {found:.4e}, counted {counted:.4e}: {found / counted:.4f}")
+    assert found == pytest.approx(counted, rel=0.02)
+
+
 def test_stored_activations_of_the_decoder(full):
     d = full.decoder
     sizes = DecoderConfig(768, d.hidden_size, d.intermediate_size, d.num_heads, d.num_layers, 16, 256)
@@ -56,6 +82,16 @@ def test_stored_activations_of_the_decoder(full):
     found = costs.decoder_activations(d, 256)
     print(f"activations of the decoder: {found:.4e}, counted {counted:.4e}: {found / counted:.4f}")
     assert found == pytest.approx(counted, rel=0.1)
+
+
+def test_operations_of_encoder_and_decoder(full, autoencoder):
+    d, size = full.decoder, costs.encoder_size("nowhere", 224, 14)
+    with FlopCounterMode(display=False) as counter:
+        latent = autoencoder.encoder(torch.empty(1, 3, 224, 224, device=META)).latent
+        encoded = counter.get_total_flops()
+        autoencoder.decoder(latent.flatten(2).transpose(1, 2))
+    assert size.flops == pytest.approx(encoded, rel=0.02)
+    assert decoder_flops(d, 257) == pytest.approx(counter.get_total_flops() - encoded, rel=0.02)
 
 
 def test_the_counters_count():

@@ -3,6 +3,7 @@
 The lists say where the host waits for the device, and why that is harmless.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,9 @@ import pytest
 import torch
 
 from mmfm.config import Guidance
-from mmfm.config.choices import SETTINGS
 from mmfm.data.moments import CovarianceMoments
-from mmfm.evaluation.detectors import inception
+from mmfm.evaluation.detector import Detector
+from mmfm.evaluation.detectors import encoder, inception
 from mmfm.flow.path import time_grid
 from mmfm.flow.source import couple_modes
 from mmfm.generation import networks
@@ -30,11 +31,6 @@ from support.rehearsal import META, SHAPE, Rehearsal, Wait, network
 
 BATCH, POINTS = 128, 3
 
-DRAWN = {
-    "mixture.gaussian.draw_from_weights": Wait("once a batch: a GPU's cumulative sum may vary between runs"),
-    "flow.source.MixtureSource.draw_modes": Wait("once a batch: the modes go back to the device"),
-}
-LABELS = {"generation.conditioning.equal_labels": Wait("once a batch: classes are permuted on the host")}
 CHECKED = {"generation.generator.require_finite": Wait("once a batch, after the flow", 1)}
 
 
@@ -48,24 +44,28 @@ def sampling(task, full, autoencoder, setting, guide="", scale=1.0, interval=(0.
     return Generator(setting, loss.source, loss.num_labels, autoencoder, SHAPE, times, 0, META), field
 
 
-def waits(setting: str) -> dict[str, Wait]:
-    return CHECKED | (DRAWN if SETTINGS[setting].mixture else {}) | (LABELS if "class" in setting else {})
-
-
 @pytest.mark.parametrize(
     ("setting", "guide", "scale"), [("uncond", "", 1.0), ("mode", "S", 1.5), ("class", "", 2.0), ("class_gmm", "", 1.0)]
 )
 def test_images_are_generated(task, full, autoencoder, setting, guide, scale):
     generator, field = sampling(task, full, autoencoder, setting, guide, scale)
-    with Rehearsal(waits(setting)) as rehearsal:
+    with Rehearsal(CHECKED) as rehearsal:
         images, evaluations = generator.generate(field, range(BATCH))
     assert images.shape == (BATCH, 3, 256, 256) and images.dtype == torch.uint8 and evaluations == POINTS - 1
-    assert max(rehearsal.seen.values()) <= 3
+    assert rehearsal.seen == dict.fromkeys(CHECKED, 1)
+
+
+def test_variances_on_disk_cost_no_wait(task, full, autoencoder, diagonal_source):
+    """The host knows the modes of generated images, and what it reads for them reaches the device without it."""
+    generator, field = sampling(task, full, autoencoder, "mode")
+    with Rehearsal(CHECKED):
+        images, _ = replace(generator, source=diagonal_source).generate(field, range(16))
+    assert images.shape == (16, 3, 256, 256)
 
 
 def test_guidance_in_an_interval(task, full, autoencoder):
     generator, field = sampling(task, full, autoencoder, "class", scale=2.0, interval=(0.1, 0.9))
-    with Rehearsal(waits("class")):
+    with Rehearsal(CHECKED):
         assert generator.generate(field, range(BATCH))[0].shape == (BATCH, 3, 256, 256)
 
 
@@ -98,10 +98,9 @@ SPARSE = {
     "mixture.moments.SufficientStatistics._add_segments": Wait("once 16 million elements: sums in a fixed order", K),
 }
 TRUNCATED = {
-    "mixture.groups._batches": Wait("a few a block: the groups' sizes are the batches' shapes", (K, K, K, 8)),
+    "mixture.groups._batches": Wait("thrice a block: the groups' sizes are the batches' shapes", (K, K, 8)),
     "mixture.groups._process": Wait("once a batch of groups: which sums matter?", K),
-    "mixture.groups.grouped_pass": Wait("twice a batch of groups: rows that are no padding", CHUNK),
-    "mixture.moments.add_rows": Wait("thrice a batch of sums: sums in a fixed order", K),
+    "mixture.moments.row_adder": Wait("once a batch of sums: sums in a fixed order", K),
 }
 
 
@@ -145,14 +144,27 @@ def test_the_moments_of_modes(full):
     assert finished == dict.fromkeys(range(4), (SHAPE, torch.float64))
 
 
-def test_the_detector(full, monkeypatch):
+DETECTED = {"evaluation.detector.Detector.features": Wait("once a batch: are the features finite?", 1)}
+
+
+def test_the_inception_network(full, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *_, **__: {})
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: None)
     with META:
         detector = inception.load(Path("weights.pth"), "0", META)
     moments = CovarianceMoments.zeros(detector.dimension, META)
-    asked = {"evaluation.detector.Detector.features": Wait("once a batch: are the features finite?", 1)}
-    with Rehearsal(asked, double=True):
+    with Rehearsal(DETECTED, double=True) as rehearsal:
         images = torch.empty(full.fid.batch_size, 3, 256, 256, dtype=torch.uint8, device=META)
         moments.update(detector.features(images))
-    assert moments.m2.shape == (2048, 2048)
+    assert moments.m2.shape == (2048, 2048) and rehearsal.seen == dict.fromkeys(DETECTED, 1)
+
+
+def test_the_encoder_as_a_detector(autoencoder):
+    made = autoencoder.encoder
+    detector = Detector("tokens", "0", made.hidden_size, False, encoder._Tokens(made), META)
+    resized = {"evaluation.detectors.encoder._Tokens.__call__": Wait("four times for the first images of a size")}
+    for side, allowed, waits in ((256, DETECTED, 1), (32, DETECTED | resized, 5), (32, DETECTED, 1)):
+        with Rehearsal(allowed) as rehearsal:
+            features = detector.features(torch.empty(BATCH, 3, side, side, dtype=torch.uint8, device=META))
+        assert features.shape == (BATCH, SHAPE[0]) and features.dtype == torch.float32
+        assert sum(rehearsal.seen.values()) == waits, side

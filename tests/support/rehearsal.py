@@ -1,11 +1,13 @@
 """Rehearsals: the code at its real sizes on the meta device, where tensors have shapes and dtypes but no memory.
 
 What a GPU would make slow or impossible fails here: an operation that waits for the device, tensors of two devices in
-one operation, a product in float64. Values do not exist, so a wait that is meant needs an answer; see :class:`Wait`.
+one operation, a product in float64 or, under autocast, in float32. Values do not exist, so a wait that is meant needs
+an answer; see :class:`Wait`.
 """
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +31,36 @@ SHAPE, IMAGES, CLASSES = (768, 16, 16), 1_281_167, 1000
 
 _PACKAGE = Path(mmfm.__file__).parent
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_attention_math", "convolution")
+
+
+class InBf16(TorchDispatchMode):
+    """Requires that products have operands in bfloat16, and that nothing is in float64.
+
+    For CPU tensors under FakeTensorMode, because the meta device has no autocast.
+
+    Attributes:
+        products: how often each kind of product was seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        made, name = operation(*arguments, **(keywords or {})), operation.overloadpacket.__name__
+        operands = [value for value in tree_leaves((arguments, keywords)) if isinstance(value, Tensor)]
+        if any(
+            tensor.dtype == torch.float64 for tensor in (*operands, *tree_leaves(made)) if isinstance(tensor, Tensor)
+        ):
+            raise AssertionError(f"{place()}: {name} in float64, for which GPUs are slow")
+        if name in _PRODUCTS or name.startswith("_scaled_dot_product"):
+            self.products[name] += 1
+            # Attention keeps sums of exponentials in float32 for its backward pass, after queries, keys and values.
+            if {tensor.dtype for tensor in operands[:3]} != {torch.bfloat16}:
+                raise AssertionError(
+                    f"{place()}: {name} of {[str(tensor.dtype) for tensor in operands]} under autocast"
+                )
+        return made
 
 
 class Wait(NamedTuple):

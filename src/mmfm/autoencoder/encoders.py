@@ -20,6 +20,7 @@ from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from mmfm.config.choices import ENCODER_FAMILIES
+from mmfm.infra.precision import exact_float32
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class Encoder(nn.Module):
                 f"images are {tuple(images.shape)} {images.dtype}; the encoder takes (B, 3, h, w) float in [0, 1]"
             )
         # Latents and posteriors need float32 even if training runs under bf16 autocast.
-        with torch.autocast(images.device.type, enabled=False):
+        with exact_float32(images.device.type):
             size = (self.input_size, self.input_size)
             pixels = images.float()
             if pixels.shape[-2:] != size:

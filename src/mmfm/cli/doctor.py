@@ -98,10 +98,10 @@ def _trial(micro_batch: int) -> int:
     import torch
 
     from mmfm import config
-    from mmfm.config.choices import CARDS
     from mmfm.infra.distributed import process_group
+    from mmfm.models.flops import dit_flops
     from mmfm.training import trial
-    from mmfm.workflow import costs
+    from mmfm.training.usage import bf16_peak
 
     with process_group() as ranks, tempfile.TemporaryDirectory() as folder:
         on_gpu = ranks.device.type == "cuda"
@@ -131,7 +131,7 @@ def _trial(micro_batch: int) -> int:
         shape, labels = ((768, 16, 16), 8192) if on_gpu else ((64, 4, 4), 64)
         defaults = Path(__file__).parents[3] / "config"
         train = config.load([defaults / "config.yaml", defaults / "imagenet256.yaml"]).train
-        flops = 3 * costs.dit_flops(model, shape[1] * shape[2], shape[0]) * micro_batch
+        flops = 3 * dit_flops(model, shape[1] * shape[2], shape[0]) * micro_batch
         for compiled in (False, True) if on_gpu else (False,):
             task = trial.labelled(replace(train, compile=compiled), labels, shape)
             made = trial.trainer(task, model, shape, micro_batch * ranks.world, Path(folder), ranks)
@@ -145,8 +145,8 @@ def _trial(micro_batch: int) -> int:
             line += f", {micro_batch * ranks.world / step:,.0f} images/s"
             if on_gpu:
                 line += f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-                if card := costs.known_card(name):
-                    line += f", {flops / step / CARDS[card].peak:.0%} of the card's bf16 peak"
+                if peak := bf16_peak(ranks.device):
+                    line += f", {flops / step / peak:.0%} of the card's bf16 peak"
             say(line)
             del made, forward, batches
     return 0

@@ -24,6 +24,19 @@ The number of images is that of the run's listing. Before there is one, the imag
 takes less than a second."""
 
 
+_COLUMNS = {
+    "stage": "*known from*",
+    "reads": "*file layouts*",
+    "writes": "*file layouts*",
+    "disk": "*file layouts*",
+    "host / rank": "*rules of thumb*",
+    "GPU / rank": "*counts, rules of thumb*",
+    "FLOPs": "*counts*",
+    "time": "*estimated rates*",
+}
+"""How the numbers in each column are known; docs/scale.md explains it."""
+
+
 def main(arguments: list[str]) -> int:
     """Print one table per number of GPUs."""
     parser = argparse.ArgumentParser(
@@ -80,7 +93,8 @@ def _cache(loaded: config.Config, estimator: Estimator) -> str:
 
 def _table(found: Mapping[str, Resources]) -> str:
     """Return the resources by stage as a Markdown table."""
-    rows = ["| stage | reads | writes | disk | host / rank | GPU / rank | FLOPs | time |", "|---|" + "--:|" * 7]
+    head, origins = (f"| {' | '.join(cells)} |" for cells in (_COLUMNS, _COLUMNS.values()))
+    rows = [head, "|---|" + "--:|" * (len(_COLUMNS) - 1), origins]
     for name, taken in found.items():
         sizes = (taken.work.reads, taken.work.writes, taken.disk, taken.host + taken.main, taken.device)
         cells = [f"`{name}`", *map(_bytes, sizes), f"{taken.flops:.1e}", duration(taken.seconds)]

@@ -346,6 +346,15 @@ CARDS = Choices(
 )
 """Multiplications and additions count as two operations. Peaks are those of the data sheets, dense."""
 
+
+def known_card(name: str) -> str | None:
+    """Return the entry of ``CARDS`` for a name that nvidia-smi or PyTorch prints, such as NVIDIA A100-SXM4-40GB."""
+    words = name.upper().replace(" ", "-")
+    known = (name for name in CARDS if name != "auto" and all(part in words for part in name.upper().split("-")))
+    # "RTX 4090" is written apart, and "A100-SXM4-40GB" has a word in between.
+    return next(known, "RTX4090" if "RTX-4090" in words else None)
+
+
 MEANS_DEVICES = plain("place", "device", "host")
 WEIGHTED_LABELS = plain("label", "mode", "class")
 UNREADABLE = plain("treatment of damaged images", "error", "skip")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmfm.config.choices import DETECTORS
 from mmfm.infra import store
+from mmfm.infra.precision import deterministic_convolutions, exact_float32
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,7 @@ class Detector:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images are {tuple(images.shape)} {images.dtype}; a detector takes (B, 3, S, S) uint8")
         # TF32 would change the third digit of distances, and make them depend on the GPU model.
-        full = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-        with full, torch.autocast(self.device.type, enabled=False):
+        with exact_float32(self.device.type), deterministic_convolutions():
             features = self.run(images.to(self.device, non_blocking=True)).float()
         if not features.isfinite().all():
             raise ValueError(f"the detector ({self.name}) returned NaN or Inf; fetch its weights again")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmfm.config.choices import ASSIGNMENTS, SETTINGS
 from mmfm.infra.precision import uses_bf16
+from mmfm.infra.transfer import to_device
 from mmfm.mixture.gaussian import Mixture, draw_from_weights, draw_modes
 from mmfm.mixture.mapped_rows import MappedRows
 
@@ -26,10 +27,13 @@ class Source(Protocol):
         """Number of modes; 0 for a source without modes."""
 
     def draw_modes(self, uniforms: Tensor) -> Tensor | None:
-        """Draw modes (B,) int64 for generation from uniforms (B,) in [0, 1); None for a source without modes."""
+        """Draw modes for generation from uniforms (B,) in [0, 1): (B,) int64 on the CPU; None if there are no modes."""
 
     def draw(self, modes: Tensor | None, noise: Tensor) -> Tensor:
-        """Return x_source (B, C, H, W) for modes (B,) and standard normal noise (B, C, H, W), in the noise's dtype."""
+        """Return x_source (B, C, H, W) for modes (B,) and standard normal noise (B, C, H, W), in the noise's dtype.
+
+        The modes may be on the CPU or on the noise's device.
+        """
 
 
 class GaussianSource:
@@ -52,13 +56,13 @@ class MixtureSource:
     """Mixture of spherical or diagonal Gaussians in latent space: x_source = mean_k + sigma_k * noise.
 
     Args:
-        means: (K, C, H, W), any floating dtype. They may be on another device than the noise, to save GPU memory (8192
-            means of (768, 16, 16) take 6.4 GB in float32). Each batch then copies the rows that it needs, from pinned
-            memory in parallel with the GPU's work, after waiting for the modes.
+        means: (K, C, H, W), any floating dtype. They may be on the CPU while the noise is on a GPU, to save its memory
+            (8192 means of (768, 16, 16) take 6.4 GB in float32). Each batch then copies the rows that it needs, from
+            pinned memory in parallel with the GPU's work.
         variances: (K,), one per mode, or (K, C, H, W), one per latent value; the latter may be read from disk for each
             batch.
         weights: (K,) probabilities, not necessarily normalised.
-        device: where modes are drawn and x_source is computed; the device of the means by default.
+        device: where x_source is computed; the device of the means by default.
         rounded: whether standard deviations are rounded to bfloat16.
 
     Raises:
@@ -105,41 +109,46 @@ class MixtureSource:
             uniforms: (B,) in [0, 1).
 
         Returns:
-            modes (B,) int64 on the source's device; modes of weight 0 are never drawn.
+            modes (B,) int64 on the CPU; modes of weight 0 are never drawn.
         """
-        return draw_from_weights(self.weights, uniforms).to(self.device)
+        return draw_from_weights(self.weights, uniforms)
 
     def draw(self, modes: Tensor | None, noise: Tensor) -> Tensor:
         """Return mean_k + sigma_k * noise, (B, C, H, W), for modes (B,) int64 and standard normal noise.
+
+        If means or variances are rows that the host looks up, and the modes are on a GPU, it waits for them, once.
 
         The arithmetic has the noise's dtype: with bfloat16 noise the mean, sigma, the product and the sum are rounded.
         """
         if modes is None:
             raise ValueError("a mixture source needs modes (B,); draw them with draw_modes or couple_modes")
+        if self.means.device.type == "cpu" or isinstance(self.sigma, MappedRows):
+            modes = modes.cpu()
         means = self._means(modes, noise.device).to(noise.dtype)
-        sigma = self._sigma(modes)
+        sigma = to_device(self._sigma(modes, noise.device), noise.device)
         if self.rounded:
             sigma = sigma.bfloat16()
-        sigma = sigma.to(noise.device, noise.dtype)
+        sigma = sigma.to(noise.dtype)
         if noise.dtype == torch.bfloat16:
             return means + sigma * noise  # addcmul would round only once
         return torch.addcmul(means, sigma, noise)
 
-    def _sigma(self, modes: Tensor) -> Tensor:
-        """Standard deviations (B, 1, 1, 1) or (B, C, H, W) float32 of modes (B,)."""
+    def _sigma(self, modes: Tensor, device: torch.device) -> Tensor:
+        """Standard deviations (B, 1, 1, 1) or (B, C, H, W) float32 of modes (B,), still to be copied to ``device``."""
         if isinstance(self.sigma, MappedRows):
-            rows = self.sigma[modes.cpu()].numpy()
+            rows = self.sigma.gather(modes, pinned=device.type == "cuda")
             # NumPy's float32 square root is correctly rounded, so it equals the float64 path above in a third of the
             # memory; PyTorch's is not.
-            return torch.from_numpy(np.sqrt(rows, out=rows))
-        sigma = self.sigma.index_select(0, modes.to(self.sigma.device))
+            np.sqrt(rows.numpy(), out=rows.numpy())
+            return rows
+        sigma = self.sigma.index_select(0, to_device(modes, self.sigma.device))
         return sigma.view(-1, 1, 1, 1) if sigma.ndim == 1 else sigma
 
     def _means(self, modes: Tensor, device: torch.device) -> Tensor:
         """Means of modes (B,) on ``device``, in the dtype in which they are stored."""
-        rows = modes.to(self.means.device)
+        rows = to_device(modes, self.means.device)
         if device.type != "cuda" or not self.means.is_pinned():
-            return self.means.index_select(0, rows).to(device)
+            return to_device(self.means.index_select(0, rows), device)
         gathered = torch.empty((len(rows), *self.means.shape[1:]), dtype=self.means.dtype, device=device)
         for place, row in enumerate(rows.tolist()):
             gathered[place].copy_(self.means[row], non_blocking=True)

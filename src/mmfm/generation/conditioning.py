@@ -28,12 +28,12 @@ def class_labels(seed: int, numbers: Tensor, num_classes: int, draw: str, purpos
     """Draw the images' class labels.
 
     Args:
-        numbers: (B,) int64, image numbers.
+        numbers: (B,) int64 on the CPU, image numbers.
         num_classes: L.
         draw: ``equal`` (:func:`equal_labels`) or ``random`` (:func:`random_labels`).
 
     Returns:
-        (B,) int64 in [0, L), on the device of ``numbers``.
+        (B,) int64 in [0, L), on the CPU.
 
     Raises:
         ValueError: unknown ``draw``.
@@ -49,9 +49,9 @@ def random_labels(seed: int, purpose: str, numbers: Tensor, num_classes: int) ->
 def equal_labels(seed: int, purpose: str, numbers: Tensor, num_classes: int) -> Tensor:
     """Give each class once to every block of L consecutive images, in a random order per block."""
     # Blocks, because an image's label must not depend on the number of images.
-    blocks, places = numbers.cpu() // num_classes, numbers.cpu() % num_classes
+    blocks, places = numbers // num_classes, numbers % num_classes
     labels = torch.empty_like(places)
     for block in blocks.unique().tolist():
         own = blocks == block
         labels[own] = rng.permutation(seed, purpose, block, num_classes)[places[own]]
-    return labels.to(numbers.device)
+    return labels

@@ -16,6 +16,7 @@ from mmfm.flow.solver import VelocityFn, solve
 from mmfm.flow.source import Source
 from mmfm.generation import conditioning
 from mmfm.infra import rng
+from mmfm.infra.transfer import to_device
 
 Field = Callable[[Tensor | None], VelocityFn]
 """Labels (B,) int64, or None -> the velocity field (x, t) -> (B, C, H, W)."""
@@ -33,8 +34,9 @@ class Draw(NamedTuple):
 
     Attributes:
         noise: (B, C, H, W), standard normal, in the generator's dtype.
-        modes: (B,) int64, modes of the source; None for a source without modes.
-        labels: (B,) int64, the modes or classes that the model sees; None for an unconditional model.
+        modes: (B,) int64, modes of the source; None for a source without modes. Drawn ones are on the CPU.
+        labels: (B,) int64 on the generator's device, the modes or classes that the model sees; None for an
+            unconditional model.
     """
 
     noise: Tensor
@@ -99,7 +101,8 @@ class Generator:
         Args:
             modes, labels: (B,) int64, used instead of drawn ones.
         """
-        index = torch.arange(numbers.start, numbers.stop, device=self.device)
+        # Modes and classes are few, and tables on the host decide them: a device would have to be waited for.
+        index = torch.arange(numbers.start, numbers.stop)
         if modes is None and self.source.num_modes:
             uniforms = conditioning.mode_uniforms(self.seed, index, self.mode_draw, f"{self.purpose}/mode")
             modes = self.source.draw_modes(uniforms)
@@ -110,8 +113,9 @@ class Generator:
             labels = conditioning.class_labels(
                 self.seed, index, self.num_labels, self.label_draw, f"{self.purpose}/label"
             )
+        index = torch.arange(numbers.start, numbers.stop, device=self.device)
         noise = rng.normal(self.seed, f"{self.purpose}/noise", index, self.latent_shape)
-        return Draw(noise.to(self.dtype), modes, labels)
+        return Draw(noise.to(self.dtype), modes, None if labels is None else to_device(labels, self.device))
 
     def draw_source(self, numbers: range) -> Tensor:
         """Return x at t = 1 of the images with these numbers, (B, C, H, W) in the generator's dtype."""

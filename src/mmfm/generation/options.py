@@ -48,8 +48,8 @@ Numbers: TypeAlias = int | Sequence[int] | Tensor
 """One number for all images, or one for each."""
 
 
-def given(values: Numbers | None, n: int, known: int, what: str, device: torch.device) -> Tensor | None:
-    """Check modes or labels and return them as (n,) int64; None if none are given.
+def given(values: Numbers | None, n: int, known: int, what: str) -> Tensor | None:
+    """Check modes or labels and return them as (n,) int64 on the CPU; None if none are given.
 
     Args:
         known: number of existing modes or labels.
@@ -67,7 +67,7 @@ def given(values: Numbers | None, n: int, known: int, what: str, device: torch.d
         raise ValueError(f"{what} are {tuple(numbers.shape)} {numbers.dtype}; give an integer, or {n} of them")
     if not ((numbers >= 0) & (numbers < known)).all():
         raise ValueError(f"{what} must be from 0 to {known - 1}, got {numbers.tolist()}")
-    return numbers.to(device, torch.int64).expand(n)
+    return numbers.to("cpu", torch.int64).expand(n)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Request:
     Attributes:
         sampler: with the requested seed and options.
         numbers: of the images.
-        modes, labels: (n,) int64; None to draw them.
+        modes, labels: (n,) int64 on the CPU; None to draw them.
     """
 
     sampler: Sampler
@@ -105,8 +105,8 @@ class Request:
         return cls(
             sampler,
             numbers,
-            given(modes, n, sampler.source.num_modes, "modes", sampler.device),
-            given(labels, n, num_classes, "labels", sampler.device),
+            given(modes, n, sampler.source.num_modes, "modes"),
+            given(labels, n, num_classes, "labels"),
         )
 
     def draw(self, numbers: range) -> Draw:

@@ -155,7 +155,8 @@ def process_group() -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     if world > 1:
         join_group(device)
-    # Densities and features need full float32 precision; networks that need less use autocast.
+    # What must be exact does not rely on this (`exact_float32`). The rest is in float32 only where a key says so, and
+    # then the same on every machine; bf16 is there for speed.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
         yield Ranks(rank, world, device)

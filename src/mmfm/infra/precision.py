@@ -1,4 +1,4 @@
-"""The meaning of the ``precision`` keys, matrix products in exact float32, and deterministic algorithms."""
+"""The meaning of the ``precision`` keys, products in full float32, and deterministic algorithms."""
 
 import os
 from collections.abc import Iterator
@@ -24,8 +24,14 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 @contextmanager
 def exact_float32(device_type: str) -> Iterator[None]:
-    """Multiply float32 matrices exactly in the block, without autocast, TF32 or bfloat16."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]  # set at run time
+    """Compute products and convolutions of float32 tensors in full precision in the block, whatever the caller allows.
+
+    That is, without autocast, TF32 or bfloat16. Used wherever posteriors, EM, latents or a detector's features are
+    computed. PyTorch's older switches (``allow_tf32``) can't be read in the block, and are unchanged after it.
+    """
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    # These attributes are set at run time.
+    backends = (torch.backends.cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
@@ -44,6 +50,18 @@ def use_deterministic_algorithms() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.use_deterministic_algorithms(True)
+
+
+@contextmanager
+def deterministic_convolutions() -> Iterator[None]:
+    """Choose algorithms of cuDNN that repeat their results to the last bit, in the block."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    try:
+        cudnn.deterministic, cudnn.benchmark = True, False
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmfm.infra.precision import exact_float32
-from mmfm.mixture.moments import SufficientStatistics, add_rows
+from mmfm.mixture.moments import SufficientStatistics, row_adder
 from mmfm.mixture.streaming import Rows
 from mmfm.mixture.workspace import Workspace
 
@@ -108,12 +108,12 @@ class _PendingSums:
         s, (k, component, count, sums) = self.statistics, map(torch.cat, zip(*self._parts, strict=True))
         count, sums = count.double(), sums.double()
         offset = s.means.index_select(0, component).sub_(s.means.index_select(0, k))
-        c = offset.shape[1]
+        c, add = offset.shape[1], row_adder(component)
         first = sums[:, :c]
         if sums.shape[1] > c:
-            add_rows(s.second, component, sums[:, c:] - offset * (2 * first - count[:, None] * offset))
-        add_rows(s.first, component, first - count[:, None] * offset)
-        add_rows(s.count, component, count)
+            add(s.second, sums[:, c:] - offset * (2 * first - count[:, None] * offset))
+        add(s.first, first - count[:, None] * offset)
+        add(s.count, count)
         self._parts, self._size = [], 0
 
 
@@ -134,13 +134,13 @@ def grouped_pass(
     with exact_float32(statistics.means.device.type):
         for position, x in rows.blocks():
             last = winners[position]
-            new = torch.empty_like(last)
+            new = last.new_empty(len(last) + 1)  # the last element takes what padding says
             for k, index, padding in _batches(last, table):
                 batch = workspace.gather_rows("x", x, index)
                 best, value = _process(batch, k, padding, table, pending, mass, workspace)
-                new[index[~padding]] = best[~padding]
+                new[index.masked_fill_(padding, len(last))] = best
                 total += value
-            winners[position] = new
+            winners[position] = new[:-1]
     pending.flush()
     return total
 
@@ -175,7 +175,7 @@ def _batches(winners: Tensor, table: CandidateTable) -> Iterator[tuple[Tensor, T
     starts = lengths.cumsum(0) - lengths
     pieces = (lengths + _GROUP_LIMIT - 1) // _GROUP_LIMIT
     piece = torch.arange(int(pieces.sum()), device=winners.device)
-    group = torch.arange(len(found), device=winners.device).repeat_interleave(pieces)
+    group = torch.arange(len(found), device=winners.device).repeat_interleave(pieces, output_size=len(piece))
     first = (piece - (pieces.cumsum(0) - pieces)[group]) * _GROUP_LIMIT
     length = (lengths[group] - first).clamp_max_(_GROUP_LIMIT)
     length, by_length = length.sort(descending=True, stable=True)

@@ -13,6 +13,7 @@ from mmfm import data
 from mmfm.config import Gmm
 from mmfm.config.choices import STARTS
 from mmfm.infra import rng, store
+from mmfm.infra.precision import exact_float32
 from mmfm.mixture.gaussian import Mixture, covariance_shape
 from mmfm.mixture.kmeans import lloyd, nearest_centre
 from mmfm.mixture.moments import hard_moments, m_step
@@ -124,22 +125,23 @@ def kmeans_plusplus(rows: Tensor, k: int, seed: int) -> Tensor:
     """
     trials = 2 + int(np.log(k))
     rows = rows - rows.mean(0)
-    norms = torch.einsum("mc,mc->m", rows, rows)
     draws = rng.uniform(seed, "k-means++", torch.arange(k, device=rows.device), (trials,))
     chosen = torch.empty(k, dtype=torch.int64, device=rows.device)
     chosen[0] = (draws[0, 0] * len(rows)).long().clamp(max=len(rows) - 1)
-    nearest = (norms - 2 * (rows @ rows[chosen[0]]) + norms[chosen[0]]).clamp_min_(0)
-    nearest[chosen[0]] = 0
-    for step in range(1, k):
-        cdf = nearest.double().cumsum(0)
-        # If every row coincides with a chosen one, all sums are 0 and the last row is drawn.
-        candidates = torch.searchsorted(cdf, draws[step] * cdf[-1], right=True).clamp_(max=len(rows) - 1)
-        products = rows @ rows[candidates].T
-        distances = (norms[:, None] - 2 * products + norms[candidates]).clamp_min_(0)
-        distances[candidates, torch.arange(trials, device=rows.device)] = 0
-        distances = torch.minimum(distances, nearest[:, None])
-        best = distances.sum(0, dtype=torch.float64).argmin()
-        chosen[step], nearest = candidates[best], distances[:, best]
+    with exact_float32(rows.device.type):
+        norms = torch.einsum("mc,mc->m", rows, rows)
+        nearest = (norms - 2 * (rows @ rows[chosen[0]]) + norms[chosen[0]]).clamp_min_(0)
+        nearest[chosen[0]] = 0
+        for step in range(1, k):
+            cdf = nearest.double().cumsum(0)
+            # If every row coincides with a chosen one, all sums are 0 and the last row is drawn.
+            candidates = torch.searchsorted(cdf, draws[step] * cdf[-1], right=True).clamp_(max=len(rows) - 1)
+            products = rows @ rows[candidates].T
+            distances = (norms[:, None] - 2 * products + norms[candidates]).clamp_min_(0)
+            distances[candidates, torch.arange(trials, device=rows.device)] = 0
+            distances = torch.minimum(distances, nearest[:, None])
+            best = distances.sum(0, dtype=torch.float64).argmin()
+            chosen[step], nearest = candidates[best], distances[:, best]
     return chosen
 
 

@@ -40,16 +40,21 @@ class MappedRows:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: Tensor) -> Tensor:
+    def gather(self, rows: Tensor, pinned: bool = False) -> Tensor:
         """Return a copy of the rows numbered (B,) int64, as float32 (B, *shape) on the CPU.
+
+        Args:
+            rows: on the CPU.
+            pinned: whether the copy is in pinned memory, from where it reaches a GPU without waiting.
 
         Raises:
             ValueError: a row is missing or truncated.
         """
-        result = np.empty((len(rows), *self.shape[1:]), np.float32)
+        result = torch.empty((len(rows), *self.shape[1:]), pin_memory=pinned)
+        values = result.numpy()
         for i, row in enumerate(rows.tolist()):
-            result[i] = self._map(row)
-        return torch.from_numpy(result)
+            values[i] = self._map(row)
+        return result
 
     def check(self) -> None:
         """Check that every row's file exists and has the right size.

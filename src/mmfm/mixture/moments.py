@@ -187,14 +187,20 @@ def _segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
     return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, unsafe=True, initial=0)
 
 
-def add_rows(target: Tensor, index: Tensor, values: Tensor) -> None:
-    """Add values (P, ...) to the rows ``index`` (P,) of ``target`` in place, in a fixed order on every device."""
-    if target.device.type == "cpu":
-        target.index_add_(0, index, values)
-        return
+def row_adder(index: Tensor) -> Callable[[Tensor, Tensor], None]:
+    """Return a function of a target and values (P, ...) that adds these to the target's rows ``index`` (P,) in place.
+
+    They are added in a fixed order on every device.
+    """
+    if index.device.type == "cpu":
+        return lambda target, values: target.index_add_(0, index, values)  # type: ignore[return-value]
     ordered, order = index.sort(stable=True)
     found, lengths = torch.unique_consecutive(ordered, return_counts=True)
-    target[found] += _segment_sums(values[order], lengths)
+
+    def add(target: Tensor, values: Tensor) -> None:
+        target[found] += _segment_sums(values[order], lengths)
+
+    return add
 
 
 def m_step(statistics: SufficientStatistics, covariance_type: str, reg_covar: float) -> tuple[Mixture, float]:

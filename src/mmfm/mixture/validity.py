@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmfm.infra import rng
 from mmfm.infra.distributed import Ranks
-from mmfm.mixture.moments import add_rows
+from mmfm.mixture.moments import row_adder
 
 SILHOUETTE_IMAGES = 20_000
 """Number of images whose silhouette is computed; each is compared with the images of all components."""
@@ -51,8 +51,9 @@ class Clusters:
         first, second = torch.zeros_like(references), references.new_zeros(k, 1)
         for component, _, x in _by_component(rows, labels):
             x -= references[component]
-            add_rows(first, component, x)
-            add_rows(second, component, x.square_().sum(1, keepdim=True))
+            add = row_adder(component)
+            add(first, x)
+            add(second, x.square_().sum(1, keepdim=True))
         for tensor in (first, second):
             ranks.sum(tensor)
         shift = first / counts.clamp(min=1)[:, None]
@@ -99,7 +100,7 @@ def indices(
         wanted = sampled[image.cpu()].to(x.device)
         silhouette += _silhouettes(x[wanted], component[wanted], clusters).sum()
         x -= clusters.means[component]
-        add_rows(distances, component, x.square_().sum(1, keepdim=True).sqrt_())
+        row_adder(component)(distances, x.square_().sum(1, keepdim=True).sqrt_())
     ranks.sum(distances)
     ranks.sum(silhouette)
     mean_distances = distances.squeeze(1)[active] / clusters.counts[active]

@@ -35,6 +35,7 @@ from mmfm.infra.distributed import Ranks
 from mmfm.infra.pictures import save_picture
 from mmfm.infra.precision import use_deterministic_algorithms, uses_bf16
 from mmfm.models.dit import DiT
+from mmfm.models.flops import dit_flops
 from mmfm.models.weights import save_ema
 from mmfm.stages import provenance, runner
 from mmfm.stages.cached_latents import open_cache
@@ -45,6 +46,7 @@ from mmfm.training.history import DISTANCES, HISTORY, draw_curve_of, preview_fil
 from mmfm.training.options import Run
 from mmfm.training.previews import generator, measured_images, previewer
 from mmfm.training.trainer import Trainer
+from mmfm.training.usage import Stopwatch
 
 log = logging.getLogger(__name__)
 
@@ -159,6 +161,7 @@ class _Training:
         )
         self.target = section.target_step(self.plan.steps_per_epoch)
         self.budget = {"step": self.target}
+        self.encoding = Stopwatch(ranks.device)
 
     def run(self) -> None:
         """Train the missing steps and publish the weights."""
@@ -230,7 +233,11 @@ class _Training:
         options = setup.loop_options(self.section, self.plan.steps_per_epoch)
         draw_preview = functools.partial(self.draw_preview, preview) if preview else None
         distances = self.fid_curve(self.distance_files) if self.distance_files else None
-        run = Run("train", self.model, self.task.losses, self.plan, self.state, self.ranks, self.task.weighting)
+        channels, height, width = self.latent_shape
+        run = Run(
+            "train", self.model, self.task.losses, self.plan, self.state, self.ranks, self.task.weighting,
+            dit_flops(self.config.model, height * width, channels), self.encoding,
+        )  # fmt: skip
         return Trainer(run, optimizer_options, options, draw_preview, distances)
 
     def draw_preview(self, preview: Previewer, average: nn.Module, step: int) -> None:
@@ -245,7 +252,8 @@ class _Training:
             self.context, listing, autoencoder.encoder, self.files.encoder_weights, autoencoder.normalise,
             views=self.plan.views, workers=workers,
         )  # fmt: skip
-        source = latents.TrainingImages(listing, self.config.image.size, autoencoder.encode, cached, workers)
+        encode = self.encoding.timed(autoencoder.encode)
+        source = latents.TrainingImages(listing, self.config.image.size, encode, cached, workers)
         return latents.TrainingBatches(self.plan, source, self.ranks.device)
 
     def write(self, finished: Path, average: DiT, step: int) -> None:

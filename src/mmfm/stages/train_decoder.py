@@ -23,6 +23,7 @@ from mmfm.infra import rng
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.pictures import paired_grid, save_picture
 from mmfm.infra.precision import autocast
+from mmfm.models.flops import decoder_flops
 from mmfm.stages import provenance, runner
 from mmfm.stages.cached_latents import open_cache
 from mmfm.stages.runner import Context
@@ -31,6 +32,7 @@ from mmfm.training.history import HISTORY, publish_history, read_history
 from mmfm.training.options import LoopOptions, OptimizerOptions, Run
 from mmfm.training.schedule import Cosine
 from mmfm.training.trainer import Trainer
+from mmfm.training.usage import Stopwatch
 
 _LOG_EVERY = 20
 _KEEP_CHECKPOINTS = 2
@@ -98,10 +100,12 @@ def _train(context: Context, listing: Path, encoder_weights: Path) -> None:
         _KEEP_CHECKPOINTS,
         remedy=f"Lower decoder.micro_batch (now {section.micro_batch or 'the whole share'}), which changes no result",
     )
-    trainer = Trainer(Run("train_decoder", model, task.losses, plan, context.state, ranks), optimizer_options, options)
+    encoding, flops = Stopwatch(ranks.device), decoder_flops(section, encoder.grid[0] * encoder.grid[1] + 1)
+    run = Run("train_decoder", model, task.losses, plan, context.state, ranks, flops=flops, encoding=encoding)
+    trainer = Trainer(run, optimizer_options, options)
     if not trainer.resume(section.steps):
         cached = open_cache(context, listing, encoder, encoder_weights, workers=section.workers)
-        source = latents.TrainingImages(listing, size, encoder, cached, section.workers, wanted=True)
+        source = latents.TrainingImages(listing, size, encoding.timed(encoder), cached, section.workers, wanted=True)
         trainer.run(section.steps, latents.TrainingBatches(plan, source, ranks.device))
 
     def write(finished: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmfm.infra.distributed import Ranks
 from mmfm.training.latents import BatchPlan, MicroBatch
+from mmfm.training.usage import Stopwatch
 
 Losses = Callable[[nn.Module, MicroBatch, Any], Tensor]
 """(model, micro batch, its inputs) -> (b,) float32, one loss per image."""
@@ -45,6 +46,8 @@ class Run:
         plan: the images of every step.
         state: directory of the checkpoints.
         callback: see :class:`Callback`.
+        flops: operations per image of the model's forward pass; 0 if unknown.
+        encoding: the time that the frozen encoder takes; None if it isn't measured.
     """
 
     stage: str
@@ -54,6 +57,8 @@ class Run:
     state: Path
     ranks: Ranks
     callback: Callback | None = None
+    flops: float = 0.0
+    encoding: Stopwatch | None = None
 
 
 @dataclass(frozen=True)

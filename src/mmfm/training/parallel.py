@@ -22,6 +22,15 @@ from mmfm.infra.distributed import Ranks
 from mmfm.models.layers import blocks, compile_blocks
 
 
+def replicated(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """Return a module that shares the model's parameters and averages their gradients over the processes."""
+    devices = [device] if device.type == "cuda" else None
+    made = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    # Buffers are constants. The argument for this was renamed in PyTorch 2.13; the attribute works before and after.
+    made.broadcast_buffers = False
+    return made
+
+
 class Whole:
     """Every process holds the whole model.
 
@@ -49,10 +58,7 @@ class Whole:
             compile_blocks(self.model)
         if self.ranks.world == 1:
             return self.model
-        devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
-        return DistributedDataParallel(
-            self.model, device_ids=devices, forward_sync_buffers=False, gradient_as_bucket_view=True
-        )
+        return replicated(self.model, self.ranks.device)
 
     def part(self, forward: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Return the context of a micro batch's passes; only the last one of a step exchanges gradients."""

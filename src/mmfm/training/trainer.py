@@ -23,6 +23,7 @@ from mmfm.training.options import Batches, LoopOptions, OptimizerOptions, Run
 from mmfm.training.parallel import divide
 from mmfm.training.profile import Profile
 from mmfm.training.runlog import Clock, RunLog
+from mmfm.training.usage import bf16_peak
 
 
 class Trainer:
@@ -44,6 +45,7 @@ class Trainer:
     ) -> None:
         self.stage, self.model, self.losses, self.plan = run.stage, run.model, run.losses, run.plan
         self.state, self.ranks, self.callback = run.state, run.ranks, run.callback
+        self.encoding, self.step_flops = run.encoding, 3 * run.flops * run.plan.global_batch
         self.optimizer_options, self.options = optimizer_options, options
         self.preview, self.distances = preview, distances
         self.ema = None if optimizer_options.ema_decay is None else Ema(self.model)
@@ -61,6 +63,7 @@ class Trainer:
         self.step = self.logged_step = 0
         self.seconds = self.waited = 0.0
         device = self.ranks.device
+        self.peak_flops = self.ranks.world * bf16_peak(device)
         self.loss_sum = torch.zeros((), device=device)
         self.norm = torch.zeros((), device=device)
         self.nonfinite = NonFiniteCheck(device)
@@ -220,10 +223,17 @@ class Trainer:
             "data_wait": round(min(1.0, self.waited * speed / steps), 4),
             "seconds": round(self.seconds, 3),
         }
+        if self.encoding is not None:
+            line["encoder_share"] = round(min(1.0, self.encoding.take() * speed / steps), 4)
+        if self.peak_flops and self.step_flops:
+            line["mfu"] = round(speed * self.step_flops / self.peak_flops, 4)
         note = f"loss {loss:.4f}  gradient norm {norm:.3g}  {rate:,.1f} images/s"
         if self.ranks.device.type == "cuda":
             line["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-            note += f"  waiting for data {line['data_wait']:.0%}  peak {line['peak_gb']:.1f} GB"
+            note += f"  waiting for data {line['data_wait']:.0%}"
+            shown = {"encoder": line.get("encoder_share"), "MFU": line.get("mfu")}
+            note += "".join(f"  {name} {share:.0%}" for name, share in shown.items() if share is not None)
+            note += f"  peak {line['peak_gb']:.1f} GB"
         self._run_log.add(line)
         self.loss_sum.zero_()
         self.waited = 0.0

@@ -1,4 +1,4 @@
-"""Sizes, operations and rates from which the cost of every stage is estimated. Pure arithmetic, no PyTorch.
+"""Sizes and rates from which the cost of every stage is estimated. Pure arithmetic, no PyTorch.
 
 The estimates set the rules' resources and fill the tables in docs/scale.md. File sizes are exact for fixed layouts.
 Tests compare the model's operations, parameters and stored activations with those that PyTorch counts; the rest of the
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmfm.config import Decoder, Model
-from mmfm.config.choices import CARDS, Card
+from mmfm.config.choices import CARDS, Card, known_card
+from mmfm.models.flops import transformer_flops
 
 FLOAT, DOUBLE = 4, 8
 IMAGENET_IMAGES, DEMO_IMAGES = 1_281_167, 10_000
@@ -72,14 +73,6 @@ def _visible_card() -> str | None:
     return known_card((listed.splitlines() or [""])[0])
 
 
-def known_card(name: str) -> str | None:
-    """Return the entry of ``CARDS`` for a name that nvidia-smi or PyTorch prints, such as NVIDIA A100-SXM4-40GB."""
-    words = name.upper().replace(" ", "-")
-    known = (name for name in CARDS if name != "auto" and all(part in words for part in name.upper().split("-")))
-    # "RTX 4090" is written apart, and "A100-SXM4-40GB" has a word in between.
-    return next(known, "RTX4090" if "RTX-4090" in words else None)
-
-
 def gpu_rates(card: Card) -> Rates:
     """Return the rates of a card, of ImageNet's files and of a shared disk."""
     return Rates(single=card.single, half=card.half, decode=120, disk=1e9)
@@ -125,28 +118,12 @@ def encoder_size(weights: str, input_size: int, patch: int) -> EncoderSize:
     return EncoderSize(int(values.get("hidden_size", 768)), int(values.get("num_hidden_layers", 12)), grid**2 + 5, grid)
 
 
-def transformer_flops(width: int, depth: int, tokens: int, inner: int, maps: int = 2) -> float:
-    """Operations per image, forward, with ``maps`` MLP matrices per block, of size width x ``inner``."""
-    return depth * tokens * (8 * width**2 + 2 * maps * width * inner + 4 * tokens * width)
-
-
 def dit_parameters(model: Model, channels: int, labels: int = 0) -> float:
     """Weights of a DiTDH; a block has 18 squared widths (attention 4, SwiGLU 8, modulation 6)."""
     (first, second), depth = model.hidden_size, model.depth
     blocks = sum(18 * w**2 * d for w, d in zip(model.hidden_size, depth, strict=True))
     around = 2 * channels * (first + second) + first * second + 2 * first**2 + 2 * second**2
     return blocks + around + labels * first
-
-
-def dit_flops(model: Model, tokens: int, channels: int) -> float:
-    """Operations per image, forward; the head blocks compute their modulation for every token."""
-    (first, second), flops = model.hidden_size, 0.0
-    for index, (width, depth) in enumerate(zip(model.hidden_size, model.depth, strict=True)):
-        flops += transformer_flops(width, depth, tokens, 8 * width // 3, maps=3)
-        flops += depth * 12 * width**2 * (tokens if index else 1)
-    projected = first * second if first != second else 0
-    ends = channels * (first + 2 * second) + projected + 2 * second**2
-    return flops + 2 * tokens * ends + 2 * first * (512 + first)
 
 
 def dit_activations(model: Model, tokens: int, channels: int, recomputed: bool = False) -> float:
@@ -174,11 +151,6 @@ def decoder_parameters(decoder: Decoder) -> float:
     """Weights of the decoder's blocks."""
     w = decoder.hidden_size
     return decoder.num_layers * (4 * w**2 + 2 * w * decoder.intermediate_size)
-
-
-def decoder_flops(decoder: Decoder, tokens: int) -> float:
-    """Operations per image, forward."""
-    return transformer_flops(decoder.hidden_size, decoder.num_layers, tokens, decoder.intermediate_size)
 
 
 def decoder_activations(decoder: Decoder, tokens: int) -> float:

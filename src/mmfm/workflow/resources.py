@@ -6,6 +6,7 @@ from dataclasses import replace
 from mmfm.config import SETTINGS, STAGES, Config
 from mmfm.config.choices import DETECTORS, ENCODER_FAMILIES, SOLVERS, STARTS, DetectorKind, feature_patches
 from mmfm.infra.disk import of_checkpoints
+from mmfm.models.flops import decoder_flops, dit_flops
 from mmfm.workflow import costs
 from mmfm.workflow.costs import DOUBLE, FLOAT, Resources, Work
 from mmfm.workflow.facts import Facts, assumed
@@ -155,7 +156,7 @@ class Estimator:
             images * self.image_bytes,
             saved + self.cached(),
             single=self._encoded(images) * self.encoder.flops,
-            half=3 * images * costs.decoder_flops(decoder, self.tokens + 1),
+            half=3 * images * decoder_flops(decoder, self.tokens + 1),
             images=images,
             workers=decoder.workers,
             alone=saved,
@@ -170,13 +171,14 @@ class Estimator:
     def train(self) -> Resources:
         """Encoder and posterior forward, model forward and backward; checkpoints with the EMA."""
         train, k = self.config.train, self.config.gmm.n_components
-        steps = train.target_step(self.n // train.global_batch)
+        epoch = self.n // train.global_batch
+        steps = train.target_step(epoch)
         images = steps * train.global_batch
         micro = train.micro_batch or -(-train.global_batch // self.processes)
         parameters = costs.dit_parameters(self.model, self.encoder.width, k)
-        ends = {epoch for epoch in train.milestones if epoch < train.epochs}
+        kept = {steps, *(step for step in train.kept_steps(epoch) if step < steps)}
         total, checkpoint = self._checkpoints(
-            parameters, average=True, keep=train.keep_checkpoints, milestones=len(ends) + 1
+            parameters, average=True, keep=train.keep_checkpoints, milestones=len(kept)
         )
         saved, activations = checkpoint * steps / train.checkpoint_every, micro * self._activations()
         posterior = 4 * self.encoder.width * k
@@ -196,7 +198,7 @@ class Estimator:
             read,
             saved + cached,
             single=encoded * self.encoder.flops + images * posterior + measured * single,
-            half=passes * images * costs.dit_flops(self.model, self.tokens, self.encoder.width) + measured * half,
+            half=passes * images * dit_flops(self.model, self.tokens, self.encoder.width) + measured * half,
             images=self.n if cached else images,
             workers=train.workers,
             alone=saved,
@@ -274,8 +276,8 @@ class Estimator:
         batch, parameters = train.preview.fid_batch_size, costs.dit_parameters(self.model, self.encoder.width)
         memory = self._generating(batch) + self._detecting(batch)
         whole = parameters * FLOAT if train.sharding == "fsdp" else 0  # every process gathers the whole model
-        half = (train.preview.time_points - 1) * costs.dit_flops(self.model, self.tokens, self.encoder.width)
-        single = costs.decoder_flops(decoder, self.tokens + 1) + self.detector.flops
+        half = (train.preview.time_points - 1) * dit_flops(self.model, self.tokens, self.encoder.width)
+        single = decoder_flops(decoder, self.tokens + 1) + self.detector.flops
         return memory + whole, half, single
 
     def _generating(self, batch: int) -> float:
@@ -295,8 +297,8 @@ class Estimator:
         work = Work(
             weights * FLOAT + self.means,
             2 * images,
-            single=sample.n_images * costs.decoder_flops(decoder, self.tokens + 1),
-            half=sample.n_images * evaluations * costs.dit_flops(self.model, self.tokens, self.encoder.width),
+            single=sample.n_images * decoder_flops(decoder, self.tokens + 1),
+            half=sample.n_images * evaluations * dit_flops(self.model, self.tokens, self.encoder.width),
             alone=images,
         )
         device = weights * FLOAT + means + self._generating(sample.batch_size)

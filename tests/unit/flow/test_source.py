@@ -76,7 +76,7 @@ def test_rows_on_disk_are_read_as_they_are(tmp_path):
     group.create_array("variances", compressors=None, **layout)[:] = values
     rows, wanted = MappedRows(group["variances"]), torch.tensor([4, 0, 4])
     assert len(rows) == 5 and rows.shape == values.shape
-    assert torch.equal(rows[wanted], torch.from_numpy(values[wanted]))
+    assert torch.equal(rows.gather(wanted), torch.from_numpy(values[wanted]))
     means, noise = torch.zeros(5, *SHAPE), rng.normal(1, "noise", torch.arange(3), SHAPE)
     loaded, mapped = (MixtureSource(means, v, torch.full((5,), 0.2)) for v in (torch.from_numpy(values), rows))
     with Dtypes() as used:
@@ -256,5 +256,5 @@ def test_a_row_that_is_missing_or_cut_is_named(rows_on_disk):
         rows.check()
     files[1].unlink()
     with pytest.raises(ValueError, match=r"row 1 .* is missing"):
-        rows[torch.tensor([0, 1])]
-    assert rows[torch.tensor([0, 4])].shape == (2, *SHAPE)
+        rows.gather(torch.tensor([0, 1]))
+    assert rows.gather(torch.tensor([0, 4])).shape == (2, *SHAPE)

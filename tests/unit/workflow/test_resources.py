@@ -1,6 +1,8 @@
 """The estimated resources against what they describe, and the document against what the code prints."""
 
 import dataclasses
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,21 +11,48 @@ from mmfm import config
 from mmfm.autoencoder import latent_cache
 from mmfm.autoencoder.decoder import Decoder, DecoderConfig
 from mmfm.cli.__main__ import main
+from mmfm.config.choices import CARDS
 from mmfm.mixture import groups, initial, kmeans, split_merge
 from mmfm.models.dit import DiT, DiTConfig
+from mmfm.models.flops import dit_flops
+from mmfm.stages import train_decoder
+from mmfm.training.options import LoopOptions
+from mmfm.training.setup import loop_options
+from mmfm.training.trainer import Trainer
 from mmfm.workflow import costs, resources
 from mmfm.workflow.facts import Facts
+from mmfm.workflow.outlook import duration
 from mmfm.workflow.resources import Estimator
 from support.places import ROOT
 
+DOCUMENT = ROOT / "docs" / "scale.md"
 FULL = config.load([ROOT / "config" / "config.yaml", ROOT / "config" / "imagenet256.yaml"])
 
 
 def test_the_document_shows_what_is_printed(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert main(["scale", "--config", "config/imagenet256.yaml"]) == 0
-    shown = (ROOT / "docs" / "scale.md").read_text().split("imagenet256.yaml -->\n")[1].split("\n<!-- end")[0]
-    assert shown == capsys.readouterr().out.strip()
+    parts = re.findall(r"<!-- printed by: mmfm (.*?) -->\n(.*?)\n<!-- end", DOCUMENT.read_text(), re.DOTALL)
+    assert len(parts) == 2
+    for command, shown in parts:
+        assert main(command.split()) == 0
+        assert shown == capsys.readouterr().out.strip()
+
+
+def test_the_document_says_what_fits_each_card():
+    for card in CARDS.keys() - {"auto"}:
+
+        def estimate(card=card, **train):
+            section = dataclasses.replace(FULL.train, **train)
+            return Estimator(dataclasses.replace(FULL, card=card, train=section), "dinov2", 8, True)
+
+        fits = [
+            estimate(**more).largest_micro_batch() for more in ({}, {"checkpoint_activations": True}, {"model": "S"})
+        ]
+        need = estimate(micro_batch=fits[0]).train()
+        taken = [f"{need.device / 1e9:.1f} GB", duration(need.seconds)] if fits[0] else ["-", "-"]
+        first, *rest = (f"{images or '-'}" for images in fits)
+        row = f"| {card} | {CARDS[card].memory / 1e9:.1f} GB | {first} | {' | '.join(taken)} | {' | '.join(rest)} |"
+        assert row in DOCUMENT.read_text().splitlines(), row
 
 
 @pytest.mark.parametrize(("name", "published"), [("XL", 839e6), ("S", 196e6)])
@@ -42,6 +71,98 @@ def test_parameters_of_the_decoder():
         sizes = DecoderConfig(768, d.hidden_size, d.intermediate_size, d.num_heads, d.num_layers, 16, 256)
         real = sum(p.numel() for p in Decoder(sizes).parameters())
     assert costs.decoder_parameters(d) == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize("stage", ["train", "train_decoder"])
+def test_the_trainer_demands_the_disk_space_of_the_estimate(stage, tmp_path, monkeypatch):
+    """For all of ImageNet's checkpoints, milestones included, without a model: a job gets what its rule asks for."""
+    asked, estimate = [], getattr(Estimator(FULL, "dinov2", 8, True), stage)()
+    monkeypatch.setattr("mmfm.infra.disk.require", lambda state, name, total, written: asked.append(total))
+    d, train, steps = FULL.decoder, FULL.train, 1251
+    with torch.device("meta"):
+        if stage == "train":
+            sizes, average, options = FULL.models[train.model], object(), loop_options(train, steps)
+            model = DiT(DiTConfig(16, 1, 768, sizes.hidden_size, sizes.depth, sizes.num_heads, 8192, 0.0))
+        else:
+            average, options = None, LoopOptions(1, 1, train_decoder._KEEP_CHECKPOINTS)
+            model = Decoder(DecoderConfig(768, d.hidden_size, d.intermediate_size, d.num_heads, d.num_layers, 16, 256))
+    trainer = SimpleNamespace(model=model, ema=average, options=options, state=tmp_path, stage=stage)
+    Trainer._require_disk(trainer, 0, train.epochs * steps)
+    assert estimate.disk == pytest.approx(asked[0], rel=0.02)
+    assert 1e6 * estimate.disk_mb > asked[0], "the rule asks for enough"
+
+
+def test_no_rule_asks_for_more_time_than_schedulers_give():
+    """A job that is cut off resumes in the next one."""
+    estimate = Estimator(FULL, "dinov2", 1, True).train()
+    assert estimate.seconds > 86400 and estimate.minutes == 24 * 60
+    longer = dataclasses.replace(FULL, max_runtime_hours=1e4)
+    assert Estimator(longer, "dinov2", 1, True).train().minutes > 24 * 60
+
+
+def test_micro_batches_that_fit():
+    def largest(card, processes=8, **train):
+        section = dataclasses.replace(FULL.train, **train)
+        configuration = dataclasses.replace(FULL, card=card, train=section)
+        return Estimator(configuration, "dinov2", processes, True).largest_micro_batch()
+
+    fits = {"A100-40GB": 16, "L40S": 32, "A100-80GB": 64, "H100": 64, "H200": 128, "RTX4090": 0}
+    assert {card: largest(card) for card in fits} == fits
+    assert largest("RTX4090", means_device="host", sharding="fsdp") >= 16
+    assert largest("A100-40GB", checkpoint_activations=True) == 128
+    preset = Estimator(dataclasses.replace(FULL, card="A100-40GB"), "dinov2", 8, True)
+    assert preset.train().device < costs.USABLE * 40 * 2**30, "the preset's micro-batch fits the smallest card it names"
+
+
+def test_recomputed_activations_cost_a_forward_pass_and_compiled_blocks_save_time():
+    def need(**train):
+        section = dataclasses.replace(FULL.train, **train)
+        return Estimator(dataclasses.replace(FULL, train=section), "dinov2", 8, True).train()
+
+    usual, recomputed = need(compile=False), need(compile=False, checkpoint_activations=True)
+    assert recomputed.work.half == pytest.approx(usual.work.half * 4 / 3) and recomputed.device < usual.device
+    compiled = need(compile=True)
+    assert compiled.flops == usual.flops and compiled.seconds < usual.seconds
+
+
+@pytest.mark.parametrize(
+    ("listed", "card"),
+    [
+        ("NVIDIA A100-SXM4-40GB\n", "A100-40GB"),
+        ("NVIDIA A100-SXM4-80GB\nNVIDIA A100-SXM4-80GB\n", "A100-80GB"),
+        ("NVIDIA A100 80GB PCIe\n", "A100-80GB"),
+        ("NVIDIA H100 80GB HBM3\n", "H100"),
+        ("NVIDIA H200\n", "H200"),
+        ("NVIDIA L40S\n", "L40S"),
+        ("NVIDIA GeForce RTX 4090\n", "RTX4090"),
+        ("Tesla T4\n", costs.DEFAULT_CARD),
+        ("", costs.DEFAULT_CARD),
+    ],
+)
+def test_the_card_is_the_visible_one(listed, card, monkeypatch):
+    monkeypatch.setattr(costs.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(costs.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=listed))
+    assert costs.card_of("auto") == (card, CARDS[card]) and costs.card_of("L40S")[0] == "L40S"
+
+
+def test_a_broken_driver_leaves_the_default(monkeypatch):
+    def broken(*_, **__):
+        raise costs.subprocess.CalledProcessError(9, "nvidia-smi")
+
+    monkeypatch.setattr(costs.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(costs.subprocess, "run", broken)
+    assert costs.card_of("auto")[0] == costs.DEFAULT_CARD
+
+
+def test_measured_steps_are_those_of_the_formulas():
+    """One H200, one process, bf16, eager, micro-batches of 32, without encoder and means: docs/performance.md."""
+    for name, seconds, peak in (("XL", 0.153, 32.7e9), ("S", 0.058, 9.1e9)):
+        model = FULL.models[name]
+        flops = 3 * 32 * dit_flops(model, 256, 768)
+        memory = 32 * costs.dit_activations(model, 256, 768)
+        memory += costs.dit_parameters(model, 768) * (costs.TRAINED_BYTES + costs.EMA_BYTES + costs.COPY_BYTES)
+        assert memory == pytest.approx(peak, rel=0.1)
+        assert 0.7 * CARDS["H200"].half < flops / seconds < 1.1 * CARDS["H200"].half
 
 
 def test_files_of_a_fixed_layout_are_exact():
@@ -87,6 +208,7 @@ def test_constants_are_those_of_the_code():
     assert resources.SEEDING_ITERATIONS == initial.KMEANS_ITERATIONS
     redistribution = split_merge._HALVINGS + 2
     assert 2 + (kmeans.ROUNDS + 1) * kmeans.ITERATIONS + kmeans.ROUNDS * redistribution == resources.START_PASSES
+    assert resources.KEPT_DECODERS == train_decoder._KEEP_CHECKPOINTS
     assert (latent_cache.AUTO_LIMIT, latent_cache.BATCH) == (resources.CACHE_LIMIT, resources.CACHE_BATCH)
     assert (resources.CANDIDATES, resources.GROUP_ROWS) == (kmeans.CANDIDATES, groups.GROUP_ROWS)
 
