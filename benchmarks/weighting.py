@@ -1,12 +1,15 @@
-"""Compare the loss weights of the published code, on 8 GPUs, with ours, on the same made-up losses.
+"""Compare the loss weights of the published code, on 8 GPUs, with ours, on the same losses.
 
 python benchmarks/weighting.py                  the published configurations, K = 8192: a few minutes
 python benchmarks/weighting.py --quick          small numbers, in seconds
+python benchmarks/weighting.py --recorded results/fid/dinov2_mode.txt
+                                                losses of a trained model on its training images, not made up
 
 The published weighter is written out below: every GPU has its own, which sees its micro-batches one by one and is never
 averaged with the others. Ours counts once per step. Labels are drawn with log-normal frequencies; the loss of an image
-is the level of the step, times a factor of its label, times a factor of its own, both log-normal. Losses do not depend
-on the weights here. Writes benchmarks/results/weighting.json and .md.
+is the level of the step, times a factor of its label, times a factor of its own, both log-normal. Recorded losses are
+drawn with their labels from those of all training images, at random times, times the level of the step. Losses do not
+depend on the weights here. Writes benchmarks/results/weighting.json and .md.
 """
 
 import argparse
@@ -89,7 +92,8 @@ class Losses:
         self.shares = np.cumsum(frequency / frequency.sum())
         self.factors = np.exp(LABEL_SPREAD * self.draw.standard_normal(labels))
 
-    def level(self, step: int) -> float:
+    @staticmethod
+    def level(step: int) -> float:
         """Mean loss of a step: it falls from 2 to 1, half of it within 200 steps."""
         return float(1 + 0.5 ** (step / 200))
 
@@ -100,6 +104,53 @@ class Losses:
         return labels, (self.level(step) * self.factors[labels] * own).astype(np.float32)
 
 
+class Recorded(Losses):
+    """Labels and losses as a trained model had them, drawn at random.
+
+    Args:
+        recorded: labels and losses, (M,).
+    """
+
+    def __init__(self, recorded: tuple[np.ndarray, np.ndarray], labels: int, seed: int) -> None:
+        self.draw, (self.labels, self.losses) = np.random.default_rng(seed), recorded
+        counts = np.bincount(self.labels, minlength=labels)
+        mean = float(self.losses.mean())
+        sums = np.bincount(self.labels, self.losses, labels) / mean
+        self.factors = np.where(counts > 0, sums / np.maximum(counts, 1), 1.0)
+        self.relative = self.losses / mean
+
+    def step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return labels and losses (BATCH,) of a step, by GPU and micro-batch."""
+        rows = self.draw.integers(0, len(self.labels), BATCH)
+        return self.labels[rows], (self.level(step) * self.relative[rows]).astype(np.float32)
+
+
+def record(target: Path, draws: int = 8) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return the modes and losses of a trained model's training images, (M,), at ``draws`` times each, and K."""
+    import mmfm
+    from mmfm.data import read_image
+    from mmfm.data.listing import Listing
+    from mmfm.flow.path import interpolate, target_velocity, time_shift, train_times
+
+    model = mmfm.open(target, "cpu")
+    listing, sampler = Listing.open(model._found.file("listing")), model._sampler
+    modes, losses, generator = [], [], torch.Generator().manual_seed(0)
+    for start in range(0, len(listing), 250):
+        images = [read_image(listing.path(i)) for i in range(start, min(start + 250, len(listing)))]
+        latent, token = model.encode(images)
+        posterior = model.mixture.posterior(token)
+        for _ in range(draws):
+            k = torch.multinomial(posterior, 1, generator=generator).squeeze(1)
+            t = train_times(torch.rand(len(k), generator=generator), time_shift(model.latent_shape))
+            source = sampler.source.draw(k, torch.randn(latent.shape, generator=generator))
+            with torch.no_grad():
+                labels = k if sampler.setting.condition == "mode" else None
+                velocity = sampler.model(interpolate(latent, source, t), t, labels)
+            losses.append((velocity - target_velocity(latent, source)).square().mean((1, 2, 3)).numpy())
+            modes.append(k.numpy())
+    return np.concatenate(modes), np.concatenate(losses), model.num_modes
+
+
 def compare(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
     """Return the correlation of two sets of weights and their mean absolute difference."""
     flat = np.ptp(one) == 0 or np.ptp(other) == 0
@@ -107,7 +158,15 @@ def compare(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
     return {"correlation": correlation, "difference": float(np.abs(one - other).mean())}
 
 
-def simulate(accumulation: int, labels: int, steps: list[int], decay: float, warmup: int, seed: int) -> dict[str, Any]:
+def simulate(
+    accumulation: int,
+    labels: int,
+    steps: list[int],
+    decay: float,
+    warmup: int,
+    seed: int,
+    recorded: tuple[np.ndarray, np.ndarray] | None = None,
+) -> dict[str, Any]:
     """Run both on the same losses; return how they compare before the given steps.
 
     Weights are compared with those of the GPUs on average, a GPU's with another's, and both with the weights that
@@ -116,7 +175,8 @@ def simulate(accumulation: int, labels: int, steps: list[int], decay: float, war
     values = equivalent(accumulation, labels, decay, warmup)
     mine = ours(labels, values["decay"], int(values["warmup_steps"]))
     theirs = [Published(labels, decay, warmup) for _ in range(RANKS)]
-    losses, alone, found = Losses(labels, seed), Ranks(0, 1, torch.device("cpu")), {}
+    losses = Losses(labels, seed) if recorded is None else Recorded(recorded, labels, seed)
+    alone, found = Ranks(0, 1, torch.device("cpu")), {}
     exact = (losses.factors / losses.factors.mean()) ** GAMMA
     true = np.clip(exact / exact.mean(), *BOUNDS)
     for step in range(max(steps) + 1):
@@ -166,12 +226,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, nargs="+", default=[1300, 2500], help="steps at which to compare")
     parser.add_argument("--warmup", type=int, default=WARMUP, help="micro-batches of the published warm-up")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recorded", type=Path, metavar="TARGET", help="result of a model with modes, on this machine")
     parser.add_argument("--quick", action="store_true", help="16 labels, 40 steps")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     if options.quick:
         options.labels, options.steps, options.warmup, options.accumulation = 16, [20, 40], 20, [2]
-    given = (options.labels, options.steps, DECAY, options.warmup, options.seed)
+    recorded = None
+    if options.recorded:
+        *recorded, options.labels = record(options.recorded)
+    given = (options.labels, options.steps, DECAY, options.warmup, options.seed, recorded)
     found = {str(number): simulate(number, *given) for number in options.accumulation}
     about = {"labels": options.labels, "warmup": options.warmup, "seed": options.seed, "accumulations": found}
     publish("weighting", about, table(about), options.out)

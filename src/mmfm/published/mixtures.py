@@ -176,7 +176,12 @@ def _write_means(
 ) -> tuple[dict[str, float], list[str]]:
     """Write the means, one chunk per mode; return ``variance`` and ``centre`` of the means, and the rows' digests."""
     rows = group.create_array(
-        "means", shape=(len(weights), *shape), dtype="float32", chunks=(1, *shape), compressors=None
+        "means",
+        shape=(len(weights), *shape),
+        dtype="float32",
+        chunks=(1, *shape),
+        compressors=None,
+        config={"write_empty_chunks": True},  # a mean of zeros must be a file, too
     )
     total, square, row_digests = np.zeros(means.shape[1]), 0.0, []
     for first, block in _blocks(means, source):

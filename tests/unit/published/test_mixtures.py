@@ -89,6 +89,13 @@ def test_blocks_of_modes_give_the_same(files, published, monkeypatch):
         assert SpatialMixture.open(files / "s.zarr").attributes["digest"] == digest
 
 
+def test_a_mean_of_zeros_is_a_row_too(files, published):
+    means = published[1]["model"].means_.copy()
+    means[3] = 0
+    spatial_of(files, changed(published[1], means_=means))
+    MappedRows(SpatialMixture.open(files / "s.zarr").means).check()
+
+
 def test_a_store_of_this_project_is_checked_and_linked(files, published):
     spatial_of(files, published[1])
     own, copied = files / "s.zarr", files / "copy.zarr"
