@@ -63,16 +63,22 @@ def given_guide(wildcards):
     return given_file("guide.weights", C.guide.weights, wildcards, layout.guide, wildcards.setting, made="train")
 
 
-def expected_weights(wildcards, model):
+def published_step(wildcards):
+    """Return the step of published weights; None for weights of the user's."""
+    if C.train.weights != "published":
+        return None
+    return step_of(wildcards) or layout.steps(C.encoders[wildcards.encoder].family)[0]
+
+
+def expected_weights(wildcards, model, step):
     """Return what given weights must be, as JSON; see `mmfm import --help`."""
     encoder, mixture = C.encoders[wildcards.encoder], mmfm_config.SETTINGS[wildcards.setting].mixture
-    published = C.train.weights == "published" and not model == C.guide.model
     return canonical_json(
         {
             "setting": wildcards.setting,
             "model": mmfm_config.keys_of_kind(C.section("model", model=model), "identity"),
             "modes": C.gmm.n_components if mixture else None,
-            "step": (step_of(wildcards) or layout.steps(encoder.family)[0]) if published else None,
+            "step": step,
             "encoder": mmfm_config.keys_of_kind(encoder, "identity"),
             "image_size": C.image.size,
         }

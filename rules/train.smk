@@ -84,7 +84,7 @@ rule import_weights:
         runtime=30,
         disk_mb=RESOURCES["sample"].disk_mb,
     params:
-        expected=lambda wildcards: expected_weights(wildcards, C.train.model),
+        expected=lambda wildcards: expected_weights(wildcards, C.train.model, published_step(wildcards)),
     shell:
         "python -m mmfm.cli import weights {input.source:q} --out {output.ema:q} --stats {input.stats:q}"
         " --expected {params.expected:q} 2>&1 | tee {log:q}"
@@ -101,4 +101,6 @@ use rule import_weights as import_guide with:
     benchmark:
         "<benchmarks>/import_guide.{encoder}_{setting}.tsv"
     params:
-        expected=lambda wildcards: expected_weights(wildcards, C.guide.model),
+        expected=lambda wildcards: expected_weights(
+            wildcards, C.guide.model, layout.GUIDE_STEP if C.guide.weights == "published" else None
+        ),

@@ -26,6 +26,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 SETTINGS = Gmm(
     n_components=5, covariance_type="diag", init="kmeans", reg_covar=1e-6, tol=1e-4, max_iter=8, seed=0,
     precision="float64", chunk_size=64, n_init=1, init_means="", e_step="exact", cache_gb=1.0,
+    weights="fit",
 )  # fmt: skip
 
 

@@ -207,7 +207,7 @@ def test_targets_of_autoguidance_train_a_guide_of_its_own(finished):
     (finished.folder / "given").mkdir(exist_ok=True)
     (finished.folder / "given" / "dinov2_mode.safetensors").touch()
     given = {"guide": {"weights": "given/{encoder}_{setting}.safetensors"}}
-    assert finished.jobs("results/fid/dinov2_mode_ag.g2.txt", keys=given) == FROM_SAMPLE
+    assert finished.jobs("results/fid/dinov2_mode_ag.g2.txt", keys=given) == FROM_SAMPLE | {"import_guide"}
 
 
 def test_every_setting_is_a_target(finished):

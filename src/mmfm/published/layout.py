@@ -15,6 +15,9 @@ REFERENCE = "fid_reference/VIRTUAL_imagenet256_labeled.npz"
 _ENCODERS = {"dinov2": "dinov2-b", "siglip2": "siglip2-b", "mae": "mae-b"}
 _SETTINGS = {"gmm": "uncond-gmm", "mode": "mode-gmm"}
 _STEPS = {"dinov2": (100_000, 25_000), "siglip2": (25_000,), "mae": (25_000,)}
+GUIDE_STEP = 25_000
+"""Step of the published guides."""
+
 INSTEAD = "train it, with --configfile config/imagenet256.yaml"
 """What to do for a result that is not published."""
 
@@ -82,7 +85,7 @@ def guide(family: str, setting: str) -> str:
     SETTINGS.require(setting)
     if family != "dinov2" or setting not in _SETTINGS:
         raise ValueError(f"no guide of {family} in the setting '{setting}' is published; {INSTEAD}")
-    return f"checkpoints/autoguidance/dit-s-{_SETTINGS[setting]}-25k.pt"
+    return f"checkpoints/autoguidance/dit-s-{_SETTINGS[setting]}-{GUIDE_STEP // 1000}k.pt"
 
 
 def checkpoints(family: str) -> list[str]:

@@ -55,7 +55,8 @@ def encoder(folder: Path) -> Input:
 
 def processor(folder: Path) -> Input:
     """What sampling needs of the encoder: its folder, or one that holds its image normalisation alone."""
-    if (folder / "model.safetensors").is_file():
+    found = sorted(path.name for path in folder.glob("*.*"))
+    if found != ["preprocessor_config.json"]:
         return encoder(folder)
     return Input("processor", "image normalisation", folder, store.file_digest(folder / "preprocessor_config.json"))
 
