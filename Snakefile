@@ -37,6 +37,7 @@ include: "rules/compare.smk"
 # Record the configuration for `mmfm clean`. A run that has nothing to do never starts.
 onstart:
     refuse_logs_in_use()
+    say_fetches()
     remember_configuration()
     say_what_comes()
 
@@ -60,4 +61,4 @@ rule all:
     default_target: True
     input:
         expand("<results>/fid/{encoder}_{setting}.txt", encoder=ENCODERS, setting=COMPARED),
-        rules.comparison.output if C.train.weights == "train" else [],
+        rules.comparison.output,

@@ -6,8 +6,9 @@ rule comparison:
     input:
         distances=compared("fid/{encoder}_{setting}.{variant}.json"),
         images=compared("sample/{encoder}_{setting}/{variant}/images.npz"),
-        history=compared("train/{encoder}_{setting}/{training}/history.jsonl"),
-        mixtures=compared("spatial_gmm/{encoder}/k{k}/report.json"),
+        # Given weights have no history, and given mixtures no report.
+        history=compared("train/{encoder}_{setting}/{training}/history.jsonl") if C.train.weights == "train" else [],
+        mixtures=compared("spatial_gmm/{encoder}/k{k}/report.json") if C.gmm.weights == "fit" else [],
     output:
         picture=report(
             "<results>/comparison.png",

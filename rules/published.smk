@@ -107,6 +107,18 @@ def processor_files(wildcards):
     return [f"{RESULTS}/processor/{wildcards.encoder}/preprocessor_config.json"]
 
 
+def say_fetches():
+    """Say how much a run will fetch of the published files, after checking that the disk can hold it."""
+    jobs = workflow.dag.needrun_jobs() if workflow.is_main_process else []
+    wanted = [job.wildcards.file for job in jobs if job.rule.name == "fetch_published"]
+    if wanted:
+        from mmfm.published import fetching
+
+        about = C.published.repository, C.published.revision
+        commit, files = checked(fetching.look_up, *about, wanted, document=PUBLISHED)
+        checked(fetching.announce, about[0], files, Path(FETCHED), commit, document=PUBLISHED)
+
+
 def fetchable(_):
     """Return all files that a target of this configuration may fetch."""
     found, published = [DETECTOR] if C.fid.weights == "fetch" else [], []
@@ -195,13 +207,13 @@ rule fetch_published:
     resources:
         mem_mb=1000,
         runtime=720,
-    params:
+        # As resources, which Snakemake does not compare: another revision does not delete what was fetched.
         repository=C.published.repository,
         revision=C.published.revision,
         folder=FETCHED,
     shell:
-        "python -m mmfm.cli fetch --repository {params.repository:q} --revision {params.revision:q}"
-        " --folder {params.folder:q} {wildcards.file:q} 2>&1 | tee {log:q}"
+        "python -m mmfm.cli fetch --repository {resources.repository:q} --revision {resources.revision:q}"
+        " --folder {resources.folder:q} {wildcards.file:q} 2>&1 | tee {log:q}"
 
 
 rule fetch_detector:
@@ -228,7 +240,7 @@ rule fetched:
     input:
         fetchable,
     output:
-        "<results>/fetched",
+        "<results>/fetched.txt",
     log:
         "<logs>/fetched.log",
     benchmark:

@@ -68,6 +68,21 @@ def test_what_is_not_published_is_one_line_that_names_the_other_preset(checkout)
         assert code and len(lines) == 1 and "imagenet256.yaml" in lines[0], output
 
 
+def test_published_mixtures_with_a_training_of_ones_own(checkout):
+    """The default targets are planned: no report of a given mixture is asked for, no history of given weights."""
+    folder, _ = checkout
+    (folder / "imagenet" / "train").mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "snakemake", "-n", "--configfile", "config/imagenet256.yaml", "--config"]
+    mixtures = ["gmm={weights: published}", "spatial_gmm={weights: published}"]
+    said = subprocess.run([*command, *mixtures], cwd=folder, capture_output=True, text=True)
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert "import_spatial" in said.stdout and "fit_gmm" not in said.stdout and "comparison" in said.stdout
+    lone = subprocess.run([*command, "guide={weights: published}"], cwd=folder, capture_output=True, text=True)
+    assert lone.returncode and "a guide knows its own mixture's modes only" in lone.stdout + lone.stderr
+    code, output = snakemake(folder, "results/published/comparison.txt", "-n")
+    assert code and "siglip2" in output  # the files of other encoders are not in this folder
+
+
 def test_a_file_that_the_folder_lacks_is_named(checkout):
     folder, _ = checkout
     code, output = snakemake(folder, "results/published/fid/siglip2_mode.txt", "-n")

@@ -14,7 +14,7 @@ where it stopped; each file ends with the digest that the hub gives. HF_ENDPOINT
 
 Snakemake runs this for what a target needs. To fetch all that a configuration needs, and for one target only:
 
-  snakemake results/imagenet256/fetched --configfile config/imagenet256.yaml
+  snakemake results/imagenet256/fetched.txt --configfile config/imagenet256.yaml
   snakemake results/published/fid/dinov2_mode.txt --configfile config/published.yaml \\
       --until fetch_published fetch_encoder fetch_detector"""
 

@@ -214,7 +214,7 @@ class Train:
 
     def effective(self, setting: choices.Setting) -> "Train":
         """Return the section with every key that the setting ignores at a fixed value."""
-        idle: dict[str, Any] = {}
+        idle: dict[str, Any] = {"weights": "train"}  # what is trained does not depend on what else is given
         if self.steps:
             idle["epochs"] = 1
         if not self.initial_phase.epochs:

@@ -88,7 +88,16 @@ class Config:
                 f"'gmm.weights' is {mixture}, but 'spatial_gmm.weights' {spatial}; they share their modes, so "
                 "give both, or make both"
             )
-        given = {"spatial_gmm.weights": spatial, "train.weights": self.train.weights}
+        if self.guide.weights == "published" and mixture == "fit":
+            raise ValueError(
+                "'guide.weights' is published, but 'gmm.weights' fit: a guide knows its own mixture's modes only; set "
+                "the mixtures to published, or 'guide.weights' to train"
+            )
+        given = {
+            "spatial_gmm.weights": spatial,
+            "train.weights": self.train.weights,
+            "guide.weights": self.guide.weights,
+        }
         if self.latent_stats.weights == "compute" and "published" in given.values():
             key = next(name for name, value in given.items() if value == "published")
             raise ValueError(

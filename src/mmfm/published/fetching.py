@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from mmfm.infra import disk, store
+from mmfm.infra import disk, file_lock, store
 from mmfm.infra.progress import Progress
 
 RECORD = ".fetched.json"
@@ -26,6 +26,8 @@ RECORD = ".fetched.json"
 _BLOCK = 1 << 20
 _TIMEOUT = 60
 _TRIES = 5
+_PASSING = (408, 429, 500, 502, 503, 504)
+"""Answers of a server that may be another one in a moment."""
 _NO_SPACE = "free some space, or set published.folder to a larger disk"
 
 
@@ -163,18 +165,21 @@ def _download(url: str, partial: Path, headers: Mapping[str, str] | None = None,
     partial.parent.mkdir(parents=True, exist_ok=True)
     tries = 0
     with partial.open("ab") as file:
+        if file_lock.try_lock(file) is False:
+            raise ValueError(f"another process is fetching '{partial.with_suffix('')}'; wait until it has finished")
         if size is not None and file.tell() > size:
-            file.truncate(0)
+            _empty(file)
         while True:
             before = file.tell()
             try:
                 return _append(url, file, headers or {}, size)
-            except OSError as error:  # urllib's and http.client's errors of the connection are among them
+            except (OSError, http.client.HTTPException) as error:
                 if disk.is_full(error, partial):
                     raise
                 file.flush()
                 tries = 0 if file.tell() > before else tries + 1
-                if tries >= _TRIES or isinstance(error, urllib.error.HTTPError):
+                final = isinstance(error, urllib.error.HTTPError) and error.code not in _PASSING
+                if tries >= _TRIES or final:
                     raise ValueError(
                         f"'{url}' can't be fetched ({error}); run the same command again to go on, or fetch it where "
                         f"there is a network, and put it at '{partial.with_suffix('')}'"
@@ -198,19 +203,21 @@ def _append(url: str, file: BinaryIO, headers: Mapping[str, str], size: int | No
         raise
     with response:
         if have and response.status != 206:  # the server can't resume
-            file.truncate(0)
+            _empty(file)
             have = 0
         total = have + int(response.headers.get("Content-Length") or 0)
         disk.require(Path(file.name), "fetch", total, written=have, remedy=_NO_SPACE)
         with Progress(f"fetch {Path(file.name).stem}", total // _BLOCK, "MiB", done=have // _BLOCK) as progress:
-            try:
-                while block := response.read(_BLOCK):
-                    file.write(block)
-                    progress.advance(file.tell() // _BLOCK - progress.done)
-            except http.client.HTTPException as error:
-                raise OSError(f"the connection broke: {error!r}") from error
+            while block := response.read(_BLOCK):
+                file.write(block)
+                progress.advance(file.tell() // _BLOCK - progress.done)
         if file.tell() < total:
             raise OSError(f"the connection ended after {file.tell():,} of {total:,} bytes")
+
+
+def _empty(file: BinaryIO) -> None:
+    file.truncate(0)
+    file.seek(0)
 
 
 @contextmanager

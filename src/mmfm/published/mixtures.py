@@ -150,6 +150,8 @@ def _checked(
     attributes = _estimator(content, source)
     means, covariances = _array(attributes, "means_", source), _array(attributes, "covariances_", source)
     weights = _array(attributes, "weights_", source).load().astype(np.float64)
+    if weights.ndim != 1:
+        raise ValueError(f"the weights of the mixture in '{source}' are no list of numbers; give another file")
     k = len(weights)
     _require(source, k, tokens.n_components)
     kind = attributes.get("covariance_type")

@@ -177,6 +177,14 @@ def _copy_weights(source: Path, out: Path, shape: tuple[int, ...], expected: Exp
         raise ValueError(
             f"'{source}' is for other latents than the statistics, {list(shape)}; give files of one encoder"
         )
+    for key, own in asdict(expected.model).items():
+        if list(sizes[key]) != list(own):
+            raise ValueError(f"'{source}' has {key} {list(sizes[key])}, not {list(own)}; name the model that it is")
+    if SETTINGS[expected.setting].condition == "mode" and sizes["num_classes"] != expected.modes:
+        raise ValueError(
+            f"'{source}' knows {sizes['num_classes']:,} modes, but the mixture has {expected.modes:,}; give the one "
+            "that it was trained with"
+        )
     with store.whole_file(out) as partial:
         shutil.copyfile(source, partial)
     return about["digest"]
@@ -205,6 +213,11 @@ def _check_setting(source: Path, table: Tensor | None, about: Mapping[str, Any],
         raise ValueError(
             f"'{source}' knows {rows:,} labels, but the mixture has {labels:,} modes; give the mixture that it was "
             "trained with, or another checkpoint"
+        )
+    if expected.setting == "uncond" and table is not None and rows not in (_CLASSES, _CLASSES + 1):
+        raise ValueError(
+            f"'{source}' has a label table of {rows:,} rows, one for each mode, so it is not of the setting 'uncond'; "
+            "give the checkpoint of 'uncond'"
         )
     if table is None or table.numel() < _ENOUGH:
         return

@@ -21,6 +21,11 @@ import numpy as np
 _IN_FILE = 1 << 16
 """Byte strings above this many bytes stay in the file."""
 
+_MOST_STEPS = 200_000
+"""Opcodes of a file; a mixture with its labels and lists has some thousands. Values then can't outgrow memory."""
+
+_LARGEST_KEY = 1 << 31
+
 _DTYPES = frozenset(["f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"])
 _REMEDY = "it is no mixture of scikit-learn, or damaged; fetch it again, or give another"
 
@@ -176,6 +181,12 @@ def _encoded(text: Any, codec: Any) -> bytes:
     return text.encode("latin1")
 
 
+def _empty_dict(*arguments: Any) -> dict[Any, Any]:
+    if arguments:
+        raise Refused("fills a dictionary in an unusual way")
+    return {}
+
+
 def _no_bytes(*arguments: Any) -> bytes:
     if arguments:
         raise Refused("makes a byte string in an unusual way")
@@ -196,8 +207,11 @@ def _admitted() -> Iterator[tuple[tuple[str, str], _Named]]:
         yield (module, "bytes"), _Named("bytes", call=_no_bytes)
     yield ("copyreg", "_reconstructor"), _Named("_reconstructor", call=_reconstructed)
     yield ("copy_reg", "_reconstructor"), _Named("_reconstructor", call=_reconstructed)
+    # What metadata may hold besides plain values; nobody asks for it.
+    for module, name in (("datetime", "datetime"), ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")):
+        yield (module, name), _Named(name, call=lambda *_: None)
     yield ("_codecs", "encode"), _Named("encode", call=_encoded)
-    yield ("collections", "OrderedDict"), _Named("OrderedDict", call=dict)
+    yield ("collections", "OrderedDict"), _Named("OrderedDict", call=_empty_dict)
 
 
 def _reconstructed(kind: Any, *_: Any) -> Any:
@@ -218,10 +232,11 @@ class _Machine:
         self.path, self.file, self.size = path, file, path.stat().st_size
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.made = 0
 
     def run(self) -> Any:
         """Return the value at the end."""
-        while True:
+        for _ in range(_MOST_STEPS):
             code = self.read(1)
             if code == b".":
                 return self.pop()
@@ -232,6 +247,7 @@ class _Machine:
                     f"has the opcode {known}" if known else f"has the byte {code!r} where an opcode should be"
                 )
             step(self)
+        raise Refused(f"has more than {_MOST_STEPS:,} opcodes")
 
     # Bytes
 
@@ -293,8 +309,8 @@ class _Machine:
     def set_items(self, values: list[Any]) -> None:
         target = self.top(dict)
         for key, value in zip(values[::2], values[1::2], strict=True):
-            # Other keys are not needed, and nested tuples can take forever to hash.
-            if key is not None and type(key) not in (str, int):
+            # Other keys are not needed, nested tuples can take forever to hash, and large numbers can share one hash.
+            if key is not None and type(key) is not str and not (type(key) is int and abs(key) < _LARGEST_KEY):
                 raise Refused(f"has a {type(key).__name__} as a key")
             target[key] = value
 
@@ -310,7 +326,11 @@ class _Machine:
         arguments, named = self.pop(), self.pop()
         if type(named) is not _Named or named.call is None or type(arguments) is not tuple:
             raise Refused("calls something that is no function")
-        self.push(named.call(*arguments))
+        made = named.call(*arguments)
+        self.made += len(made) if type(made) is bytes else 0
+        if self.made > self.size:  # the same text can be encoded again and again
+            raise Refused("makes more bytes than it holds")
+        self.push(made)
 
     def make(self) -> None:
         arguments, named = self.pop(), self.pop()

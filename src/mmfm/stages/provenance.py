@@ -55,8 +55,8 @@ def encoder(folder: Path) -> Input:
 
 def processor(folder: Path) -> Input:
     """What sampling needs of the encoder: its folder, or one that holds its image normalisation alone."""
-    found = sorted(path.name for path in folder.glob("*.*"))
-    if found != ["preprocessor_config.json"]:
+    known = [name for name in store.MODEL_FILES if (folder / name).is_file()]
+    if known != ["preprocessor_config.json"]:
         return encoder(folder)
     return Input("processor", "image normalisation", folder, store.file_digest(folder / "preprocessor_config.json"))
 

@@ -20,7 +20,7 @@ PROCESSOR = "preprocessor_config.json"
 
 def images(root: str) -> None:
     """Raise ValueError unless ``data.root`` is a folder."""
-    if not Path(root).is_dir():
+    if not root or not Path(root).is_dir():
         raise ValueError(
             f"'data.root' is '{root}', which is no folder; set it to a folder of images, best with one folder per class"
         )

@@ -93,12 +93,16 @@ class Finished:
         hub = self.encoder.weights.startswith("hf:")
         places = self._encoder_places(self.encoder.weights)
         found = [place for place in places if (place / "config.json").is_file()]
-        remedy = f"fetch it: {snakemake_command(places[0] / 'config.json')}" if hub else "restore it"
+        fetched = f"{places[-1] / 'config.json'}"  # as Snakemake names it
+        remedy = f"fetch it: snakemake {fetched} --cores all" if hub else "restore it"
         return self._used("encoder", found, places[0], remedy)
 
     def processor_folder(self) -> Path:
         """Return the folder with the encoder's image normalisation; errors as in :meth:`file`."""
-        return self.file("processor").parent if "processor" in self.digests else self.encoder_folder()
+        own = self.results / "processor" / self.names["encoder"]
+        if "processor" in self.digests:
+            return self.file("processor").parent
+        return own if self._digest("encoder") is None and own.is_dir() else self.encoder_folder()
 
     def detector(self) -> tuple[str, Path]:
         """Return the name of the configured detector and the path of its weights.

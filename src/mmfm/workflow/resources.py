@@ -344,10 +344,16 @@ def for_target(config: Config, target: Target, processes: int, on_gpu: bool, fac
         sample=replace(config.sample, time_points=variant.t or config.sample.time_points),
     )
     found = Estimator(config, target.encoder, processes, on_gpu, facts).stages()
-    if not SETTINGS[target.setting].mixture:
+    if not SETTINGS[target.setting].mixture or config.gmm.weights != "fit":
         del found["fit_gmm"], found["spatial_gmm"]
     if config.decoder.weights != "train":
         del found["train_decoder"]
+    if config.train.weights != "train":
+        del found["train"]
+    if config.latent_stats.weights != "compute":
+        del found["latent_stats"]
+        if "fit_gmm" not in found:
+            del found["extract"]
     if target.guided and config.guide.weights == "train":
         guide = given.train_of(target.setting, config.guide.model, guide=True)
         smaller = Estimator(replace(config, train=guide), target.encoder, processes, on_gpu, facts)

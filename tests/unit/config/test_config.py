@@ -145,7 +145,7 @@ def test_the_imagenet_preset_carries_the_published_numbers():
         "pytorch",
         "reference",
     )
-    assert (loaded.extract.crop, loaded.spatial_gmm.crop, loaded.latent_stats.mean) == ("encoder", "encoder", False)
+    assert (loaded.extract.crop, loaded.spatial_gmm.crop, loaded.latent_stats.mean) == ("encoder", "encoder", True)
     assert (loaded.gmm.reg_covar, loaded.gmm.tol, loaded.gmm.max_iter, loaded.gmm.seed) == (1e-6, 1e-3, 100, 42)
 
 

@@ -76,6 +76,20 @@ def test_a_server_without_ranges_is_read_from_the_start(hub, tmp_path):
     assert (tmp_path / "a" / "large.pt").read_bytes() == CONTENT
 
 
+def test_a_partial_file_that_is_too_long_is_begun_anew(hub, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "large.pt.partial").write_bytes(bytes(len(CONTENT) + 5))
+    assert fetched(hub, tmp_path, "a/large.pt").returncode == 0
+    assert (tmp_path / "a" / "large.pt").read_bytes() == CONTENT
+
+
+def test_two_processes_do_not_write_one_file(hub, tmp_path):
+    (tmp_path / "a").mkdir()
+    with (tmp_path / "a" / "large.pt.partial").open("ab") as held:
+        assert fetching.file_lock.try_lock(held)
+        assert "another process is fetching" in fetched(hub, tmp_path, "a/large.pt").stderr
+
+
 def test_content_with_another_digest_is_refused_and_removed(hub, tmp_path):
     hub.wrong = True
     run = fetched(hub, tmp_path, "a/large.pt")

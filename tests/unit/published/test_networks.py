@@ -109,6 +109,12 @@ def test_checkpoints_of_something_else_are_refused(imported):
     refused(imported, "no average of them", {"model": state})
     refused(imported, "knows 6 labels, but the mixture has 4 modes", {"ema": state}, expected(modes=4))
     refused(imported, "knows 6 labels, but the mixture has 4 modes", {"ema": state}, expected("gmm", modes=4))
+    refused(
+        imported,
+        "one for each mode, so it is not of the setting 'uncond'",
+        {"ema": state},
+        expected("uncond", modes=None),
+    )
     refused(imported, "has no label table", {"ema": {n: v for n, v in state.items() if n != TABLE}})
     refused(
         imported, r"lacks 'blocks.3.*configured model", {"ema": state}, expected(model={**tiny.MODEL, "depth": [3, 1]})
@@ -166,6 +172,10 @@ def test_weights_of_this_project_are_checked_and_copied(imported, stats, tmp_pat
     assert copy.read_bytes() == own.read_bytes()
     with pytest.raises(ValueError, match="weights of the setting 'mode', not 'gmm'"):
         import_weights(own, copy, stats, expected("gmm"))
+    with pytest.raises(ValueError, match="has hidden_size"):
+        import_weights(own, copy, stats, expected(model=tiny.GUIDE))
+    with pytest.raises(ValueError, match="knows 6 modes, but the mixture has 4"):
+        import_weights(own, copy, stats, expected(modes=4))
     torch.save({"mean": None, "var": torch.ones(8, 4, 4)}, stats)
     with pytest.raises(ValueError, match="for other latents than the statistics"):
         import_weights(own, copy, stats, expected())

@@ -7,6 +7,7 @@ import struct
 import sys
 import time
 from collections import OrderedDict
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,29 @@ def test_nested_tuples_take_no_time(tmp_path):
     refusal(tmp_path, b"\x80\x02}" + bomb[2:] + b"K\x01s.")
     refusal(tmp_path, b"\x80\x02cnumpy\ndtype\n" + bomb[2:] + b"\x85R.")
     refusal(tmp_path, b"\x80\x02" + ARRAY + b"(K\x01" + bomb[2:] + F8 + b"\x89C\x00tb.")
+
+
+DICTIONARY = b"ccollections\nOrderedDict\n"
+ENCODE = b"c_codecs\nencode\nq\x00X" + struct.pack("<I", 50_000) + b"a" * 50_000 + b"X\x06\x00\x00\x00latin1\x86q\x01R"
+LARGE_KEY = b"\x8a\x08" + (2**61 - 1).to_bytes(8, "little")  # the numbers n (2^61 - 1) share one hash
+BOMBS = {
+    "keys of one hash": (b"\x80\x02}" + LARGE_KEY + b"Ns.", "a int as a key"),
+    "a dictionary from pairs": (b"\x80\x02" + DICTIONARY + b"]K\x01K\x01\x86a\x85R.", "in an unusual way"),
+    "a text encoded many times": (b"\x80\x02" + ENCODE + b"h\x00h\x01R" * 50 + b".", "more bytes than it holds"),
+    "too many values": (b"\x80\x02" + b"]" * 300_000 + b".", "more than 200,000 opcodes"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_small_files_that_would_take_much_are_refused(tmp_path, name):
+    content, said = BOMBS[name]
+    assert said in refusal(tmp_path, content)
+
+
+def test_dates_and_paths_in_metadata_do_no_harm(tmp_path):
+    content = {"a": datetime(2026, 1, 1), "b": Path("x/y"), "c": np.ones(3)}
+    found = read(tmp_path, pickle.dumps(content))
+    assert found["a"] is None and found["b"] is None and found["c"].load().tolist() == [1, 1, 1]
 
 
 def test_truncated_files_are_refused(tmp_path):
