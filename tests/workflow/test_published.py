@@ -11,6 +11,7 @@ import yaml
 
 from support import published_folder as tiny
 from support.checkout import link_workflow
+from support.hub import Hub, serving
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +158,38 @@ def test_pickles_of_an_export_are_those_of_scikit_learn(tmp_path):
     tokens = np.random.default_rng(0).normal(size=(5, tiny.CHANNELS))
     assert np.allclose(own.predict_proba(tokens), fitted.predict_proba(tokens))
     assert not (tmp_path / "out.means").exists()
+
+
+@pytest.mark.slow
+def test_files_are_fetched_over_broken_connections_and_give_the_same_distance(checkout):
+    """By Snakemake, from a stand-in for the hub; the size is said before, and a second run fetches nothing."""
+    folder, _ = checkout
+    root = folder / "files"
+    files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    target = "results/fetched/fid/dinov2_gmm.txt"
+    keys = yaml.safe_load((folder / "tiny.yaml").read_text())
+    (folder / "hub.yaml").write_text(yaml.safe_dump({**keys, "run": "fetched", "published": {"root": ""}}))
+
+    def run(hub: Hub) -> str:
+        command = [sys.executable, "-m", "snakemake", "--cores", "2", target]
+        command += ["--configfile", "config/published.yaml", "hub.yaml"]
+        said = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, env={**os.environ, "HF_ENDPOINT": hub.address}
+        )
+        assert said.returncode == 0, said.stdout + said.stderr
+        return said.stdout + said.stderr
+
+    with serving(Hub(files=files, drop_after=20_000)) as hub:
+        said = run(hub)
+        total = sum(len(files[name]) for name in files if (folder / "published" / name).is_file())
+        assert said.index(f"fetch: 6 files, {total / 1e9:.2f} GB, of luo00042/mm-fm at commit") < said.index(
+            "localrule"
+        )
+        before = len(hub.requests)
+        run(hub)
+        assert len(hub.requests) == before
+    one, other = (folder / f"results/{run}/fid/dinov2_gmm.json" for run in ("fetched", "published"))
+    code, output = snakemake(folder, "results/published/fid/dinov2_gmm.txt")
+    assert code == 0, output
+    distances = [json.loads(path.read_text())["frechet_distance"] for path in (one, other)]
+    assert distances[0] == distances[1]

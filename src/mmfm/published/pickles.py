@@ -317,12 +317,14 @@ class _Machine:
     # Objects
 
     def name(self, module: Any, name: Any) -> None:
+        """Push what stands in for a name, which must be admitted."""
         found = _ADMITTED.get((module, name)) if type(module) is str and type(name) is str else None
         if found is None:
             raise Refused(f"names {_short(module)} {_short(name)}")
         self.push(found)
 
     def call(self) -> None:
+        """Call a stand-in."""
         arguments, named = self.pop(), self.pop()
         if type(named) is not _Named or named.call is None or type(arguments) is not tuple:
             raise Refused("calls something that is no function")
@@ -333,12 +335,14 @@ class _Machine:
         self.push(made)
 
     def make(self) -> None:
+        """Make an object of a stand-in's class."""
         arguments, named = self.pop(), self.pop()
         if type(named) is not _Named or named.new is None or arguments != ():
             raise Refused("makes an object of an unknown class")
         self.push(named.new())
 
     def build(self) -> None:
+        """Give the last value its state."""
         state = self.pop()
         built = self.stack[-1]
         if type(built) is Estimator and type(state) is dict:
