@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -82,6 +83,20 @@ def test_published_mixtures_with_a_training_of_ones_own(checkout):
     assert lone.returncode and "a guide knows its own mixture's modes only" in lone.stdout + lone.stderr
     code, output = snakemake(folder, "results/published/comparison.txt", "-n")
     assert code and "siglip2" in output  # the files of other encoders are not in this folder
+
+
+def test_images_of_ones_own_with_a_published_decoder(checkout):
+    folder, _ = checkout
+    (folder / "pictures").mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "snakemake", "-n", "results/own-256/comparison.txt"]
+    command += ["--configfile", "config/own-256.yaml", "--config"]
+    said = subprocess.run([*command, "data={root: pictures}"], cwd=folder, capture_output=True, text=True)
+    assert said.returncode == 0, said.stdout + said.stderr
+    rules = set(re.findall(r"^(?:local)?rule (\w+):", said.stdout, re.MULTILINE))
+    assert {"fetch_encoder", "fetch_published", "import_decoder", "given_statistics", "fit_gmm", "train"} <= rules
+    assert not {"train_decoder", "latent_stats", "fetch_detector"} & rules
+    without = subprocess.run([*command, "data={root: ''}"], cwd=folder, capture_output=True, text=True)
+    assert without.returncode and "'data.root' is '', which is no folder" in without.stdout + without.stderr
 
 
 def test_a_file_that_the_folder_lacks_is_named(checkout):

@@ -47,8 +47,25 @@ def main(arguments: list[str]) -> int:
     for name in needed[options.kind]:
         if getattr(options, name) is None:
             parser.error(f"{options.kind} needs --{name.replace('_', '-')}")
-    print(f"import: {_IMPORTS[options.kind](options)}")
+    try:
+        said = _IMPORTS[options.kind](options)
+    except ValueError as error:
+        raise ValueError(f"{error}{_which(Path(options.source))}") from error
+    print(f"import: {said}")
     return 0
+
+
+def _which(source: Path) -> str:
+    """Say by digests which file was refused, and whether it is still the one that was fetched."""
+    from mmfm.infra import store
+    from mmfm.published.fetching import RECORD
+
+    if not source.is_file():
+        return ""
+    digest, record = store.file_digest(source), source.with_name(source.name + RECORD)
+    wanted = str(store.read_json(record).get("sha256", digest)) if record.is_file() else digest
+    changed = "" if wanted == digest else f", but {wanted[:12]} was fetched: delete it and fetch it again"
+    return f" (SHA-256 {digest[:12]}{changed})"
 
 
 def _weights(options: argparse.Namespace) -> str:

@@ -1,5 +1,6 @@
 """Import of checkpoints and decoders: what arrives, and what is refused."""
 
+import itertools
 import json
 import os
 import pickle
@@ -7,9 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from mmfm import config
 from mmfm.autoencoder.decoder import Decoder, DecoderConfig, load_decoder
+from mmfm.flow.path import time_grid
 from mmfm.infra import store
 from mmfm.models.dit import DIT_PRESETS, DiT, DiTConfig
 from mmfm.models.weights import load_ema
@@ -58,6 +61,37 @@ def test_the_average_of_a_checkpoint_arrives(imported, bare, save):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def golden_network():
+    """Return tensors and sizes of the reference's small model."""
+    with safe_open(ROOT / "tests" / "golden" / "dit_ddt_tiny.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["config"])
+
+
+def test_an_imported_model_moves_as_the_reference_does(tmp_path):
+    """From a checkpoint to the reference's velocity and Euler trajectory, in float32."""
+    tensors, sizes = golden_network()
+    shape = (sizes["in_channels"], sizes["input_size"], sizes["input_size"])
+    torch.save({"mean": None, "var": torch.ones(shape)}, tmp_path / "stats.pt")
+    state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    torch.save({"ema": state, "train_steps": 7}, tmp_path / "source.pt")
+    model = {name: sizes[name] for name in ("hidden_size", "depth", "num_heads")}
+    wanted = expected("mode", model, modes=sizes["num_classes"])
+    import_weights(tmp_path / "source.pt", tmp_path / "ema.safetensors", tmp_path / "stats.pt", wanted)
+    made, about = load_ema(tmp_path / "ema.safetensors")
+    assert about["step"] == 7 and made.null_label == sizes["num_classes"]
+    x, y = tensors["x"], tensors["y"]
+    with torch.no_grad():
+        velocity = made(x, tensors["t"], y)
+        assert (velocity - tensors["velocity"]).abs().max() <= 1e-5 * tensors["velocity"].abs().max()
+        times, states = time_grid(8, 3.0), [x]
+        for now, after in itertools.pairwise(times):
+            states.append(states[-1] + (after - now) * made(states[-1], now.expand(len(x)), y))
+    trajectory = tensors["euler_trajectory"]
+    found = torch.stack(states[-len(trajectory) :])
+    assert (found - trajectory).abs().max() <= 1e-5 * trajectory.abs().max()
+
+
 def test_any_float_type_becomes_float32(imported, dtype):
     state = {name: tensor.to(dtype) for name, tensor in tiny.network(tiny.MODEL).state_dict().items()}
     made, _ = imported({"ema": state})
@@ -236,3 +270,19 @@ def test_the_published_decoder_of_full_size_is_ours():
     with torch.device("meta"):
         own = Decoder(DecoderConfig(768, 1152, 4096, 16, 28, 16, 256)).state_dict()
     assert {name: list(tensor.shape) for name, tensor in own.items()} == published
+
+
+def test_a_refused_file_is_named_by_its_digest(tmp_path, stats, capsys):
+    from mmfm.cli.__main__ import main
+
+    source = tmp_path / "model.pt"
+    source.write_bytes(b"no PyTorch file")
+    store.write_json(tmp_path / "model.pt.fetched.json", {"sha256": "f" * 64})
+    line = ["import", "decoder", str(source), "--out", str(tmp_path / "d"), "--stats", str(stats), "--heads", "2"]
+    assert main([*line, "--image-size", "32"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"(SHA-256 {store.file_digest(source)[:12]}, but ffffffffffff was fetched: delete it and fetch it again)"
+        in said
+    )
+    assert len(said.splitlines()) == 1
