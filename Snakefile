@@ -23,6 +23,7 @@ for layer in demo_layer(config, "config/config.yaml"):
 
 
 include: "rules/common.smk"
+include: "rules/given.smk"
 include: "rules/images.smk"
 include: "rules/published.smk"
 include: "rules/extract.smk"
