@@ -60,7 +60,6 @@ def test_the_average_of_a_checkpoint_arrives(imported, bare, save):
     assert about["settings"]["train"]["means_precision"] == "reference"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def golden_network():
     """Return tensors and sizes of the reference's small model."""
     with safe_open(ROOT / "tests" / "golden" / "dit_ddt_tiny.safetensors", "pt") as file:
@@ -92,6 +91,7 @@ def test_an_imported_model_moves_as_the_reference_does(tmp_path):
     assert (found - trajectory).abs().max() <= 1e-5 * trajectory.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_any_float_type_becomes_float32(imported, dtype):
     state = {name: tensor.to(dtype) for name, tensor in tiny.network(tiny.MODEL).state_dict().items()}
     made, _ = imported({"ema": state})
