@@ -15,7 +15,8 @@ from mmfm.infra.progress import Progress
 from mmfm.mixture.gaussian import Mixture
 from mmfm.mixture.spatial import SpatialMixture
 from mmfm.published import pickles
-from mmfm.published.pickles import Estimator, StoredArray
+from mmfm.published.arrays import StoredArray
+from mmfm.published.pickles import Estimator
 
 _BLOCK_BYTES = 16 << 20
 _VARIANCE = (0.5, 2.0)

@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mmfm.published.arrays import Extent, StoredArray
+
 _IN_FILE = 1 << 16
 """Byte strings above this many bytes stay in the file."""
 
@@ -28,54 +30,6 @@ _LARGEST_KEY = 1 << 31
 
 _DTYPES = frozenset(["f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"])
 _REMEDY = "it is no mixture of scikit-learn, or damaged; fetch it again, or give another"
-
-
-@dataclass(frozen=True)
-class Extent:
-    """Bytes that stay in the file.
-
-    Attributes:
-        path: the file.
-        offset, length: where they are, bytes.
-    """
-
-    path: Path
-    offset: int
-    length: int
-
-    def __len__(self) -> int:
-        return self.length
-
-
-@dataclass
-class StoredArray:
-    """An array of a pickle, in memory or in the file.
-
-    Attributes:
-        shape: as of a NumPy array.
-        dtype: a number type, little-endian.
-        fortran: whether its first axis varies fastest.
-        content: its bytes.
-    """
-
-    shape: tuple[int, ...] = ()
-    dtype: np.dtype = field(default_factory=lambda: np.dtype("u1"))
-    fortran: bool = False
-    content: bytes | Extent = b""
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Return a copy of rows ``start`` to ``stop - 1``; only these stay in memory."""
-        return np.array(self._view()[start:stop])
-
-    def load(self) -> np.ndarray:
-        """Return a copy of the whole array."""
-        return np.array(self._view())
-
-    def _view(self) -> np.ndarray:
-        order: Any = "F" if self.fortran else "C"
-        if isinstance(self.content, Extent):
-            return np.memmap(self.content.path, self.dtype, "r", self.content.offset, self.shape, order)
-        return np.frombuffer(self.content, self.dtype).reshape(self.shape, order=order)
 
 
 @dataclass

@@ -49,6 +49,7 @@ def export(target: Path, out: Path, layout: str, licence: str) -> list[Path]:
     if "spatial_gmm" in parts:
         parts["gmm"] = found.file("gmm")
     disk.require(out / "export", "export", 3 * sum(_size(path) for path in parts.values()), written=0)
+    weights = weights_metadata(parts["ema"])
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -60,9 +61,9 @@ def export(target: Path, out: Path, layout: str, licence: str) -> list[Path]:
         "encoder": asdict(found.encoder),
         "image_size": found.image_size,
         "seed": found.seed,
-        "model": asdict(load_ema(parts["ema"])[0].config),
-        "guide": asdict(load_ema(parts["guide"])[0].config) if "guide" in parts else None,
-        "means_precision": trained_means(weights_metadata(parts["ema"])),
+        "model": weights["model"],
+        "guide": weights_metadata(parts["guide"])["model"] if "guide" in parts else None,
+        "means_precision": trained_means(weights),
         "modes": Mixture.load(parts["gmm"]).n_components if "gmm" in parts else None,
         "decoder_heads": load_decoder(parts["decoder"]).config.num_heads,
     }
@@ -71,7 +72,7 @@ def export(target: Path, out: Path, layout: str, licence: str) -> list[Path]:
     result, grid = _result(found), _grid(found)
     if grid is not None:
         shutil.copyfile(grid, partial / "grid.png")
-    card = _card(found, weights_metadata(parts["ema"]), result, grid is not None, licence)
+    card = _card(found, weights, result, grid is not None, licence)
     (partial / "README.md").write_text(card)
     store.publish_directory(partial, out)
     return sorted(path for path in out.rglob("*") if path.is_file() and "zarr" not in str(path.relative_to(out)))

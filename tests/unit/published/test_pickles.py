@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from mmfm.published import pickles
-from mmfm.published.pickles import Estimator, Extent, StoredArray
+from mmfm.published.arrays import Extent, StoredArray
+from mmfm.published.pickles import Estimator
 from support import published_folder as tiny
 from support.mutation import mutated
 
