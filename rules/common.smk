@@ -43,6 +43,17 @@ def shorten_errors():
 shorten_errors()
 
 
+def stop_retrying(name):
+    """Retry jobs of a rule no more, nor those of its group: what their stage refuses once, it refuses again."""
+    (failed,) = (each for each in workflow.rules if each.name == name)
+    for each in workflow.rules:
+        if each is failed or (failed.group and each.group == failed.group):
+            each.restart_times = 0
+
+
+FAILED.on_refusal = stop_retrying
+
+
 def refusal(message):
     """Return an error that the terminal shows as its message alone."""
     FAILED.refusals.append(message)
@@ -90,18 +101,53 @@ shell.prefix(
     'exec tee "$@"; }}; '
 )
 
-_gpu_limit = workflow.global_resources.get("gpu")
-GPUS = checked(jobs.gpus_per_job, C.gpus, _gpu_limit.value if _gpu_limit is not None else None)
-ALL_CORES = max(1, workflow.cores or 1)
-# Stages that can run in parallel take half of the cores each.
-SHARED_CORES = max(1, ALL_CORES // 2)
+
+
+def limit(name):
+    """Return the limit of a resource in the profile or on the command line; None without one."""
+    found = workflow.global_resources.get(name)
+    return None if found is None else found.value
+
+
+def given_resources(rule):
+    """Return what --set-resources gives to a rule."""
+    return {name: value.raw for name, value in workflow.resource_settings._parsed_overwrite_resources.get(rule, {}).items()}
+
+
+# Where a profile sends jobs to other machines, `max-threads` and `gpu_per_node` say what one of them has.
+MACHINE = jobs.Machine(
+    cores=workflow.resource_settings.max_threads or workflow.cores or 1,
+    gpus=limit("gpu") if limit("gpu_per_node") is None else limit("gpu_per_node"),
+    strict=workflow.is_main_process,
+)
+# Stages that can run in parallel on a CPU take half of the cores each.
+HALF = ["extract", "fit_gmm", "fid_reference", "fid"]
+
+
+def share(rule, gpus=C.gpus):
+    """Return what a job of a rule takes of the machines."""
+    part = 2 if rule in HALF else 1
+    return checked(lambda: MACHINE.share(rule, gpus, C.processes, part=part, given=given_resources(rule)))
+
 
 # Estimated resources by stage, which some schedulers enforce; `mmfm scale` prints the same numbers. They use the first
 # encoder, since encoders differ little.
-PROCESSES = GPUS or C.processes
 FACTS = facts.gather(C, RESULTS)
-RESOURCES = Estimator(C, ENCODERS[0], PROCESSES, GPUS > 0, FACTS).stages()
-MEM_MB = {stage: estimate.mem_mb(PROCESSES, GPUS > 0) for stage, estimate in RESOURCES.items()}
+SHARES = {stage: share(stage) for stage, about in mmfm_config.STAGES.items() if about.estimated}
+SHARES["latent_stats"] = jobs.Share(gpus=0, processes=1, nodes=1, threads=1)
+
+
+def estimator(share, config=C):
+    """Return the estimates for jobs with a share of the machines."""
+    return Estimator(config, ENCODERS[0], share.processes, share.gpus > 0, FACTS)
+
+
+RESOURCES = {stage: getattr(estimator(share), stage)() for stage, share in SHARES.items()}
+# Of one node.
+MEM_MB = {stage: RESOURCES[stage].mem_mb(share.processes_per_node, share.gpus > 0) for stage, share in SHARES.items()}
+GPUS, NODES, THREADS = (
+    {stage: getattr(share, what) for stage, share in SHARES.items()} for what in ("gpus", "nodes", "threads")
+)
 
 # Operation keys by stage, as `section.key=value`. They are passed as `resources`, which Snakemake does not compare
 # between runs as it does `params`, so changing them reruns nothing.
@@ -227,9 +273,31 @@ def trained(wildcards):
     return C.train_of(wildcards.setting, named["model"], guide=named["guide"])
 
 
+def training_share(wildcards):
+    """Return what a training takes of the machines; its recipe may want other GPUs."""
+    wanted = trained(wildcards).gpus
+    return share("train", C.gpus if wanted == "auto" else wanted)
+
+
+def training_gpus(wildcards):
+    """Return the GPUs of a training."""
+    return training_share(wildcards).gpus
+
+
+def training_threads(wildcards):
+    """Return the threads of a training on each node."""
+    return training_share(wildcards).threads
+
+
 def training_resources(wildcards):
     """Return the estimate of a training, whose recipe and model may differ from those of `train`."""
-    return Estimator(replace(C, train=trained(wildcards)), ENCODERS[0], PROCESSES, GPUS > 0, FACTS).train()
+    return estimator(training_share(wildcards), replace(C, train=trained(wildcards))).train()
+
+
+def training_mem_mb(wildcards):
+    """Return the memory of a training on each node, in MB."""
+    taken = training_share(wildcards)
+    return training_resources(wildcards).mem_mb(taken.processes_per_node, taken.gpus > 0)
 
 
 def demanded_steps(wildcards):

@@ -32,7 +32,7 @@ rule comparison:
     threads: 1
     resources:
         mem_mb=500,
-        runtime=5,
+        runtime=10,
     shell:
         "python -m mmfm.cli compare {input.distances:q}"
         " --out {output.picture:q} --out {output.text:q} --out {output.json:q} 2>&1 | tee {log:q}"

@@ -31,10 +31,11 @@ if C.decoder.weights == "train":
         priority: 1
         conda:
             "../envs/mmfm.yaml"
-        threads: ALL_CORES
+        threads: THREADS["train_decoder"]
         resources:
             operation=OPERATION["train_decoder"],
-            gpu=GPUS,
+            gpu=GPUS["train_decoder"],
+            nodes=NODES["train_decoder"],
             processes=C.processes,
             mem_mb=MEM_MB["train_decoder"],
             runtime=RESOURCES["train_decoder"].minutes,
@@ -43,7 +44,7 @@ if C.decoder.weights == "train":
             settings=parameter("train_decoder"),
         shell:
             "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
-            " -- train_decoder --settings {params.settings:q}"
+            " --nodes {resources.nodes} -- train_decoder --settings {params.settings:q}"
             ' --listing {input.listing:q} --encoder-weights "$(dirname {input.encoder[0]:q})" --out-dir "$(dirname {output.decoder:q})"'
             " {resources.operation} 2>&1 | tee {log:q}"
 
@@ -63,7 +64,7 @@ elif C.decoder.weights.endswith(".safetensors"):
         threads: 1
         resources:
             mem_mb=500,
-            runtime=5,
+            runtime=10,
         shell:
             "cp {input:q} {output:q} 2>&1 | tee {log:q}"
 

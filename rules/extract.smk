@@ -17,10 +17,11 @@ rule extract:
         "<benchmarks>/extract.{encoder}.tsv"
     conda:
         "../envs/mmfm.yaml"
-    threads: SHARED_CORES
+    threads: THREADS["extract"]
     resources:
         operation=OPERATION["extract"],
-        gpu=GPUS,
+        gpu=GPUS["extract"],
+        nodes=NODES["extract"],
         processes=C.processes,
         mem_mb=MEM_MB["extract"],
         runtime=RESOURCES["extract"].minutes,
@@ -29,7 +30,7 @@ rule extract:
         settings=parameter("extract"),
     shell:
         "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
-        " -- extract --settings {params.settings:q}"
+        " --nodes {resources.nodes} -- extract --settings {params.settings:q}"
         ' --listing {input.listing:q} --encoder-weights "$(dirname {input.encoder[0]:q})" --out-tokens {output.tokens:q}'
         " --out-moments {output.moments:q} {resources.operation} 2>&1 | tee {log:q}"
 

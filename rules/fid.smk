@@ -5,7 +5,7 @@ _FEATURES = "{features}/" if C.fid.detector == "encoder" else ""
 _DOTTED = ".{features}" if C.fid.detector == "encoder" else ""
 REFERENCE = f"<results>/fid_reference/{_FEATURES}reference.safetensors"
 # On a CPU, a slow detector must not keep the other stages waiting for cores: it runs when nothing else can.
-_SLOW = not GPUS and bool(DETECTORS[C.fid.detector].cpu_rate)
+_SLOW = not GPUS["fid_reference"] and bool(DETECTORS[C.fid.detector].cpu_rate)
 
 
 rule fid_reference:
@@ -25,10 +25,11 @@ rule fid_reference:
     priority: -1 if _SLOW else 1
     conda:
         "../envs/mmfm.yaml"
-    threads: ALL_CORES if _SLOW else SHARED_CORES
+    threads: MACHINE.cores if _SLOW else THREADS["fid_reference"]
     resources:
         operation=reference_operation,
-        gpu=GPUS,
+        gpu=GPUS["fid_reference"],
+        nodes=NODES["fid_reference"],
         processes=C.processes,
         mem_mb=MEM_MB["fid_reference"],
         runtime=RESOURCES["fid_reference"].minutes,
@@ -37,7 +38,7 @@ rule fid_reference:
         settings=parameter("fid_reference"),
     shell:
         "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
-        " -- fid_reference --settings {params.settings:q}"
+        " --nodes {resources.nodes} -- fid_reference --settings {params.settings:q}"
         " --train-listing {input.listing:q} --heldout-listing {input.heldout:q} --detector-weights {input.detector:q}"
         " --out {output:q} {resources.operation} 2>&1 | tee {log:q}"
 
@@ -57,10 +58,11 @@ rule fid:
         "<benchmarks>/fid.{encoder}_{setting}{ag}.{training}{step}.t{t}{g}.tsv"
     conda:
         "../envs/mmfm.yaml"
-    threads: SHARED_CORES
+    threads: THREADS["fid"]
     resources:
         operation=OPERATION["fid"],
-        gpu=GPUS,
+        gpu=GPUS["fid"],
+        nodes=NODES["fid"],
         processes=C.processes,
         mem_mb=MEM_MB["fid"],
         runtime=RESOURCES["fid"].minutes,
@@ -69,7 +71,7 @@ rule fid:
         settings=parameter("fid"),
     shell:
         "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
-        " -- fid --settings {params.settings:q}"
+        " --nodes {resources.nodes} -- fid --settings {params.settings:q}"
         " --images {input.images:q} --samples {input.about:q} --reference {input.reference:q}"
         " --detector-weights {input.detector:q} --out-txt {output.text:q} --out-json {output.json:q}"
         " {resources.operation} 2>&1 | tee {log:q}"

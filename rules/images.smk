@@ -19,7 +19,7 @@ rule demo_images:
     threads: 1
     resources:
         mem_mb=1000,
-        runtime=5,
+        runtime=10,
     shell:
         'python -m mmfm.cli demo_images --source "$(dirname {input.images:q})" --out {output:q} 2>&1 | tee {log:q}'
 
@@ -38,7 +38,7 @@ rule list_images:
         "<benchmarks>/list_images.tsv"
     conda:
         "../envs/mmfm.yaml"
-    threads: max(1, min(C.data.workers, ALL_CORES)) if C.data.unreadable == "skip" else 1
+    threads: max(1, min(C.data.workers, MACHINE.cores)) if C.data.unreadable == "skip" else 1
     resources:
         operation=OPERATION["list_images"],
         mem_mb=2000,

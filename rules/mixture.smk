@@ -38,10 +38,11 @@ if C.gmm.weights == "fit":
             "<benchmarks>/fit_gmm.{encoder}.k{k}.tsv"
         conda:
             "../envs/mmfm.yaml"
-        threads: SHARED_CORES
+        threads: THREADS["fit_gmm"]
         resources:
             operation=OPERATION["fit_gmm"],
-            gpu=GPUS,
+            gpu=GPUS["fit_gmm"],
+            nodes=NODES["fit_gmm"],
             processes=C.processes,
             mem_mb=MEM_MB["fit_gmm"],
             runtime=RESOURCES["fit_gmm"].minutes,
@@ -50,7 +51,7 @@ if C.gmm.weights == "fit":
             settings=parameter("fit_gmm", lambda wildcards: {"gmm": {"n_components": int(wildcards.k)}}),
         shell:
             "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
-            " -- fit_gmm --settings {params.settings:q}"
+            " --nodes {resources.nodes} -- fit_gmm --settings {params.settings:q}"
             ' --tokens {input.tokens:q} --listing {input.listing:q} --out-dir "$(dirname {output.gmm:q})" {resources.operation} 2>&1 | tee {log:q}'
 
     rule spatial_gmm:
@@ -70,10 +71,11 @@ if C.gmm.weights == "fit":
             "<benchmarks>/spatial_gmm.{encoder}.k{k}.tsv"
         conda:
             "../envs/mmfm.yaml"
-        threads: ALL_CORES
+        threads: THREADS["spatial_gmm"]
         resources:
             operation=OPERATION["spatial_gmm"],
-            gpu=GPUS,
+            gpu=GPUS["spatial_gmm"],
+            nodes=NODES["spatial_gmm"],
             processes=C.processes,
             mem_mb=MEM_MB["spatial_gmm"],
             runtime=RESOURCES["spatial_gmm"].minutes,
@@ -82,7 +84,7 @@ if C.gmm.weights == "fit":
             settings=parameter("spatial_gmm"),
         shell:
             "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
-            " -- spatial_gmm --settings {params.settings:q}"
+            " --nodes {resources.nodes} -- spatial_gmm --settings {params.settings:q}"
             ' --listing {input.listing:q} --encoder-weights "$(dirname {input.encoder[0]:q})" --stats {input.stats:q} --gmm {input.gmm:q}'
             " --assignment {input.assignment:q} --out {output.mixture:q} {resources.operation} 2>&1 | tee {log:q}"
 
@@ -108,7 +110,7 @@ if C.gmm.weights == "fit":
         threads: 1
         resources:
             mem_mb=1000,
-            runtime=5,
+            runtime=10,
         params:
             settings=parameter("sweep"),
         shell:

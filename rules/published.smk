@@ -90,7 +90,7 @@ rule fetched:
     threads: 1
     resources:
         mem_mb=100,
-        runtime=1,
+        runtime=10,
     shell:
         "(printf '%s\\n' {input:q} > {output:q}) 2>&1 | tee {log:q}"
 
@@ -108,7 +108,7 @@ rule processor:
     threads: 1
     resources:
         mem_mb=500,
-        runtime=5,
+        runtime=10,
     params:
         family=lambda wildcards: C.encoders[wildcards.encoder].family,
     shell:

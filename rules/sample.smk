@@ -30,10 +30,11 @@ rule sample:
         "<benchmarks>/sample.{encoder}_{setting}{ag}.{training}{step}.t{t}{g}.tsv"
     conda:
         "../envs/mmfm.yaml"
-    threads: ALL_CORES
+    threads: THREADS["sample"]
     resources:
         operation=sample_operation,
-        gpu=GPUS,
+        gpu=GPUS["sample"],
+        nodes=NODES["sample"],
         processes=C.processes,
         mem_mb=MEM_MB["sample"],
         runtime=RESOURCES["sample"].minutes,
@@ -42,7 +43,7 @@ rule sample:
         settings=parameter("sample", sampled),
     shell:
         "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
-        " -- sample --settings {params.settings:q}"
+        " --nodes {resources.nodes} -- sample --settings {params.settings:q}"
         " --ema {input.ema:q} --stats {input.stats:q} --decoder {input.decoder:q}"
         ' --encoder-weights "$(dirname {input.encoder[0]:q})" --spatial-gmm {input.spatial_gmm:q}'
         " --setting {wildcards.setting} --guide {input.guide:q}"

@@ -27,19 +27,20 @@ rule train:
         "<benchmarks>/train.{encoder}_{setting}.{training}.tsv"
     conda:
         "../envs/mmfm.yaml"
-    threads: ALL_CORES
+    threads: training_threads
     resources:
         operation=train_operation,
-        gpu=GPUS,
+        gpu=training_gpus,
+        nodes=NODES["train"],
         processes=C.processes,
-        mem_mb=lambda wildcards: training_resources(wildcards).mem_mb(PROCESSES, GPUS > 0),
+        mem_mb=training_mem_mb,
         runtime=lambda wildcards: training_resources(wildcards).minutes,
         disk_mb=lambda wildcards: training_resources(wildcards).disk_mb,
     params:
         settings=parameter("train", trained_model),
     shell:
         "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
-        " -- train --settings {params.settings:q}"
+        " --nodes {resources.nodes} -- train --settings {params.settings:q}"
         ' --setting {wildcards.setting} --listing {input.listing:q} --encoder-weights "$(dirname {input.encoder[0]:q})"'
         " --stats {input.stats:q} --gmm {input.gmm:q} --spatial-gmm {input.spatial_gmm:q}"
         ' --out-dir "$(dirname {output.ema:q})" {resources.operation} 2>&1 | tee {log:q}'

@@ -27,7 +27,7 @@ SECTIONS = {
         },
         "label_dropout": 0.1, "mode_dropout": 0.0,
         "schedule": "constant_then_linear",
-        "checkpoint_activations": False, "sharding": "ddp", "milestones": [], "logger": "none",
+        "checkpoint_activations": False, "sharding": "ddp", "gpus": "auto", "milestones": [], "logger": "none",
         "means_precision": "auto", "means_device": "device", "loss_weighting": {
             "rule": "none", "by": "mode", "decay": 0.9, "gamma": 1.0, "warmup_epochs": 1, "bounds": [0.5, 2.0],
         },

@@ -86,16 +86,6 @@ def test_a_step_after_the_last_is_refused_where_the_budget_says_so():
         targets.parse_variant(".step101", "mode", steps)
 
 
-def test_gpus_per_job():
-    assert jobs.gpus_per_job("auto", None) == 0
-    assert jobs.gpus_per_job("auto", 8) == 8
-    assert jobs.gpus_per_job(2, 8) == 2
-    with pytest.raises(ValueError, match="only 0 are available"):
-        jobs.gpus_per_job(1, 0)
-    with pytest.raises(ValueError, match="number or auto"):
-        jobs.gpus_per_job("all", 8)
-
-
 def test_parameters_hold_what_the_name_sets():
     value = jobs.stage_parameter(DEFAULTS, "fit_gmm", gmm={"n_components": 7})
     assert '"n_components":7' in value and "chunk_size" not in value

@@ -140,6 +140,10 @@ class Train:
         "each process holds the whole model, or a shard of weights, optimiser state and EMA (FSDP2)",
         choices=choices.SHARDINGS,
     )
+    gpus: str | int = operation(
+        "GPUs of a training on each of its nodes: a number, or `auto` for the key `gpus`; a recipe can set it for a model",
+        as_before="auto",
+    )
     milestones: tuple[int, ...] = operation(
         "epochs whose checkpoints are kept, so that `epochs` can be lowered to them later", unit="epochs", minimum=1
     )

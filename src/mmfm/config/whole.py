@@ -32,7 +32,9 @@ class Config:
     """The whole configuration."""
 
     run: str = key("subfolder of `results/` for this configuration; empty for `results/` itself")
-    gpus: str | int = operation("GPUs per job: a number, or `auto` for the limit in the Snakemake profile")
+    gpus: str | int = operation(
+        "GPUs per job on each of its nodes: a number, or `auto` for all that the Snakemake profile says a node has"
+    )
     processes: int = operation("processes per job on a CPU", minimum=1)
     card: str = operation(
         "GPU whose speed and memory estimates assume; `auto`: the one that nvidia-smi names, else an A100-40GB",

@@ -10,7 +10,7 @@ import torch
 
 from mmfm.data.images import center_crop, read_image
 from mmfm.data.listing import Listing
-from mmfm.infra import disk
+from mmfm.infra import cores, disk
 from mmfm.infra.distributed import processes_here
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -65,13 +65,14 @@ def image_batches(
     Args:
         size: side of the centre crop, pixels.
         batches: global indices of each batch; may be a generator.
-        workers: worker processes; 0 reads in this one. They are spawned, because forking after a zarr store was opened
-            can deadlock.
+        workers: worker processes, at most this process's share of the job's cores; 0 reads in this one. They are
+            spawned, because forking after a zarr store was opened can deadlock.
         pin: whether to put the batches into pinned memory.
 
     Yields:
         Indices (B,) int64 and images (B, 3, size, size) uint8.
     """
+    workers = min(workers, max(1, cores.given() // processes_here()))
     batches = iter(batches)
     first = list(itertools.islice(batches, 1))
     if workers and first:

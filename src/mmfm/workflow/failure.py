@@ -6,8 +6,8 @@ keeps these messages from the terminal (they stay in Snakemake's own log) and :f
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 MOST = 5
@@ -17,6 +17,17 @@ _ERROR = re.compile(r"^(?:mmfm )?\w+: error: (.+)$", re.MULTILINE)
 _EXCEPTION = re.compile(r"^(?:\[?rank ?\d+\]?: )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.MULTILINE)
 _STATUS = re.compile(r"returned non-zero exit status (\d+)|died with <Signals\.\w+: (\d+)>")
 _OUT_OF_MEMORY = re.compile(r"SIGKILL|killed by signal: Killed|exitcode\s*: -9")
+_PLACE = re.compile(r"^launch: SLURM job (\d+) on ([\w.-]+):", re.MULTILINE)
+_SLURM = re.compile(r"SLURM-job '(\d+)' failed.*?status is: '(\w+)'", re.DOTALL)
+_SLURM_STATES = {
+    "TIMEOUT": "SLURM ended it at its time limit",
+    "DEADLINE": "SLURM ended it at its deadline",
+    "CANCELLED": "it was cancelled (scancel)",
+    "PREEMPTED": "another job took its place (preempted)",
+    "NODE_FAIL": "its node failed",
+    "BOOT_FAIL": "its node failed to start",
+    "OUT_OF_MEMORY": "memory ran out; raise mem_mb of its rule in the profile (set-resources)",
+}
 _HANGUP, _INTERRUPT, _KILL, _USER, _TERMINATE = 1, 2, 9, 10, 15
 _REQUESTS = {_HANGUP, _INTERRUPT, _USER, _TERMINATE}
 _BY_USER = ("Terminating processes on user request", "Will exit after finishing currently running jobs")
@@ -32,11 +43,15 @@ class Failure:
         rule: name of its rule.
         log: its log; None if it has none.
         message: what Snakemake says about it, with the exit status of its command; empty if nothing.
+        slurm_log: log of its SLURM job, which has what its own lacks; empty without SLURM.
+        number: Snakemake's number of the job.
     """
 
     rule: str
     log: Path | None
     message: str = ""
+    slurm_log: str = ""
+    number: int = 0
 
     @property
     def name(self) -> str:
@@ -64,9 +79,11 @@ class Failure:
         Args:
             mem_mb: memory that each rule is estimated to take, in MB.
         """
-        text = self.log.read_text(errors="replace").replace("\r", "\n") if self.log and self.log.is_file() else ""
+        text = self._text()
         if match := _ERROR.search(text):
             return match[1].strip()
+        if (match := _SLURM.search(self.message)) and match[2] in _SLURM_STATES:
+            return _SLURM_STATES[match[2]]
         if self.signal == _KILL or _OUT_OF_MEMORY.search(text):
             need = f"; it is estimated to take {mem_mb[self.rule] / 1000:.1f} GB" if self.rule in mem_mb else ""
             return f"killed without a message, probably because memory ran out{need} (see docs/scale.md)"
@@ -75,27 +92,47 @@ class Failure:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if lines:
             return f"the log ends with: {lines[-1]}"
+        if match := _SLURM.search(self.message):
+            return f"it left no message (SLURM's state: {match[2]})"
         lines = [] if _STATUS.search(self.message) else self.message.splitlines()
         return " ".join(lines) or "it left no message"
+
+    def refused(self) -> bool:
+        """Whether the stage itself said what is wrong, so that the same again would fail again."""
+        return _ERROR.search(self._text()) is not None
+
+    def place(self) -> str:
+        """Return SLURM job and node, as a parenthesis; empty without SLURM."""
+        if match := _PLACE.search(self._text()):
+            return f" (SLURM job {match[1]} on {match[2]})"
+        match = _SLURM.search(self.message)
+        return f" (SLURM job {match[1]})" if match else ""
+
+    def _text(self) -> str:
+        return self.log.read_text(errors="replace").replace("\r", "\n") if self.log and self.log.is_file() else ""
 
 
 class Record:
     """The failed jobs of a run, as Snakemake's logger reports them.
 
-    ``keep`` is a filter for the logger, and ``passes`` one for the terminal's handler.
+    ``keep`` is a filter for the logger, and ``passes`` one for the terminal's handler. A job that a retry finishes is
+    forgotten.
 
     Attributes:
+        on_refusal: called with the rule of a job whose stage said what is wrong, before Snakemake decides on a retry.
         refusals: messages of the workflow's own errors, such as a mistake in the configuration.
         stopped: whether the run was asked to stop.
         summarised: whether the summary is printed.
     """
 
     def __init__(self) -> None:
+        self.on_refusal: Callable[[str], None] = lambda rule: None
         self.refusals: list[str] = []
         self.stopped = False
         self.summarised = False
         self._messages: list[str] = []
-        self._jobs: list[tuple[str, Path | None]] = []
+        self._jobs: dict[int, Failure] = {}
+        self._group_log = ""
 
     def keep(self, record: logging.LogRecord) -> bool:
         """Note a record; all pass."""
@@ -103,8 +140,15 @@ class Record:
         self.stopped |= text.startswith(_BY_USER)
         if event == "error":
             self._messages.append(text)
+        elif event == "group_error":
+            self._group_log = next(iter(record.__dict__["aux_logs"]), "")
         elif event == "job_error":
-            self._jobs.append(_job(record))
+            found = self.failure(record)
+            self._jobs[found.number] = found
+            if found.refused():
+                self.on_refusal(found.rule)
+        elif event == "job_finished":
+            self._jobs.pop(record.__dict__["job_id"], None)
         return True
 
     def passes(self, record: logging.LogRecord) -> bool:
@@ -116,7 +160,11 @@ class Record:
 
     def failures(self) -> list[Failure]:
         """Return the failed jobs, in the order in which they failed."""
-        return [Failure(rule, log, self._message(log)) for rule, log in self._jobs]
+        return [replace(job, message=job.message or self._message(job.log)) for job in self._jobs.values()]
+
+    def failure(self, record: logging.LogRecord) -> Failure:
+        """Return the failure that a record of the event ``job_error`` reports."""
+        return _failure(record, self._group_log if record.__dict__.get("indent") else "")
 
     def refusal(self, record: logging.LogRecord) -> str | None:
         """Return the message of the workflow's own error that a record reports; None if it reports none."""
@@ -145,14 +193,20 @@ class Brief(logging.Formatter):
             return f"Error: {refusal}"
         if getattr(record, "event", None) != "job_error":
             return self._others.format(record)
-        rule, log = _job(record)
-        return f"{Failure(rule, log).name} did not finish; its log: {log or 'none'}"
+        one = self._found.failure(record)
+        logs = ", ".join(filter(None, (str(one.log or ""), one.slurm_log))) or "none"
+        why = f": {one.reason({})}" if one.place() else ""
+        return f"{one.name} did not finish{one.place()}{why}; its log: {logs}"
 
 
-def _job(record: logging.LogRecord) -> tuple[str, Path | None]:
-    """Return the rule and the log of the job whose failure a record reports."""
-    logs = record.__dict__.get("log")
-    return record.__dict__["rule_name"], Path(logs[0]) if logs else None
+def _failure(record: logging.LogRecord, group_log: str = "") -> Failure:
+    """Return the failure that a record of the event ``job_error`` reports."""
+    values = record.__dict__
+    own, *more = [*(values.get("log") or []), *([group_log] if group_log else [])] or [None]
+    log = Path(own) if own else None
+    return Failure(
+        values["rule_name"], log, str(values.get("rule_msg") or ""), more[-1] if more else "", values["jobid"]
+    )
 
 
 def summary(
@@ -180,9 +234,9 @@ def summary(
     if len(failed) == 1:
         (one,) = failed
         return [
-            f"{one.name} failed",
+            f"{one.name} failed{one.place()}",
             f"  reason:   {one.reason(mem_mb)}",
-            f"  log:      {one.log or '(none)'} (Snakemake's own, with the command: {log})",
+            f"  log:      {one.log or '(none)'} ({_and_slurm(one)}Snakemake's own, with the command: {log})",
             f"  to do:    put this right and run the same command; it goes on with {one.rule}",
             state,
         ]
@@ -194,3 +248,7 @@ def summary(
         f"  to do:    {more}put this right and run the same command; it goes on with {rules} (commands: {log})",
         state,
     ]
+
+
+def _and_slurm(one: Failure) -> str:
+    return f"SLURM's: {one.slurm_log}; " if one.slurm_log else ""

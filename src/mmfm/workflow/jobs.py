@@ -1,7 +1,9 @@
-"""The parameter, GPUs and environment of a job."""
+"""The parameter, the share of the machine, and the environment of a job."""
 
 import os
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +36,83 @@ def stage_parameter(
     return canonical_json(read.with_keys(**keys).parameter())
 
 
-def gpus_per_job(wanted: str | int, limit: int | None) -> int:
-    """Return the number of GPUs per job.
+@dataclass(frozen=True)
+class Share:
+    """What a job takes of the machines: GPUs and processes of the whole job, its nodes, and threads on each node."""
+
+    gpus: int
+    processes: int
+    nodes: int
+    threads: int
+
+    @property
+    def processes_per_node(self) -> int:
+        """Processes on one node."""
+        return -(-self.processes // self.nodes)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What jobs share: this machine, or, where a profile sends jobs to others, one of their nodes.
+
+    Attributes:
+        cores: CPU cores.
+        gpus: GPUs; the limit of the resource ``gpu_per_node`` in the profile, or of ``gpu``; None without either.
+        strict: whether to refuse more GPUs than there are. Not in a job: it sees no more than it was given.
+    """
+
+    cores: int
+    gpus: int | None
+    strict: bool = True
+
+    def share(
+        self, rule: str, wanted: str | int, processes: int, *, part: int = 1, given: Mapping[str, Any] | None = None
+    ) -> Share:
+        """Return what a job takes.
+
+        Args:
+            wanted: GPUs on each node: a number, or ``auto`` for all of it.
+            processes: on a CPU, of the whole job.
+            part: a job on the CPU takes this part of the cores (2: half), so that as many run side by side.
+            given: the rule's values of ``--set-resources``, which win.
+
+        Raises:
+            ValueError: there are not so many GPUs on a node (Snakemake would silently clamp the number), or they can't
+                be divided among the nodes.
+        """
+        given = given or {}
+        nodes = int(given.get("nodes", 1))
+        if "gpu" in given:
+            gpus, source = int(given["gpu"]), f"'gpu' of '{rule}' in set-resources"
+        else:
+            gpus, source = nodes * gpus_per_node(wanted, self.gpus), "'gpus'"
+        if gpus % nodes:
+            raise ValueError(f"{source} is {gpus}, which {nodes} nodes can't share evenly; take a multiple of {nodes}")
+        each = gpus // nodes
+        if self.strict and self.gpus is not None and each > self.gpus:
+            raise ValueError(
+                f"{source} is {each}{' per node' if nodes > 1 else ''}, but only {self.gpus} are available (the limit "
+                "of the resource 'gpu_per_node', or 'gpu', in the profile); lower it, set it to auto, or raise the "
+                "limit with --resources gpu=N"
+            )
+        threads = self.cores * each // self.gpus if each and self.gpus else self.cores // part
+        return Share(gpus, gpus or processes, nodes, max(1, min(self.cores, threads)))
+
+
+def gpus_per_node(wanted: str | int, limit: int | None) -> int:
+    """Return the GPUs of a job on each of its nodes.
 
     Args:
         wanted: the key `gpus`: a number, or ``auto`` for the limit.
-        limit: Snakemake's global limit of the resource ``gpu``; None if there is none.
+        limit: GPUs of a node; None if the profile sets no limit.
 
     Raises:
-        ValueError: ``wanted`` exceeds the limit (Snakemake would silently clamp it) or is not a number.
+        ValueError: ``wanted`` is not a number.
     """
     if wanted == "auto":
         return limit or 0
     if not isinstance(wanted, int) or wanted < 0:
         raise ValueError(f"'gpus' is '{wanted}'; it must be a number or auto")
-    if limit is not None and wanted > limit:
-        raise ValueError(
-            f"'gpus' is {wanted}, but only {limit} are available (the limit of the resource 'gpu' in the profile); "
-            "lower it, set it to auto, or raise the limit with --resources gpu=N"
-        )
     return wanted
 
 

@@ -88,10 +88,10 @@ def test_the_record_keeps_from_the_terminal_what_the_summary_says():
     found, log = Record(), "results/logs/fit_gmm.dinov2.k5.log"
     status = f"{COMMAND.replace('LOG', log)}died with <Signals.SIGKILL: 9>."
     command = record(f"RuleException:\nCalledProcessError in x:\n{status}", "error")
-    job = record("Error in rule fit_gmm", "job_error", rule_name="fit_gmm", log=[log])
+    job = record("Error in rule fit_gmm", "job_error", rule_name="fit_gmm", log=[log], jobid=4)
     other = record("MissingOutputException: no x", "error")
     last = record("WorkflowError:\nAt least one job did not complete successfully.", "error")
-    plain = record("Finished jobid: 3", "job_finished")
+    plain = record("Finished jobid: 3", "job_finished", job_id=3)
     brief = Brief(found, logging.Formatter("usual %(message)s"))
     assert brief.format(job) == f"fit_gmm (dinov2.k5) did not finish; its log: {log}"
     assert brief.format(plain) == "usual Finished jobid: 3"
