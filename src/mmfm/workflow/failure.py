@@ -64,19 +64,30 @@ class Failure:
         Args:
             mem_mb: memory that each rule is estimated to take, in MB.
         """
-        text = self.log.read_text(errors="replace").replace("\r", "\n") if self.log and self.log.is_file() else ""
-        if match := _ERROR.search(text):
-            return match[1].strip()
-        if self.signal == _KILL or _OUT_OF_MEMORY.search(text):
-            need = f"; it is estimated to take {mem_mb[self.rule] / 1000:.1f} GB" if self.rule in mem_mb else ""
-            return f"killed without a message, probably because memory ran out{need} (see docs/scale.md)"
-        if found := _EXCEPTION.findall(text):
-            return str(found[-1]).strip()
+        text = self._text()
+        if error := self._error(text, mem_mb):
+            return error
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if lines:
             return f"the log ends with: {lines[-1]}"
         lines = [] if _STATUS.search(self.message) else self.message.splitlines()
         return " ".join(lines) or "it left no message"
+
+    def error(self) -> str | None:
+        """Return the error that its log reports, in one line; None if it reports none."""
+        return self._error(self._text(), {})
+
+    def _text(self) -> str:
+        return self.log.read_text(errors="replace").replace("\r", "\n") if self.log and self.log.is_file() else ""
+
+    def _error(self, text: str, mem_mb: Mapping[str, int]) -> str | None:
+        if match := _ERROR.search(text):
+            return match[1].strip()
+        if self.signal == _KILL or _OUT_OF_MEMORY.search(text):
+            need = f"; it is estimated to take {mem_mb[self.rule] / 1000:.1f} GB" if self.rule in mem_mb else ""
+            return f"killed without a message, probably because memory ran out{need} (see docs/scale.md)"
+        found = _EXCEPTION.findall(text)
+        return str(found[-1]).strip() if found else None
 
 
 class Record:
