@@ -15,27 +15,10 @@ from pathlib import Path
 from mmfm.config.registry import STAGES
 from mmfm.infra import heartbeat
 from mmfm.infra.heartbeat import FAILED, STOPPED, Beat
+from mmfm.workflow import outputs
 from mmfm.workflow.failure import Failure
 
 RUNNING = "running"
-
-_OUTPUTS = {
-    "list_images": "list_images/listing.train.safetensors",
-    "extract": "cls_tokens/*/cls_tokens.zarr",
-    "latent_stats": "latent_stats/*/stats.pt",
-    "fit_gmm": "gmm/*/k*/gmm.safetensors",
-    "spatial_gmm": "spatial_gmm/*/k*/spatial_gmm.zarr",
-    "train_decoder": "decoder/*/decoder.safetensors",
-    "train": "train/*/*/ema.safetensors",
-    "sample": "sample/*/*/images.npz",
-    "fid_reference": "fid_reference/**/reference.safetensors",
-    "fid": "fid/*.json",
-    "sweep": "gmm/*/sweep.json",
-}
-"""The output by which a stage is finished. Its job's log is named by the stage and the folders below the first."""
-
-_BESIDES = re.compile(r"given|.*\.step\d+$|finished$")
-"""Folders of files that no stage makes: weights that were given or copied from a checkpoint, and those in the state."""
 
 _LARGE = re.compile(r".*\.zarr|step-.*|images|finished|logs|benchmarks|\..*")
 """Folders in which there is no state."""
@@ -75,7 +58,7 @@ class Job:
         saved: what a run that takes it up need not make again, such as ``step 60``; empty if nothing.
         heard: seconds since it was last heard of.
         idle: seconds since it last advanced; 0 if not known.
-        reason: why it failed.
+        reason: why it failed or stopped; empty if not known.
         log: its log; None if there is none.
     """
 
@@ -135,10 +118,10 @@ def read(results: Path, now: float, others: Sequence[Path] = ()) -> Status:
     found = Status(results, _distances(results))
     done = set()
     for stage in STAGES:
-        outputs = [path for path in sorted(results.glob(_OUTPUTS[stage])) if not _BESIDES.match(path.parent.name)]
-        done |= {_job_name(stage, path, results) for path in outputs}
-        if count := len(found.distances) if stage == "fid" else len(outputs):
-            found.finished[stage] = count
+        made = outputs.find(stage, results)
+        done |= {outputs.job_name(stage, path, results) for path in made}
+        if made:
+            found.finished[stage] = len(made)
     beating = _beating(found, now, others)
     found.jobs.extend(beating.values())
     for log in sorted((results / "logs").glob("*.log")):
@@ -167,12 +150,6 @@ def _distances(results: Path) -> list[tuple[str, float, str]]:
     return sorted(found.values())
 
 
-def _job_name(stage: str, output: Path, results: Path) -> str:
-    """Return the name of a job's log, without ending."""
-    folders = output.relative_to(results).parts[1:-1]
-    return ".".join([stage, *([output.stem] if stage == "fid" else folders)])
-
-
 def _beating(found: Status, now: float, others: Sequence[Path]) -> dict[str, Job]:
     """Return the unfinished jobs with a heartbeat by the names of their logs, of each folder the newest."""
     newest: dict[str, tuple[tuple[bool, float], Job]] = {}
@@ -187,7 +164,7 @@ def _beating(found: Status, now: float, others: Sequence[Path]) -> dict[str, Job
         output, alive = path.parents[1] / beat.output, beat.is_alive(now)
         if not alive and _modified(output) >= beat.written:
             continue  # killed after it published, or finished with other keys since
-        name = _job_name(beat.stage, output, found.results)
+        name = outputs.job_name(beat.stage, output, found.results)
         log = found.results / "logs" / f"{name}.log"
         job = _from_beat(beat, path.parent, output.parent.relative_to(found.results), log, alive, now)
         rank = (alive, beat.written)
@@ -217,7 +194,11 @@ def _from_beat(beat: Beat, state: Path, folder: Path, log: Path, alive: bool, no
     """
     condition, reason = beat.outcome or (RUNNING if alive else STOPPED), beat.reason
     told, heard = log if log.is_file() else None, max(0.0, now - beat.written)
-    counted = Count(beat.task, beat.done, beat.total, beat.unit, beat.rate, beat.left(), beat.note)
+    counted: Count | None = Count(beat.task, beat.done, beat.total, beat.unit, beat.rate, beat.left(), beat.note)
+    if not beat.task:  # its first beat; the log may know more by now
+        counted = _last_line(told) if told else None
+    if condition == STOPPED:
+        reason = "asked to stop" if beat.outcome else "killed"
     if told and not alive:
         again = _modified(told)
         error = Failure(beat.stage, told).error()
@@ -227,7 +208,7 @@ def _from_beat(beat: Beat, state: Path, folder: Path, log: Path, alive: bool, no
             # The same command runs again, and has not come to its state yet.
             return Job(RUNNING, beat.stage, _below(folder), None, "", "", _saved(state), now - again, log=told)
     return Job(
-        condition, beat.stage, _below(folder), counted if beat.task else None, beat.host, beat.slurm_job, _saved(state),
+        condition, beat.stage, _below(folder), counted, beat.host, beat.slurm_job, _saved(state),
         heard, max(0.0, beat.written - beat.advanced), reason, told,
     )  # fmt: skip
 

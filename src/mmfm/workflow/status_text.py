@@ -51,7 +51,7 @@ def _running(jobs: Sequence[Job]) -> list[str]:
         count, left = job.count, job.count.left if job.count else None
         rate, time = (f"{count.rate:,.1f}/s" if count else "", "" if left is None else duration(left))
         rows.append([job.rule, job.name, *_done(job), rate, time, job.saved, _ago(job.heard), _node(job)])
-    table = _table([head, *rows], "<<><>>><<")
+    table = _table([head, *rows], "<<><>>><<", head=True)
     lines = ["", table[0].removeprefix("  ")]
     for job, line in zip(jobs, table[1:], strict=True):
         lines += [line, *(f"    {text}" for text in _remarks(job))]
@@ -78,8 +78,8 @@ def _stopped(jobs: Sequence[Job]) -> list[str]:
     rows = []
     for job in jobs:
         then = f"resumes after {job.saved}" if job.saved else "starts over"
-        rows.append([job.rule, job.name, *_done(job), then, f"last heard of {_ago(job.heard)}", _node(job)])
-    return ["", "stopped; the same command resumes", *_table(rows, "<<><<<<")]
+        rows.append([job.rule, job.name, *_done(job), then, job.reason, f"last heard of {_ago(job.heard)}", _node(job)])
+    return ["", "stopped; the same command resumes", *_table(rows, "<<><<<<<")]
 
 
 def _failed(jobs: Sequence[Job]) -> list[str]:
@@ -107,9 +107,13 @@ def _ago(seconds: float) -> str:
     return f"{duration(seconds)} ago"
 
 
-def _table(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
-    """Return rows of cells as indented lines, aligned left (<) or right (>); empty columns are left out."""
-    columns = [column for column in range(len(alignment)) if any(row[column] for row in rows)]
+def _table(rows: Sequence[Sequence[str]], alignment: str, head: bool = False) -> list[str]:
+    """Return rows of cells as indented lines, aligned left (<) or right (>), without the columns that are empty.
+
+    Args:
+        head: whether the first row has the columns' names.
+    """
+    columns = [column for column in range(len(alignment)) if any(row[column] for row in rows[head:])]
     widths = {column: max(len(row[column]) for row in rows) for column in columns}
     return [
         f"  {'  '.join(f'{row[column]:{alignment[column]}{widths[column]}}' for column in columns)}".rstrip()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from mmfm.config.registry import STAGES
 from mmfm.infra import heartbeat, store
 from mmfm.infra.heartbeat import FILE, SILENCE, Heartbeat
 from mmfm.workflow import status
+from mmfm.workflow.outputs import OUTPUTS, job_name
 from support import processes
 from support.places import ROOT
 from support.train_runs import arguments
@@ -74,7 +76,7 @@ def test_a_training_is_seen_running_killed_and_finished(tiny_pipeline, tmp_path,
     command.wait()
     (job,) = status.read(results, time.time()).jobs
     newest = max(int(path.name[5:]) for path in out.glob("state-*/step-*"))
-    assert (job.condition, job.saved, job.reason) == ("stopped", f"step {newest}", "")
+    assert (job.condition, job.saved, job.reason) == ("stopped", f"step {newest}", "killed")
     text = told(results, capsys)
     assert f"resumes after step {newest}" in text and "last heard of" in text and "running" not in text
 
@@ -248,16 +250,20 @@ def test_watching_ends_with_ctrl_c(tmp_path):
 def test_logs_are_named_as_outputs():
     """The names by which logs are found for heartbeats are those of the rules."""
     rules = "\n".join(path.read_text() for path in sorted((ROOT / "rules").glob("*.smk")))
-    training = {"{a}": "{encoder}_{setting}", "{b}": "{training}"}
-    assert set(status._OUTPUTS) == set(STAGES)
-    for stage, names in {
-        "list_images": [], "extract": ["{encoder}"], "latent_stats": ["{encoder}"], "fit_gmm": ["{encoder}", "k{k}"],
-        "spatial_gmm": ["{encoder}", "k{k}"], "train_decoder": ["{encoder}"], "train": [*training.values()],
-        "sample": ["{encoder}_{setting}{ag}", "{training}{step}.t{t}{g}"], "sweep": ["{encoder}"],
-        "fid": ["{encoder}_{setting}{ag}.{training}{step}.t{t}{g}"],
-    }.items():  # fmt: skip
-        assert f'"<logs>/{".".join([stage, *names])}.log"' in rules
-        if stage != "fid":
-            folder, *rest = status._OUTPUTS[stage].split("/")
-            assert len(rest) == len(names) + 1
-            assert re.search(rf'"<results>/{"/".join([folder, *map(re.escape, names)])}/', rules)
+    assert set(OUTPUTS) == set(STAGES)
+    names = {"trained": "{encoder}_{setting}", "sampled": "{encoder}_{setting}{ag}"}
+    variant = {"variant": "{training}{step}.t{t}{g}"}
+    for stage in sorted(set(STAGES) - {"fid_reference"}):
+        found = re.findall(r"{(\w+)}", OUTPUTS[stage])
+        output = Path(OUTPUTS[stage].format(**{name: {**names, **variant}.get(name, f"{{{name}}}") for name in found}))
+        assert f'"<results>/{output}"' in rules
+        assert f'"<logs>/{job_name(stage, output, Path())}.log"' in rules
+
+
+def test_given_weights_and_copies_are_no_finished_stages(tmp_path):
+    for folder in ("given", "given.step4", "given.guide", "seed0.tiny.step4", "seed0.tiny", "seed0.tiny.guide"):
+        (tmp_path / "train" / "dinov2_mode" / folder).mkdir(parents=True)
+        (tmp_path / "train" / "dinov2_mode" / folder / "ema.safetensors").touch()
+    (tmp_path / "decoder" / "dinov2").mkdir(parents=True)
+    (tmp_path / "decoder" / "dinov2" / "decoder.safetensors").touch()
+    assert status.read(tmp_path, 0.0).finished == {"train": 2}
