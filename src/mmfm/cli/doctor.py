@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="mmfm doctor",
         description="Check this installation: package versions, faiss build, GPUs, free disk space. With the name of a "
-        "result, such as results/fid/dinov2_mode.txt, also whether its stages fit this machine's disk, memory and GPUs, "
+        "result, such as results/fid/dinov2_mode.txt, also whether its stages fit this machine's disk, memory and GPUs "
         "by the estimates of `mmfm scale`. The exit status is 1 if something would stop the workflow.",
     )
     parser.add_argument("target", nargs="?", help="name of a result, as given to Snakemake")
@@ -165,9 +165,8 @@ def _room(name: str, files: list[str]) -> list[str]:
     for folders, needed, free in disks:
         names = " and ".join(f"{folder}/" for folder in folders)
         print(f"disk: about {needed / 1e9:,.1f} GB still to write in {names}, {free / 1e9:,.1f} GB free")
-    print(
-        f"memory: {machine.memory / 1e9:,.1f} GB{f', of the smallest GPU {card / 1e9:,.1f} GB' if card and gpus else ''}"
-    )
+    of_gpu = f", of the smallest GPU {card / 1e9:,.1f} GB" if card and gpus else ""
+    print(f"memory: {machine.memory / 1e9:,.1f} GB{of_gpu}")
     print(f"time: about {duration(sum(taken.seconds for taken in left.values()))}\n")
     return [*found_wrong, *room.problems(left, disks, machine)]
 
