@@ -78,7 +78,10 @@ class Failure:
         return self._error(self._text(), {})
 
     def _text(self) -> str:
-        return self.log.read_text(errors="replace").replace("\r", "\n") if self.log and self.log.is_file() else ""
+        try:
+            return self.log.read_text(errors="replace").replace("\r", "\n") if self.log else ""
+        except OSError:
+            return ""
 
     def _error(self, text: str, mem_mb: Mapping[str, int]) -> str | None:
         if match := _ERROR.search(text):

@@ -5,6 +5,7 @@ their logs. So this is right while jobs run on other machines, and when Snakemak
 nothing here imports NumPy or PyTorch.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -220,8 +221,11 @@ def _below(folder: Path) -> str:
 def _saved(state: Path) -> str:
     """Return the newest checkpoint in a state directory, or how many independent units are finished there."""
     numbers: dict[str, list[int]] = {}
-    for path in state.iterdir():
-        if match := _UNIT.fullmatch(path.name):
+    names: list[str] = []
+    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+        names = os.listdir(state)
+    for name in names:
+        if match := _UNIT.fullmatch(name):
             numbers.setdefault(match[1], []).append(int(match[2]))
     for kind, found in numbers.items():
         if kind in ("step", "iteration"):
@@ -244,9 +248,12 @@ def _from_log(log: Path, now: float) -> Job | None:
 
 def _last_line(log: Path) -> Count | None:
     """Return what the last progress line of a log says."""
-    with open(log, "rb") as file:
-        file.seek(max(0, log.stat().st_size - _TAIL))
-        lines = _LINE.findall(file.read().decode(errors="replace"))
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+            lines = _LINE.findall(file.read().decode(errors="replace"))
+    except FileNotFoundError:  # removed meanwhile, to begin again
+        return None
     if not lines:
         return None
     task, done, total, unit, rate, note = lines[-1]

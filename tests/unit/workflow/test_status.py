@@ -267,3 +267,8 @@ def test_given_weights_and_copies_are_no_finished_stages(tmp_path):
     (tmp_path / "decoder" / "dinov2").mkdir(parents=True)
     (tmp_path / "decoder" / "dinov2" / "decoder.safetensors").touch()
     assert status.read(tmp_path, 0.0).finished == {"train": 2}
+
+
+def test_what_vanishes_while_it_is_read_is_no_error(tmp_path):
+    gone = tmp_path / "gone.log"
+    assert (status._saved(gone), status._last_line(gone), status.Failure("train", gone).error()) == ("", None, None)
