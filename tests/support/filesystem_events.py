@@ -2,7 +2,7 @@
 
 Python announces every rename, removal and new folder to audit hooks before it happens, whoever asks for it. So kills
 before the n-th of these events, for every n, leave behind every state that a real kill can leave, but for files that
-are half written under a temporary name.
+are half written under a temporary name. The heartbeat does not count: it comes by the clock.
 """
 
 import os
@@ -32,7 +32,7 @@ def install(folder: str, log: str, kill_at: int = 0, pause: float = 0.0, at: str
         if event not in EVENTS:
             return
         paths = _paths(event, arguments)
-        if not any(path.startswith(folder) for path in paths):
+        if not any(path.startswith(folder) for path in paths) or paths[-1].endswith("/progress.json"):
             return
         count += 1
         if count == kill_at:

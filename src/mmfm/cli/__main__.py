@@ -14,6 +14,9 @@ GROUPS: dict[str, dict[str, str]] = {
         "doctor": "check this installation",
         "scale": "estimate what a configuration costs",
     },
+    "While it runs": {
+        "status": "show what is finished, running, stopped and failed",
+    },
     "Stages, in workflow order": {
         "demo_images": "unpack the demo's images into a folder",
         **{name: stage.summary for name, stage in STAGES.items()},

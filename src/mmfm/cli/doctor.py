@@ -1,10 +1,11 @@
-"""``mmfm doctor``: check this installation, and with ``--gpu`` how fast it trains."""
+"""``mmfm doctor``: check this installation, whether a target fits here, and with ``--gpu`` how fast it trains."""
 
 import argparse
 import functools
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from statistics import median
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _PACKAGES = ("torch", "torchvision", "transformers", "zarr", "snakemake", "torch-fidelity")
+_SLURM = "snakemake-executor-plugin-slurm"
 
 
 def _version(package: str) -> str | None:
@@ -30,8 +32,17 @@ def main(arguments: list[str]) -> int:
     """Print versions, devices and free disk space; return 1 if something would stop the workflow."""
     parser = argparse.ArgumentParser(
         prog="mmfm doctor",
-        description="Check this installation: package versions, faiss build, GPUs, free disk space. "
-        "The exit status is 1 if something would stop the workflow.",
+        description="Check this installation: package versions, faiss build, GPUs, free disk space. With the name of a "
+        "result, such as results/fid/dinov2_mode.txt, also whether its stages fit this machine's disk, memory and GPUs "
+        "by the estimates of `mmfm scale`. The exit status is 1 if something would stop the workflow.",
+    )
+    parser.add_argument("target", nargs="?", help="name of a result, as given to Snakemake")
+    parser.add_argument(
+        "--configfile",
+        metavar="YAML",
+        nargs="+",
+        default=[],
+        help="the target's configuration, as given to Snakemake (default: config/config.yaml)",
     )
     parser.add_argument(
         "--gpu",
@@ -48,6 +59,8 @@ def main(arguments: list[str]) -> int:
         return 0
     if options.trial:
         return _trial(options.micro_batch)
+    if options.configfile and not options.target:
+        parser.error("--configfile belongs to a target: name one, such as results/fid/dinov2_mode.txt")
     problems = []
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores")
     for package in _PACKAGES:
@@ -83,14 +96,79 @@ def main(arguments: list[str]) -> int:
     else:
         print("no GPU: stages run on the CPU")
     print(f"free disk here: {shutil.disk_usage('.').free / 1e9:.0f} GB")
+    if options.target:
+        print(*_libraries(), sep="\n")
+        problems += _room(options.target, options.configfile)
     for problem in problems:
         print(f"problem: {problem}")
-    print("problems found" if problems else "no problems found")
+    if options.target:
+        print(f"'{options.target}' {'will not run here as it is' if problems else 'fits this machine'}")
+    else:
+        print("problems found" if problems else "no problems found")
     if options.gpu and not problems:
         count = ["--gpus", str(len(visible_gpus()))] if visible_gpus() else ["--processes", "2"]
         launch = [sys.executable, "-m", "mmfm.infra.launch", *count, "--", "doctor", "--trial"]
         return subprocess.run([*launch, "--micro-batch", str(options.micro_batch)]).returncode
     return 1 if problems else 0
+
+
+def _libraries() -> list[str]:
+    """Return lines on the linear algebra libraries and on the plugin for SLURM."""
+    import numpy as np
+    import torch
+
+    numpy_blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    torch_blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    lines = [
+        f"BLAS: {numpy_blas['name']} {numpy_blas['version']} in NumPy, {torch_blas[1] if torch_blas else '?'} in "
+        f"PyTorch; threads: {torch.get_num_threads()} here, in stages those of their rule"
+    ]
+    if plugin := _version(_SLURM):
+        lines.append(f"{_SLURM} {plugin}")
+    return lines
+
+
+def _room(name: str, files: list[str]) -> list[str]:
+    """Print what a target's stages take and what there is of it; return what will not fit.
+
+    Raises:
+        ValueError: the configuration is wrong, or it has no such result.
+    """
+    import torch
+
+    from mmfm import config
+    from mmfm.infra.launch import visible_gpus
+    from mmfm.workflow import facts, jobs, room, targets
+    from mmfm.workflow.outlook import duration
+    from mmfm.workflow.resources import for_target
+
+    loaded = config.load(["config/config.yaml", *files])
+    target = targets.parse_target(name, loaded)
+    results = Path(f"results/{loaded.run}" if loaded.run else "results")
+    visible, found_wrong = len(visible_gpus()), []
+    try:
+        gpus = jobs.gpus_per_job(loaded.gpus, visible)
+    except ValueError as error:
+        found_wrong.append(str(error))
+        gpus = visible
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    card = min((torch.cuda.get_device_properties(i).total_memory for i in range(count)), default=0)
+    machine = room.Machine(gpus or loaded.processes, card if gpus else None, room.memory())
+    known = facts.gather(loaded, results)
+    found = for_target(loaded, target, machine.processes, machine.on_gpu, known)
+    left = room.unfinished(found, target, results)
+    disks = room.disk_needs(left, results, Path(loaded.latents.folder))
+    where = f"{gpus} GPU{'s' * (gpus != 1)}" if gpus else "the CPU"
+    print(f"\n{name} on {where}, by the estimates of `mmfm scale`")
+    print(f"for {known.n_images:,} training images ({known.origin}):")
+    print(*room.table(found, left, machine), sep="\n")
+    for folders, needed, free in disks:
+        names = " and ".join(f"{folder}/" for folder in folders)
+        print(f"disk: about {needed / 1e9:,.1f} GB still to write in {names}, {free / 1e9:,.1f} GB free")
+    of_gpu = f", of the smallest GPU {card / 1e9:,.1f} GB" if card and gpus else ""
+    print(f"memory: {machine.memory / 1e9:,.1f} GB{of_gpu}")
+    print(f"time: about {duration(sum(taken.seconds for taken in left.values()))}\n")
+    return [*found_wrong, *room.problems(left, disks, machine)]
 
 
 def _trial(micro_batch: int) -> int:

@@ -141,7 +141,7 @@ class Train:
         choices=choices.SHARDINGS,
     )
     gpus: str | int = operation(
-        "GPUs of a training on each of its nodes: a number, or `auto` for the key `gpus`; a recipe can set it for a model",
+        "GPUs of a training on each of its nodes: a number, `auto`: the key `gpus`; a recipe can set it for a model",
         as_before="auto",
     )
     milestones: tuple[int, ...] = operation(

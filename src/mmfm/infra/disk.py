@@ -1,5 +1,6 @@
 """Disk space: checked before a stage starts, and recognised as the cause when a write fails."""
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -14,8 +15,13 @@ def used(directory: str | Path, *, freeable: bool = False) -> int:
     Args:
         freeable: count only what removing the directory would free, not files with hard links elsewhere.
     """
-    found = (os.lstat(os.path.join(folder, name)) for folder, _, names in os.walk(directory) for name in names)
-    return sum(status.st_size for status in found if status.st_nlink == 1 or not freeable)
+    total = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # a stage may be at work there
+                status = os.lstat(os.path.join(folder, name))
+                total += status.st_size if status.st_nlink == 1 or not freeable else 0
+    return total
 
 
 def free(path: str | Path) -> int:

@@ -12,6 +12,17 @@ def duration(seconds: float) -> str:
     return tqdm.format_interval(max(0.0, seconds))
 
 
+_running: list["Progress"] = []
+
+
+def innermost() -> "Progress | None":
+    """Return what this process counts now; None if nothing. Any thread may ask."""
+    try:
+        return _running[-1]
+    except IndexError:
+        return None
+
+
 class Progress:
     """Counts units of work and shows their number, the rate and the time left.
 
@@ -55,21 +66,33 @@ class Progress:
         elif self._enabled and time.monotonic() - self._last >= self.every:
             self._line()
 
+    @property
+    def note(self) -> str:
+        """The newest note."""
+        return self._note
+
+    def rate(self) -> float:
+        """Return the units per second since this run began to count."""
+        return (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
+
     def _line(self) -> None:
         self._last, self._shown = time.monotonic(), self.done
-        seconds = max(self._last - self._start, 1e-9)
-        rate = (self.done - self._first) / seconds
+        rate = self.rate()
         left = duration((self.total - self.done) / rate) if rate > 0 else "?"
         share = 100 * self.done / max(self.total, 1)
         note = f"  {self._note}" if self._note else ""
         self.say(f"{self.done:,}/{self.total:,} {self.unit} ({share:.0f} %)  {rate:,.1f}/s  left {left}{note}")
 
     def __enter__(self) -> "Progress":
+        if self._enabled:
+            _running.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._enabled:
+            _running.remove(self)
         if self._bar is not None:
             self._bar.close()
         if kind is None and self._enabled:

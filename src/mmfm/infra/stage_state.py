@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from mmfm.infra import file_lock, store
+from mmfm.infra import file_lock, heartbeat, store
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +216,9 @@ def _same(source: Path, output: Path) -> bool:
 def _remove_units(state: Path, keep: bool) -> None:
     """Remove leftovers of interrupted publishing and, unless ``keep``, the unfinished work."""
     for path in state.iterdir():
-        if path.name in (_FINISHED, "about.json", "lock") or (keep and not path.name.startswith(f".{_FINISHED}.")):
+        # The heartbeat's thread may still replace its file; it removes that when the stage ends.
+        known = (_FINISHED, "about.json", "lock", *heartbeat.FILES)
+        if path.name in known or (keep and not path.name.startswith(f".{_FINISHED}.")):
             continue
         if path.is_dir():
             shutil.rmtree(path)

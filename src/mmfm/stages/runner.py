@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 from mmfm.config import STAGES, StageConfig
 from mmfm.infra import disk, stage_state
 from mmfm.infra.distributed import Ranks, processes_here
+from mmfm.infra.heartbeat import Heartbeat
 from mmfm.infra.launch import node_name
 from mmfm.infra.progress import Progress
 from mmfm.stages.provenance import Inputs
@@ -29,7 +30,7 @@ Advance = Callable[..., None]
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage runs with. As a context manager it holds the lock on the state directory.
+    """What a stage runs with. As a context manager it holds the lock on the state directory and beats.
 
     Attributes:
         config: the sections of the configuration that the stage reads.
@@ -39,6 +40,7 @@ class Context:
         outputs: final paths of the results, by name. The first is replaced atomically; the others describe it and never
             lie beside a different one.
         state: directory of the unfinished work; see :mod:`mmfm.infra.stage_state`.
+        heartbeat: of the main process; None on the others.
     """
 
     config: StageConfig
@@ -47,6 +49,7 @@ class Context:
     identity: Mapping[str, Any]
     outputs: Mapping[str, Path]
     state: Path
+    heartbeat: Heartbeat | None = None
 
     @classmethod
     def open(
@@ -71,13 +74,18 @@ class Context:
             lambda: stage_state.state_directory(first, config.stage, version, known, inputs.digests, inputs.files)
         )
         _require_shared(state, ranks)
-        return cls(config, ranks, inputs, known, outputs, state)
+        heartbeat = Heartbeat(state, config.stage, first.name) if ranks.is_main else None
+        return cls(config, ranks, inputs, known, outputs, state, heartbeat)
 
     def __enter__(self) -> "Context":
+        if self.heartbeat is not None:
+            self.heartbeat.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         """Release the lock if the stage succeeded; after an error it is held until the process ends."""
+        if self.heartbeat is not None:
+            self.heartbeat.end(error)
         if kind is None and self.ranks.is_main:
             stage_state.unlock(self.state)
 

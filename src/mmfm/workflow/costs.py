@@ -199,6 +199,7 @@ class Resources:
         main: bytes of host memory that the main process takes in addition.
         device: bytes of GPU memory per process; on a CPU they add to ``host``.
         longest: limit of :attr:`minutes`.
+        cached: bytes of ``disk`` that are the latent cache, which all stages share.
     """
 
     work: Work
@@ -208,6 +209,7 @@ class Resources:
     main: float
     device: float
     longest: float
+    cached: float = 0.0
 
     @property
     def flops(self) -> float:

@@ -80,15 +80,8 @@ class Failure:
             mem_mb: memory that each rule is estimated to take, in MB.
         """
         text = self._text()
-        if match := _ERROR.search(text):
-            return match[1].strip()
-        if (match := _SLURM.search(self.message)) and match[2] in _SLURM_STATES:
-            return _SLURM_STATES[match[2]]
-        if self.signal == _KILL or _OUT_OF_MEMORY.search(text):
-            need = f"; it is estimated to take {mem_mb[self.rule] / 1000:.1f} GB" if self.rule in mem_mb else ""
-            return f"killed without a message, probably because memory ran out{need} (see docs/scale.md)"
-        if found := _EXCEPTION.findall(text):
-            return str(found[-1]).strip()
+        if error := self._error(text, mem_mb):
+            return error
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if lines:
             return f"the log ends with: {lines[-1]}"
@@ -108,8 +101,26 @@ class Failure:
         match = _SLURM.search(self.message)
         return f" (SLURM job {match[1]})" if match else ""
 
+    def error(self) -> str | None:
+        """Return the error that its log reports, in one line; None if it reports none."""
+        return self._error(self._text(), {})
+
     def _text(self) -> str:
-        return self.log.read_text(errors="replace").replace("\r", "\n") if self.log and self.log.is_file() else ""
+        try:
+            return self.log.read_text(errors="replace").replace("\r", "\n") if self.log else ""
+        except OSError:
+            return ""
+
+    def _error(self, text: str, mem_mb: Mapping[str, int]) -> str | None:
+        if match := _ERROR.search(text):
+            return match[1].strip()
+        if (match := _SLURM.search(self.message)) and match[2] in _SLURM_STATES:
+            return _SLURM_STATES[match[2]]
+        if self.signal == _KILL or _OUT_OF_MEMORY.search(text):
+            need = f"; it is estimated to take {mem_mb[self.rule] / 1000:.1f} GB" if self.rule in mem_mb else ""
+            return f"killed without a message, probably because memory ran out{need} (see docs/scale.md)"
+        found = _EXCEPTION.findall(text)
+        return str(found[-1]).strip() if found else None
 
 
 class Record:

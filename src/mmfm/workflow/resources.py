@@ -64,17 +64,26 @@ class Estimator:
         return {name: getattr(self, name)() for name, stage in STAGES.items() if stage.estimated}
 
     def _resources(
-        self, work: Work, *, disk: float, device: float, host: float = 0.0, main: float = 0.0, speed: float = 1.0
+        self,
+        work: Work,
+        *,
+        disk: float,
+        device: float,
+        host: float = 0.0,
+        main: float = 0.0,
+        speed: float = 1.0,
+        cached: float = 0.0,
     ) -> Resources:
         """Add time, and the memory that every process takes, to what is peculiar to a stage.
 
         Args:
             speed: of operations in bf16, as a multiple of the usual one.
+            cached: part of ``disk``, see :class:`~mmfm.workflow.costs.Resources`.
         """
         host += costs.PROCESS_BYTES + work.workers * costs.WORKER_BYTES
         device += costs.CONTEXT_BYTES if device and self.on_gpu else 0
         seconds = work.seconds(replace(self.rates, half=speed * self.rates.half), self.processes)
-        return Resources(work, seconds, disk, host, main, device, 60 * self.config.max_runtime_hours)
+        return Resources(work, seconds, disk, host, main, device, 60 * self.config.max_runtime_hours, cached)
 
     def _encoding(self, batch: int) -> float:
         """Memory for encoding a batch: weights, activations, latents in float32 and their deviations in float64."""
@@ -98,7 +107,9 @@ class Estimator:
         written = self.n * e.width * FLOAT + (shards + 1) * 2 * e.latent * DOUBLE + self.cached()
         work = Work(self.n * self.image_bytes, written, self.n * e.flops, images=self.n, workers=extract.workers)
         host = extract.shard_size * e.width * FLOAT
-        return self._resources(work, disk=written, device=self._encoding(extract.batch_size), host=host)
+        return self._resources(
+            work, disk=written, device=self._encoding(extract.batch_size), host=host, cached=self.cached()
+        )
 
     def latent_stats(self) -> Resources:
         """Moments in, statistics out."""
@@ -141,7 +152,8 @@ class Estimator:
         stored = self.means * (2 if spatial.covariance_type == "diag" else 1)
         flops, written = self.n * self.encoder.flops, stored + self.cached()
         work = Work(self.n * self.image_bytes, written, flops, images=self.n, workers=spatial.workers, alone=stored)
-        return self._resources(work, disk=written, device=self._encoding(spatial.batch_size), host=self.n * 40)
+        memory = {"device": self._encoding(spatial.batch_size), "host": self.n * 40}
+        return self._resources(work, disk=written, cached=self.cached(), **memory)
 
     def train_decoder(self) -> Resources:
         """Encoder forward, decoder forward and backward; checkpoints of weights and two moments."""
@@ -164,6 +176,7 @@ class Estimator:
         return self._resources(
             work,
             disk=total + self.cached(),
+            cached=self.cached(),
             device=self._trained(parameters, costs.TRAINED_BYTES, self.on_gpu) + activations + self._encoding(micro),
             main=self._saving(parameters, checkpoint, "ddp"),
         )
@@ -206,6 +219,7 @@ class Estimator:
         return self._resources(
             work,
             disk=total + cached,
+            cached=cached,
             device=trained + activations + means + self._encoding(micro),
             host=pinned,
             main=self._saving(parameters, checkpoint, train.sharding),

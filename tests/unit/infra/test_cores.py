@@ -42,8 +42,9 @@ def test_a_quota_of_half_a_core_is_one_core(machine):
 
 
 def test_control_groups_of_version_1(machine):
-    quota = {"cpu,cpuacct__docker__x__cpu_cfs_quota_us": "600000\n", "cpu,cpuacct__docker__x__cpu_cfs_period_us": "100000\n"}
-    machine("4:memory:/docker/x\n3:cpu,cpuacct:/docker/x\n", **quota)
+    group = "cpu,cpuacct__docker__x__cpu_cfs"
+    limits = {f"{group}_quota_us": "600000\n", f"{group}_period_us": "100000\n"}
+    machine("4:memory:/docker/x\n3:cpu,cpuacct:/docker/x\n", **limits)
     assert cores.given() == 6
 
 

@@ -201,7 +201,7 @@ def test_the_nodes_meet_at_the_first_ones_address(slurm_job):
     ("arguments", "variables", "message"),
     [
         (["--nodes", "2"], {}, "2 nodes requested, but this is no SLURM job; use --workflow-profile profiles/slurm"),
-        (["--nodes", "2"], {**JOB, "SLURM_STEP_ID": "0"}, "the job runs on one; take the resources of profiles/slurm-mu"),
+        (["--nodes", "2"], {**JOB, "SLURM_STEP_ID": "0"}, "the job runs on one; take the resources of profiles/slurm-"),
         (["--nodes", "2", "--gpus", "3"], JOB, "3 GPUs can't be divided among 2 nodes evenly; take a multiple of 2"),
         (["--nodes", "2", "--processes", "3"], {**JOB, launch.RENDEZVOUS: "a:1"}, "3 processes can't be divided"),
         (["--nodes", "2"], {"SLURM_JOB_ID": "1", launch.RENDEZVOUS: "a:1"}, "SLURM_NODEID not in the environment"),
