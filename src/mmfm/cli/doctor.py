@@ -137,6 +137,7 @@ def _room(name: str, files: list[str]) -> list[str]:
     import torch
 
     from mmfm import config
+    from mmfm.infra import cores
     from mmfm.infra.launch import visible_gpus
     from mmfm.workflow import facts, jobs, room, targets
     from mmfm.workflow.outlook import duration
@@ -147,7 +148,7 @@ def _room(name: str, files: list[str]) -> list[str]:
     results = Path(f"results/{loaded.run}" if loaded.run else "results")
     visible, found_wrong = len(visible_gpus()), []
     try:
-        gpus = jobs.gpus_per_job(loaded.gpus, visible)
+        gpus = jobs.Machine(cores.given(), visible).share("train", loaded.gpus, loaded.processes).gpus
     except ValueError as error:
         found_wrong.append(str(error))
         gpus = visible
