@@ -23,6 +23,7 @@ def hook(event, arguments):
         if os.path.abspath(arguments[0]).startswith(root):
             found.append(arguments[0])
 
+sys.path.remove("")  # as for the command `snakemake`: Python looks for packages in all folders that lie there
 sys.addaudithook(hook)
 from snakemake.cli import main
 
