@@ -14,7 +14,7 @@ from mmfm.config import demo_layer, imported
 
 min_version("9.27")
 
-# Whether another workflow imports this one as a module, with a configuration of its own (docs/as-a-module.md).
+# Whether another workflow imports this one as a module, with a configuration of its own (docs/deployment.md).
 IMPORTED = not workflow.modifier.is_main_snakefile()
 # The folder of the demo's files, with a slash at its end.
 HERE = ""

@@ -19,7 +19,7 @@ from mmfm.published import layout
 from mmfm.workflow import checks, facts, failure, jobs, last_run, locks, outlook, targets
 from mmfm.workflow.resources import Estimator
 
-MODULE = "docs/as-a-module.md"
+MODULE = "docs/deployment.md"
 """The document that explains how another workflow imports this one."""
 
 PUBLISHED = "docs/published.md"
