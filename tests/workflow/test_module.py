@@ -92,7 +92,9 @@ def test_an_imported_stage_runs(tmp_path):
 def test_own_files_in_results_are_none_of_this_workflows_targets(tmp_path):
     folder = importing(tmp_path)
     with (folder / "Snakefile").open("a") as file:
-        file.write('\n\nrule other:\n    output:\n        "results/other/fid/x.txt",\n    shell:\n        "touch {output}"\n')
+        file.write(
+            '\n\nrule other:\n    output:\n        "results/other/fid/x.txt",\n    shell:\n        "touch {output}"\n'
+        )
     status, said = snakemake(folder, "-n", "results/other/fid/x.txt")
     assert status == 0 and "rule other:" in said, said
     status, said = snakemake(folder, "-n", "results/flow/fid/dinov2_moed.txt")

@@ -50,7 +50,11 @@ def checkout(tmp_path: Path) -> Path:
     write_images(tmp_path / "images", 4)
     encoder = {"family": "dinov2", "weights": "resources/demo/encoder", "input_size": 32}
     keys = {"gpus": 0, "encoders": {"dinov2": encoder}, "data": {"root": "images"}, "image": {"size": 32}}
-    keys |= {"gmm": {"n_components": 2}, "sample": {"n_images": 8, "time_points": 3}, "train": {"model": "tiny", "epochs": 1}}
+    keys |= {
+        "gmm": {"n_components": 2},
+        "sample": {"n_images": 8, "time_points": 3},
+        "train": {"model": "tiny", "epochs": 1},
+    }
     keys |= {"decoder": {"weights": "train", "horizon": 4, "steps": 4}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(keys))
     return tmp_path
