@@ -1,6 +1,7 @@
 """Other workflows import this one as a module; calls from other folders; environments and containers."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,15 @@ from mmfm.workflow import last_run
 from support.places import ROOT
 
 KEYS = {"run": "flow", "gpus": 0, "gmm": {"n_components": 8}, "sample": {"n_images": 50}}
+OWN_IMAGES = {
+    "encoders": {"dinov2": {"family": "dinov2", "weights": f"{ROOT}/resources/demo/encoder", "input_size": 32}},
+    "image": {"size": 32},
+    "gmm": {"n_components": 2},
+    "decoder": {"weights": "train", "horizon": 4, "steps": 4},
+    "train": {"model": "tiny", "epochs": 1},
+    "sample": {"n_images": 8, "time_points": 3},
+    "fid": {"detector": "fashion", "weights": f"{ROOT}/resources/demo/detector/detector.safetensors"},
+}
 OWN = """
 module mmfm:
     snakefile: "{root}/workflow/Snakefile"
@@ -24,6 +34,10 @@ use rule * from mmfm as mmfm_*
 
 onstart:
     mmfm.onstart()
+
+
+onerror:
+    mmfm.onerror()
 
 
 rule mine:
@@ -89,12 +103,40 @@ def test_an_imported_stage_runs(tmp_path):
     assert status == 0 and "Nothing to be done" in said
 
 
+def test_a_failed_stage_ends_with_what_matters_if_the_importing_workflow_says_so(tmp_path):
+    (tmp_path / "empty").mkdir()
+    keys = KEYS | OWN_IMAGES | {"data": {"root": "empty"}}
+    status, said = snakemake(importing(tmp_path, keys), "results/flow/list_images/listing.train.safetensors")
+    assert status != 0 and "mmfm_list_images failed\n  reason: " in said, said
+
+
+def test_a_module_is_read_from_a_repository_file_by_file(tmp_path):
+    """As from GitHub: Snakemake fetches what the Snakefile names; the demo's folders are not among that."""
+    folder, project = tmp_path / "work", tmp_path / "repository" / "project"
+    folder.mkdir()
+    project.mkdir(parents=True)
+    for name in ("Snakefile", "rules", "config", "workflow", "envs"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, project / name)
+    for words in (["init", "-q", "-b", "main"], ["add", "-A"], ["commit", "-q", "-m", "all"]):
+        identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", *identity, *words], cwd=tmp_path / "repository", check=True)
+    address = f"git+file://{project}/workflow/Snakefile@main"
+    keys = KEYS | OWN_IMAGES | {"data": {"root": "images"}}
+    (folder / "images").mkdir()
+    for given, expected in ((keys, "rule mmfm_fit_gmm:"), (KEYS, "the demo's files are in a clone only; import that")):
+        importing(folder, given)
+        text = (folder / "Snakefile").read_text().replace(f"{ROOT}/workflow/Snakefile", address)
+        (folder / "Snakefile").write_text(text)
+        status, said = snakemake(folder, "-n", XDG_CACHE_HOME=str(tmp_path / "cache"))
+        assert expected in said and (status == 0) == (given is keys), said
+
+
 def test_own_files_in_results_are_none_of_this_workflows_targets(tmp_path):
     folder = importing(tmp_path)
     with (folder / "Snakefile").open("a") as file:
-        file.write(
-            '\n\nrule other:\n    output:\n        "results/other/fid/x.txt",\n    shell:\n        "touch {output}"\n'
-        )
+        file.write('\n\nrule other:\n    output:\n        "results/other/fid/x.txt",\n')
+        file.write('    shell:\n        "touch {output}"\n')
     status, said = snakemake(folder, "-n", "results/other/fid/x.txt")
     assert status == 0 and "rule other:" in said, said
     status, said = snakemake(folder, "-n", "results/flow/fid/dinov2_moed.txt")
