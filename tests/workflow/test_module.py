@@ -107,7 +107,7 @@ def test_a_failed_stage_ends_with_what_matters_if_the_importing_workflow_says_so
     (tmp_path / "empty").mkdir()
     keys = KEYS | OWN_IMAGES | {"data": {"root": "empty"}}
     status, said = snakemake(importing(tmp_path, keys), "results/flow/list_images/listing.train.safetensors")
-    assert status != 0 and "mmfm_list_images failed\n  reason: " in said, said
+    assert status != 0 and "(list_images) failed\n  reason:   no images in 'empty'" in said, said
 
 
 def test_a_module_is_read_from_a_repository_file_by_file(tmp_path):
