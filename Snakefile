@@ -6,20 +6,31 @@ Targets: results/fid/{encoder}_{setting}[_ag][.seedN][.MODEL][.kN][.stepN][.tN][
 taken from the configuration.
 """
 
+from pathlib import Path
+
 from snakemake.utils import min_version
 
-from mmfm.config import demo_layer
+from mmfm.config import demo_layer, imported
 
 min_version("9.27")
 
+# Whether another workflow imports this one as a module, with a configuration of its own (docs/deployment.md).
+IMPORTED = not workflow.modifier.is_main_snakefile()
+# The folder of the demo's files, with a slash at its end.
+HERE = ""
 
-configfile: "config/config.yaml"
+if IMPORTED or not Path("config/config.yaml").exists():
+    layers = [Path(workflow.source_path(f"config/{name}.yaml")) for name in ("config", "demo")]
+    HERE = f"{Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).resolve()}/"
+    config = imported(config, *layers, Path(HERE))
+else:
 
+    configfile: "config/config.yaml"
 
-# The demo's values lie between the defaults and the user's own, exactly when its images are used.
-for layer in demo_layer(config, "config/config.yaml"):
+    # The demo's values lie between the defaults and the user's own, exactly when its images are used.
+    for layer in demo_layer(config, "config/config.yaml"):
 
-    configfile: layer
+        configfile: layer
 
 
 include: "rules/common.smk"
@@ -44,7 +55,8 @@ onstart:
 
 
 atexit.register(remember_unstarted)
-atexit.register(say_what_would_come)
+if not IMPORTED:
+    atexit.register(say_what_would_come)
 
 
 onerror:
@@ -54,12 +66,9 @@ onerror:
 report: "workflow/report/workflow.rst"
 
 
-localrules:
-    all,
-
-
 rule all:
     default_target: True
     input:
         expand("<results>/fid/{encoder}_{setting}.txt", encoder=ENCODERS, setting=COMPARED),
         rules.comparison.output,
+    localrule: True

@@ -19,6 +19,9 @@ from mmfm.published import layout
 from mmfm.workflow import checks, facts, failure, jobs, last_run, locks, outlook, targets
 from mmfm.workflow.resources import Estimator
 
+MODULE = "docs/deployment.md"
+"""The document that explains how another workflow imports this one."""
+
 PUBLISHED = "docs/published.md"
 """The document that explains published files."""
 
@@ -40,7 +43,8 @@ def shorten_errors():
                 handler.setFormatter(failure.Brief(FAILED, handler.formatter))
 
 
-shorten_errors()
+if not IMPORTED:
+    shorten_errors()
 
 
 def stop_retrying(name):
@@ -71,11 +75,22 @@ def checked(function, *arguments, document=CONFIGURATION):
 C = checked(mmfm_config.build, mmfm_config.Config, config)
 RESULTS = f"results/{C.run}" if C.run else "results"
 
+if IMPORTED and C.data.root == "demo" and not Path(HERE).is_dir():
+    raise refusal(f"the demo's files are in a clone only; import that, or set 'data.root' to a folder (see {MODULE})")
+
 
 pathvars:
     results=RESULTS,
     logs="<results>/logs",
     benchmarks="<results>/benchmarks",
+
+
+# The rules' functions and the stages know the paths without the changes that a module statement can make to them.
+if (
+    IMPORTED
+    and workflow.modifier.path_modifier.replace_prefix(workflow.pathvars.apply("<results>/x")) != f"{RESULTS}/x"
+):
+    raise refusal(f"a module can't move the results with `prefix` or `pathvars`; set the key 'run' (see {MODULE})")
 
 
 ENCODERS = list(C.encoders)
@@ -200,7 +215,9 @@ def remember_unstarted():
 
 def remember_configuration():
     """Record the configuration and the stages' folders for `mmfm clean` and the Python API."""
-    outputs = [Path(output) for rule in workflow.rules for output in rule.output]
+    # Rules of a workflow that imports this one are none of these.
+    own = [rule for rule in workflow.rules if rule.module_globals is globals()]
+    outputs = [Path(output) for rule in own for output in rule.output]
     folders = (path.relative_to(RESULTS).parts[0] for path in outputs if path.is_relative_to(RESULTS))
     last_run.save(C, RESULTS, folders)
 
@@ -460,7 +477,8 @@ def summarise_failure(log):
 
 def say_what_comes():
     """Say what a run without a named target makes, and how long that takes."""
-    if workflow.is_main_process and not workflow.dag_settings.targets and not workflow.touch:
+    named = IMPORTED or workflow.dag_settings.targets
+    if workflow.is_main_process and not named and not workflow.touch:
         needed = workflow.dag.needrun_jobs(exclude_finished=False)  # a dry run finishes them all
         count = Counter(job.rule.name for job in needed if job.rule.output)
         seconds = {stage: estimate.seconds for stage, estimate in RESOURCES.items()} if FACTS.known else None

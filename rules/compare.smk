@@ -27,6 +27,7 @@ rule comparison:
         "<logs>/comparison.log",
     benchmark:
         "<benchmarks>/comparison.tsv"
+    localrule: True
     conda:
         "../envs/mmfm.yaml"
     threads: 1
@@ -36,7 +37,3 @@ rule comparison:
     shell:
         "python -m mmfm.cli compare {input.distances:q}"
         " --out {output.picture:q} --out {output.text:q} --out {output.json:q} 2>&1 | tee {log:q}"
-
-
-localrules:
-    comparison,

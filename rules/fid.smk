@@ -77,10 +77,6 @@ rule fid:
         " {resources.operation} 2>&1 | tee {log:q}"
 
 
-localrules:
-    short_name,
-
-
 # Both match a name that lacks only the guidance scale; such a name is short.
 ruleorder: short_name > fid
 
@@ -104,6 +100,7 @@ rule short_name:
         "<benchmarks>/short_name.{request}.tsv"
     wildcard_constraints:
         request=rf"(?!{COMPLETE_NAME}\.(txt|json)$){NAME}",
+    localrule: True
     conda:
         "../envs/mmfm.yaml"
     threads: 1
@@ -129,18 +126,20 @@ rule unknown_target:
         "false 2> {log:q}"
 
 
-# The results of a configuration with another `run`, or with none.
-rule unknown_run:
-    input:
-        unknown_target,
-    output:
-        "{folder}/fid/{name}",
-    log:
-        "<logs>/unknown_run.{folder}.{name}.log",
-    wildcard_constraints:
-        folder=rf"(?!{RESULTS}/fid/)results(/[^/]+)?",
-        name=r"[^/]+",
-    conda:
-        "../envs/mmfm.yaml"
-    shell:
-        "false 2> {log:q}"
+# The results of a configuration with another `run`, or with none; a workflow that imports this one may have such files.
+if not IMPORTED:
+
+    rule unknown_run:
+        input:
+            unknown_target,
+        output:
+            "{folder}/fid/{name}",
+        log:
+            "<logs>/unknown_run.{folder}.{name}.log",
+        wildcard_constraints:
+            folder=rf"(?!{RESULTS}/fid/)results(/[^/]+)?",
+            name=r"[^/]+",
+        conda:
+            "../envs/mmfm.yaml"
+        shell:
+            "false 2> {log:q}"

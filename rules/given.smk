@@ -110,7 +110,7 @@ def processor_files(wildcards):
 def say_fetches():
     """Say how much a run will fetch of the published files, after checking that the disk can hold it."""
     jobs = workflow.dag.needrun_jobs() if workflow.is_main_process else []
-    wanted = [job.wildcards.file for job in jobs if job.rule.name == "fetch_published"]
+    wanted = [job.wildcards.file for job in jobs if job.rule is rules.fetch_published.rule]
     if wanted:
         from mmfm.published import fetching
 

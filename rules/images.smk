@@ -7,7 +7,9 @@ HELDOUT = "<results>/list_images/listing.heldout.safetensors"
 
 rule demo_images:
     input:
-        multiext("resources/demo/fashion-mnist/t10k-", images="images-idx3-ubyte.gz", labels="labels-idx1-ubyte.gz"),
+        multiext(
+            f"{HERE}resources/demo/fashion-mnist/t10k-", images="images-idx3-ubyte.gz", labels="labels-idx1-ubyte.gz"
+        ),
     output:
         directory(DEMO_IMAGES),
     log:

@@ -1,14 +1,6 @@
 """Fetching: encoders, published files, the detector's weights."""
 
 
-localrules:
-    fetch_encoder,
-    fetch_published,
-    fetch_detector,
-    fetched,
-    processor,
-
-
 # Fetching rules alone need a network. They are no part of the stages, so that ranks never race to download.
 rule fetch_encoder:
     output:
@@ -21,6 +13,7 @@ rule fetch_encoder:
         "<benchmarks>/fetch_encoder.{model}.tsv"
     wildcard_constraints:
         model="[^/]+/[^/]+",
+    localrule: True
     conda:
         "../envs/mmfm.yaml"
     threads: 1
@@ -41,6 +34,7 @@ rule fetch_published:
         "<benchmarks>/fetch_published.{file}.tsv"
     wildcard_constraints:
         file=rf"{targets.any_of(layout.FOLDERS)}/.+",
+    localrule: True
     conda:
         "../envs/mmfm.yaml"
     threads: 1
@@ -63,6 +57,7 @@ rule fetch_detector:
         "<logs>/fetch_detector.log",
     benchmark:
         "<benchmarks>/fetch_detector.tsv"
+    localrule: True
     conda:
         "../envs/mmfm.yaml"
     threads: 1
@@ -85,6 +80,7 @@ rule fetched:
         "<logs>/fetched.log",
     benchmark:
         "<benchmarks>/fetched.tsv"
+    localrule: True
     conda:
         "../envs/mmfm.yaml"
     threads: 1
@@ -103,6 +99,7 @@ rule processor:
         "<logs>/processor.{encoder}.log",
     benchmark:
         "<benchmarks>/processor.{encoder}.tsv"
+    localrule: True
     conda:
         "../envs/mmfm.yaml"
     threads: 1

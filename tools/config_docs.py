@@ -39,7 +39,9 @@ Put your values into a file and lay it over `config/config.yaml`, which holds th
 `snakemake results/fid/dinov2_mode.txt --cores all --configfile mine.yaml`. Keys that depend on the images have no
 default: `mmfm init FOLDER` looks at yours and writes such a file. The demo's values, `config/demo.yaml`, apply exactly
 when `data.root` is `demo`. A key that does not exist, or a value of the wrong type, is an error that names it.
-(`--config key=value` turns nested numbers into text; use a file.)
+(`--config key=value` turns nested numbers into text; use a file.) Snakemake needs the package in its own environment,
+and a workflow that imports this one gives its keys in the module statement
+([docs/deployment.md](../docs/deployment.md)).
 
 Every key has one of three kinds:
 

@@ -159,3 +159,17 @@ def test_the_loops_of_a_gpu_on_a_cpu(tmp_path, capsys):
     assert set(gpu.PARTS) <= set(found) and found["train"][0]["loss"] == pytest.approx(2, abs=0.3)
     assert [row["what"] for row in found["sample"]][:2] == ["tiny", "tiny, guided by tiny"]
     assert "| DiTDH-tiny | 2 | off |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_startup(tmp_path):
+    """That it measures what it says; the limits are for a quiet machine."""
+    startup = load("startup")
+    startup.main(["--rounds", "1", "--targets", "3", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "startup.json").read_text())
+    assert found["targets"] == 3 and len(startup.MANY) == 200
+    assert all(0 < found[name][0] < 120 for name in ("empty", "nothing to do", "many"))
+    assert "| 3 results | " in (tmp_path / "startup.md").read_text()
+    slow = {"empty": [1.0, 1.1, 9.0], "nothing to do": [1.4, 1.2, 1.5], "many": [3.0], "targets": 3}
+    assert startup.summary(slow)["ratio"] == pytest.approx(1.4 / 1.1)
+    assert startup.passed(slow) and not startup.passed(slow | {"many": [11.0]})
+    assert not startup.passed(slow | {"nothing to do": [1.5]})

@@ -14,7 +14,7 @@ is the whole, :class:`StageConfig` what one stage reads of it.
 
 from mmfm.config.choices import SETTINGS, did_you_mean
 from mmfm.config.keys import declared, keys_of_kind
-from mmfm.config.reading import build, demo_layer, load, parse_overrides
+from mmfm.config.reading import build, demo_layer, imported, load, parse_overrides
 from mmfm.config.registry import STAGES
 from mmfm.config.sampling import Guidance, Guide, Sample
 from mmfm.config.sections import (
@@ -69,6 +69,7 @@ __all__ = [
     "demo_layer",
     "did_you_mean",
     "effective",
+    "imported",
     "keys_of_kind",
     "load",
     "parse_overrides",

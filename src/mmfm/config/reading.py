@@ -31,6 +31,51 @@ def demo_layer(values: Mapping[str, Any], defaults: str | Path) -> list[Path]:
     return [layer] if isinstance(data, Mapping) and data.get("root") == "demo" and layer.exists() else []
 
 
+def imported(values: Mapping[str, Any], defaults: Path, demo: Path, root: Path) -> dict[str, Any]:
+    """Return the whole configuration of a workflow that imports this one as a module.
+
+    Args:
+        values: what it gives: its own keys, or an edited copy of config.yaml. With the demo's images, a value that
+            equals the default counts as not given, so that such a copy does not hide demo.yaml.
+        defaults: this workflow's config.yaml.
+        demo: this workflow's demo.yaml, laid between the two where it applies; see :func:`demo_layer`.
+        root: this workflow's folder, where the demo's files lie.
+    """
+    import yaml
+
+    below = yaml.safe_load(defaults.read_text())
+    if _laid_over(below, values)["data"].get("root") != "demo":
+        return _laid_over(below, values)
+    layer = _laid_over({}, yaml.safe_load(demo.read_text()), root)
+    return _laid_over(_laid_over(below, layer), _differing(values, below))
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any], root: Path | None = None) -> dict[str, Any]:
+    """Return nested mappings merged; with ``root``, the demo's files among the upper values are found there."""
+    result = dict(below)
+    for key, value in above.items():
+        if isinstance(value, Mapping):
+            under = below.get(key)
+            result[key] = _laid_over(under if isinstance(under, Mapping) else {}, value, root)
+        elif root and isinstance(value, str) and value.startswith("resources/demo/"):
+            result[key] = str(root / value)
+        else:
+            result[key] = value
+    return result
+
+
+def _differing(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that differ from the defaults, nested as before."""
+    found = {}
+    for key, value in values.items():
+        default = defaults.get(key)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            found[key] = _differing(value, default)
+        elif key not in defaults or value != default:
+            found[key] = value
+    return found
+
+
 def load(files: Iterable[str | Path], overrides: Iterable[str] = ()) -> Config:
     """Read YAML files, later ones overriding earlier ones, then ``section.key=value`` overrides.
 

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from mmfm import config
 from mmfm.config import reading
@@ -181,3 +183,29 @@ def test_a_list_passes_through_the_shell_and_back():
     flags = config.StageConfig.of(loaded, "train", encoder="dinov2").operation()
     assert "train.milestones=[20,80]" in flags
     assert config.load([DEFAULTS], flags).train.milestones == (20, 80)
+
+
+def test_a_workflow_that_imports_this_one_lays_its_values_over_the_defaults():
+    """Its own keys, or an edited copy of config.yaml: the same configuration, with the demo's values between."""
+    folder = ROOT / "config"
+    files = folder / "config.yaml", folder / "demo.yaml"
+    own = {"gpus": 0, "train": {"epochs": 7}, "sweep": {"modes": [4]}}
+    copy = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(files[0]), own))
+    layered = OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.load, files), own))
+    for values in (own, copy):
+        found = config.imported(values, *files, Path("/clone"))
+        assert found["encoders"]["dinov2"]["weights"] == "/clone/resources/demo/encoder"
+        assert found["fid"]["weights"] == "/clone/resources/demo/detector/detector.safetensors"
+        assert {k: v for k, v in found.items() if k not in ("encoders", "decoder", "fid")} == {
+            k: v for k, v in layered.items() if k not in ("encoders", "decoder", "fid")
+        }
+    assert config.imported({}, *files, Path("/clone"))["train"]["epochs"] == 2
+
+
+def test_other_images_of_an_importing_workflow_inherit_nothing_of_the_demo():
+    files = ROOT / "config" / "config.yaml", ROOT / "config" / "demo.yaml"
+    own = {"data": {"root": "pictures"}, "decoder": {"weights": "resources/demo/mine"}}
+    found = config.imported(own, *files, Path("/clone"))
+    assert "encoders" not in found and found["data"]["root"] == "pictures"
+    assert found["decoder"]["weights"] == "resources/demo/mine", "the user's path stays as it is"
+    assert found["models"] == OmegaConf.to_container(OmegaConf.load(files[0]))["models"]
