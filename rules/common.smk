@@ -48,7 +48,7 @@ if not IMPORTED:
 
 
 def stop_retrying(name):
-    """Retry jobs of a rule no more, nor those of its group: what their stage refuses once, it refuses again."""
+    """Retry no more: neither jobs of that name nor of their group. What a stage refuses once, it refuses again."""
     (failed,) = (each for each in workflow.rules if each.name == name)
     for each in workflow.rules:
         if each is failed or (failed.group and each.group == failed.group):
@@ -117,7 +117,6 @@ shell.prefix(
 )
 
 
-
 def limit(name):
     """Return the limit of a resource in the profile or on the command line; None without one."""
     found = workflow.global_resources.get(name)
@@ -126,7 +125,9 @@ def limit(name):
 
 def given_resources(rule):
     """Return what --set-resources gives to a rule."""
-    return {name: value.raw for name, value in workflow.resource_settings._parsed_overwrite_resources.get(rule, {}).items()}
+    return {
+        name: value.raw for name, value in workflow.resource_settings._parsed_overwrite_resources.get(rule, {}).items()
+    }
 
 
 # Where a profile sends jobs to other machines, `max-threads` and `gpu_per_node` say what one of them has.
