@@ -1,0 +1,254 @@
+"""Stages as jobs of a SLURM cluster: through the profiles, across nodes, and through all that ends jobs early.
+
+The cluster is real and on this machine (tests/support/slurm.py); its GPUs are not. Where the packages are missing, the
+tests are skipped, and the run says so.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmfm.training.history import read_history
+from support import slurm
+from support.checkout import link_workflow
+from support.places import ROOT
+from support.tiny import SECTIONS, write_encoder, write_images
+
+pytestmark = pytest.mark.slow
+
+if reason := slurm.missing():
+    warnings.warn(f"THE TESTS OF SLURM ARE SKIPPED: {reason}", stacklevel=1)
+    pytest.skip(reason, allow_module_level=True)
+
+
+def configuration(folder: Path) -> dict:
+    """Return a configuration for 40 images, a random encoder and the demo's detector, at the small sizes of the tests."""
+    sections = {name: value for name, value in SECTIONS.items() if name not in ("encoder", "model")}
+    return {
+        **sections,
+        "gpus": 0,
+        "data": {"root": "images", "holdout": 8},
+        "encoders": {"tiny": {**SECTIONS["encoder"], "weights": "encoder"}},
+        "models": {"tiny": SECTIONS["model"]},
+        "latents": {"cache": "off", "folder": "latents"},
+        "decoder": {**SECTIONS["decoder"], "weights": "train"},
+        "fid": {"detector": "demo", "weights": str(ROOT / "resources" / "demo" / "detector" / "detector.safetensors")},
+    }
+
+
+class Run:
+    """A folder from which Snakemake submits jobs."""
+
+    def __init__(self, folder: Path, cluster: slurm.Cluster) -> None:
+        self.folder, self.cluster = folder, cluster
+        self.output = folder / "output"
+
+    def command(self, *arguments: str) -> list[str]:
+        """Return Snakemake's command line with the profile of this cluster."""
+        profiles = ["--profile", "cluster", "--workflow-profile", "none"]
+        if "--workflow-profile" in arguments:
+            profiles = profiles[:2]
+        return [sys.executable, "-m", "snakemake", "--configfile", "tiny.yaml", *profiles, *arguments]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Return the environment of a login node: no GPU, nothing of a job."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MMFM"))}
+        return {**kept, "PYTHONPATH": str(ROOT / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        """Start Snakemake; what it prints goes to :attr:`output`."""
+        with open(self.output, "w") as file:
+            return subprocess.Popen(
+                self.command(*arguments), cwd=self.folder, env=self.environment, stdout=file, stderr=subprocess.STDOUT
+            )
+
+    def call(self, *arguments: str, expect: int = 0, **environment: str) -> str:
+        """Run Snakemake and return what it prints."""
+        done = subprocess.run(
+            self.command(*arguments), cwd=self.folder, env={**self.environment, **environment}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600,
+        )  # fmt: skip
+        assert (done.returncode != 0) == (expect != 0), done.stdout
+        return done.stdout
+
+    def ends(self, snakemake: subprocess.Popen, code: int = 0, seconds: float = 300) -> str:
+        """Wait for Snakemake, check its exit status, and return what it printed."""
+        try:
+            snakemake.wait(seconds)
+        finally:
+            snakemake.kill()
+        printed = self.output.read_text()
+        assert snakemake.returncode == code, printed
+        return printed
+
+    def training(self, seed: int) -> Path:
+        """Return the folder of a training."""
+        return Path(f"results/train/tiny_mode/seed{seed}.tiny.k4")
+
+    def log(self, seed: int) -> str:
+        """Return the log of a training; empty if there is none."""
+        path = self.folder / f"results/logs/train.tiny_mode.seed{seed}.tiny.k4.log"
+        return path.read_text() if path.exists() else ""
+
+    def job_of_training(self, seed: int) -> str:
+        """Wait until a training has made steps, and return its SLURM job."""
+        self.cluster.wait_for(lambda: re.search(r"train: \d+/\d+ steps", self.log(seed)), f"step of seed {seed}")
+        return re.findall(r"launch: SLURM job (\d+) on", self.log(seed))[-1]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """The cluster."""
+    with slurm.cluster(tmp_path_factory.mktemp("slurm")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, cluster):
+    """A checkout with 40 images, and the profile adapted as docs/cluster.md says."""
+    folder = link_workflow(tmp_path_factory.mktemp("checkout"))
+    write_images(folder / "images", 40)
+    write_encoder(folder / "encoder")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(configuration(folder)))
+    profile = yaml.safe_load((ROOT / "profiles" / "slurm" / "config.yaml").read_text())
+    profile |= {"max-threads": 2, "resources": {"gpu": 0, "gpu_per_node": 0}, "latency-wait": 5, "retries": 0}
+    profile["default-resources"]["slurm_partition"] = "main"
+    profile |= {"slurm-status-command": "squeue", "slurm-init-seconds-before-status-checks": 3}
+    profile |= {"slurm-no-account": True}
+    (folder / "cluster").mkdir()
+    (folder / "cluster" / "config.yaml").write_text(yaml.safe_dump(profile))
+    return Run(folder, cluster)
+
+
+@pytest.fixture(scope="module")
+def finished(run, cluster):
+    """What Snakemake printed while it made a distance through sbatch, and the jobs that SLURM recorded."""
+    printed = run.call("results/fid/tiny_mode.txt")
+    return printed, cluster.completed
+
+
+def long(seed: int, epochs: int) -> list[str]:
+    """Return the arguments for a training of 5 steps per epoch that takes a while, with checkpoints."""
+    train = f"{{epochs: {epochs}, decay_end_epoch: {epochs}, checkpoint_every: 20, log_every: 20}}"
+    return [f"results/train/tiny_mode/seed{seed}.tiny.k4/ema.safetensors", "--config", f"train={train}"]
+
+
+def test_the_whole_pipeline_runs_as_jobs(run, finished):
+    printed, completed = finished
+    assert (run.folder / "results/fid/tiny_mode.txt").exists()
+    submitted = re.findall(r"SLURM jobid (\d+)", printed)
+    states = {job["JobId"]: job["JobState"] for job in completed}
+    # Statistics are made in the job of the extraction, short names by Snakemake itself.
+    assert len(submitted) == 9 and {states[job] for job in submitted} == {"COMPLETED"}
+    assert "launch: SLURM job" in (run.folder / "results/logs/extract.tiny.log").read_text()
+    assert "Nothing to be done" in run.call("results/fid/tiny_mode.txt")
+
+
+def test_a_training_across_two_nodes(run, finished, cluster):
+    more = ["--workflow-profile", str(ROOT / "profiles" / "slurm-multinode"), "--config", "processes=2"]
+    extra = ["--set-resources", *(f"train:{pair}" for pair in ("nodes=2", "tasks=2", "mpi=srun", "tasks_per_gpu=0"))]
+    run.call(f"{run.training(1)}/ema.safetensors", *more, *extra)
+    nodes = re.findall(r"launch: SLURM job (\d+) on (\w+): 1 process, 2 threads", run.log(1))
+    assert sorted(node for _, node in nodes) == ["node1", "node2"] and len({job for job, _ in nodes}) == 1
+    history = read_history(run.folder / run.training(1) / "history.jsonl")
+    alone = read_history(run.folder / run.training(0) / "history.jsonl")
+    assert [line["step"] for line in history] == [line["step"] for line in alone]
+
+
+def test_a_cancelled_training_goes_on_where_it_was(run, finished, cluster):
+    snakemake = run.start(*long(2, 400))
+    job = run.job_of_training(2)
+    cluster.run("scancel", job)
+    printed = run.ends(snakemake, 1)
+    assert re.search(rf"train \(tiny_mode.seed2.tiny.k4\) .*SLURM job {job} on node\d\)", printed), printed
+    saved = int(re.search(r"asked to stop: step (\d+) is saved", run.log(2))[1])
+    run.call(*long(2, 400))
+    resumed = re.search(r"resuming at ([\d,]+) of ([\d,]+) steps", run.log(2))
+    assert [int(number.replace(",", "")) for number in resumed.groups()] == [saved, 2000]
+
+
+def test_after_snakemake_is_killed_a_second_run_is_told_and_the_next_recovers(run, finished, cluster):
+    snakemake = run.start(*long(3, 1200))
+    job = run.job_of_training(3)
+    snakemake.send_signal(signal.SIGKILL)
+    snakemake.wait()
+    assert cluster.running("train") == job
+    told = run.call(*long(3, 1200), expect=1)
+    assert f"another run is at work on a job of this one (SLURM job {job} on node" in told
+    assert f"scancel {job}" in told
+    cluster.run("scancel", job)
+    cluster.wait_for(lambda: not cluster.queue(), "end of the orphan")
+    saved = int(re.search(r"asked to stop: step (\d+) is saved", run.log(3))[1])
+    snakemake = run.start(*long(3, 1200))
+    cluster.wait_for(lambda: "resuming at" in run.log(3), "resumed training")
+    assert f"resuming at {saved:,} of" in run.log(3)
+    snakemake.send_signal(signal.SIGINT)  # cancels its job
+    assert "the same command resumes" in run.ends(snakemake, 1)
+    cluster.wait_for(lambda: not cluster.queue(), "end of the training")
+
+
+def test_a_job_at_its_time_limit_is_retried_where_it_was(run, finished, cluster):
+    limit = ["--set-resources", "train:runtime=1", "train:slurm_extra='--signal=TERM@40'", "--retries", "4"]
+    printed = run.ends(run.start(*long(4, 1600), *limit), seconds=500)
+    assert "Trying to restart job" in printed and "all failed" not in printed
+    jobs = re.findall(r"launch: SLURM job (\d+) on", "".join(run.logs(4)))
+    assert len(set(jobs)) >= 1 and "resuming at" in run.log(4)
+
+
+def test_a_preempted_training_goes_on_where_it_was(run, finished, cluster):
+    snakemake = run.start(*long(5, 600))
+    job = run.job_of_training(5)
+    urgent = ["-p", "urgent", "-N", "2", "--exclusive", "--wrap", "sleep 2", "-o", "/dev/null", "--mem=0"]
+    cluster.run("sbatch", *urgent)
+    cluster.wait_for(lambda: "resuming at" in run.log(5), "requeued training", 180)
+    run.ends(snakemake)
+    assert f"launch: SLURM job {job} on" in run.log(5)
+
+
+def test_a_training_on_a_node_that_dies_goes_on_on_another(run, finished, cluster):
+    snakemake = run.start(*long(6, 600), "--retries", "3")
+    run.job_of_training(6)
+    node = re.search(r"launch: SLURM job \d+ on (\w+)", run.log(6))[1]
+    try:
+        cluster.kill_node(node)
+        cluster.wait_for(lambda: "resuming at" in run.log(6), "training on the other node", 180)
+        assert f"on {node}:" not in run.log(6)
+        run.ends(snakemake)
+    finally:
+        cluster.start_node(node)
+
+
+def test_a_gpu_job_has_its_gpus_and_says_why_it_can_not_use_them(run, finished, cluster):
+    """The stand-ins have no driver, as a node on which it is broken."""
+    gpus = ["--config", "gpus=2", "--resources", "gpu=4", "gpu_per_node=2", "--retries", "2"]
+    printed = run.call(f"{run.training(7)}/ema.safetensors", *gpus, expect=1)
+    assert re.search(r"launch: SLURM job \d+ on node\d: 2 GPUs, 2 threads", run.log(7)), run.log(7)
+    assert re.search(r"this job has GPU 0,1 on node\d, but PyTorch .* can't use it", printed), printed
+    assert "Trying to restart" not in printed  # the same again would fail again
+
+
+def test_nodes_that_differ_are_told_apart(run, finished, cluster, tmp_path):
+    """One node has another version of the package, then another file system."""
+    other = tmp_path / "other"
+    shutil.copytree(ROOT / "src", other)
+    (other / "mmfm" / "api.py").write_text((other / "mmfm" / "api.py").read_text() + "\n# newer\n")
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        f"if os.environ.get('SLURM_NODEID') == '1':\n    sys.path.insert(0, {str(other)!r})\n"
+    )
+    stage = ["--settings", "{}", "--setting", "mode"]
+    line = [sys.executable, "-m", "mmfm.infra.launch", "--nodes", "2", "--processes", "2", "--", "doctor", "--threads"]
+    assert line and stage and json
