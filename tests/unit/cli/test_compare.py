@@ -84,7 +84,7 @@ def test_the_weights_of_a_step_have_the_model_and_the_time_of_their_training(res
         results / "sample" / "dinov2_mode" / "seed0.tiny.k64.step310.t25"
     )
     (found,) = compared_results.find([step])
-    assert (found.model, found.training_seconds) == ("tiny", 30.0)
+    assert (found.model, found.training.history[-1]["seconds"]) == ("tiny", 30.0)
 
 
 def test_files_that_were_made_anew_since_are_not_taken(results, garments, capsys, tmp_path):
