@@ -45,13 +45,15 @@ def draw_curves(curves: Sequence[Curve], name: str) -> str:
         FigureCanvasSVG(figure)
         axes = figure.subplots()
         used: list[str] = []
-        for curve in curves:
+        for i, curve in enumerate(curves):
             points = _thinned(curve.points)
             dashes = ("-", "--", ":", "-.")[used.count(curve.colour) % 4]
             used.append(curve.colour)
+            # The first are the broadest, so that equal curves can all be seen.
+            width, marker = max(1.2, 3 - 0.7 * i), "." if len(points) < 25 else ""
             axes.plot(
-                *zip(*points, strict=True), dashes, color=curve.colour, linewidth=1.6, label=curve.label,
-                marker="." if len(points) < 25 else "",
+                *zip(*points, strict=True), dashes, color=curve.colour, linewidth=width, marker=marker,
+                label=curve.label,
             )  # fmt: skip
         values = [value for curve in curves for _, value in curve.points]
         if min(values) > 0 and max(values) > 5 * min(values):

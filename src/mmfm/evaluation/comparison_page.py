@@ -247,9 +247,7 @@ def _curves(comparison: Comparison) -> str:
     drawn = [("loss", losses, "Training loss by step")]
     if distances:
         drawn.append(("distance", distances, "Frechet distance during training by step"))
-    figures = "".join(
-        _figure(draw_curves(list(curves.values()), name), about, " plot") for name, curves, about in drawn
-    )
+    figures = "".join(_figure(draw_curves(list(curves.values()), name), about, "plot") for name, curves, about in drawn)
     return (
         f'<h2>Learning curves</h2>\n<div class="wide">\n{figures}</div>\n'
         "<p><strong>Look for</strong> a steep start that flattens. If a curve still falls at its end, more epochs "
@@ -283,14 +281,14 @@ def _mixtures(comparison: Comparison, factor: float) -> str:
             ),
         ]
         figures = [
-            _figure(_picture(_opened(folder / name), alt, factor), text, " plot")
+            _figure(_picture(_opened(folder / name), alt, factor), text, "plot")
             for name, alt, text in pictures
             if (folder / name).is_file()
         ]
         sweep = folder.parent / "sweep.png"
         if sweep.is_file():
             text = "The same numbers of several K. The BIC has its minimum where more modes no longer pay."
-            figures.append(_figure(_picture(_opened(sweep), "Fits by number of modes", factor, 1400), text, " plot"))
+            figures.append(_figure(_picture(_opened(sweep), "Fits by number of modes", factor, 1400), text, "whole"))
         sections.append(f'{_about_fit(result, report)}<div class="wide">\n{"".join(figures)}</div>\n')
     if not sections:
         return ""

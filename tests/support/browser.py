@@ -1,0 +1,83 @@
+"""A page opened in a browser without a window: what it could not load, and what its console says."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+_NAMES = ("chromium", "chromium-browser", "google-chrome")
+_HARMLESS = ("cdn.tailwindcss.com should not be used in production", "The input spec uses Vega-Lite v")
+"""Warnings of what Snakemake's own report is made with."""
+_LISTEN = """<script>
+const problems = [];
+addEventListener("error", (e) => problems.push(e.message || "not loaded: " + e.target.outerHTML.slice(0, 80)), true);
+addEventListener("unhandledrejection", (e) => problems.push(String(e.reason)));
+const seen = {};
+</script>"""
+_LOOK = """<script>
+addEventListener("load", async () => {
+  const pause = (ms) => new Promise((done) => setTimeout(done, ms));
+  const look = async () => {
+    await pause(100);
+    for (const image of document.images) {
+      for (let tries = 0; !image.complete && tries < 20; tries++) await pause(100);
+      if (!image.naturalWidth) problems.push("broken: " + image.outerHTML.slice(0, 80));
+    }
+  };
+  await look();
+  %s
+  seen.width = document.documentElement.scrollWidth;
+  const told = document.createElement("pre");
+  told.id = "told";
+  told.textContent = btoa(encodeURIComponent(JSON.stringify({problems, seen})));
+  document.body.append(told);
+});
+</script>"""
+
+
+def browser() -> str:
+    """Return the path of a browser; without one, warn and skip the test."""
+    found = next(filter(None, map(shutil.which, _NAMES)), None)
+    if found is None:
+        warnings.warn(f"no browser, so no page was opened: install one of {', '.join(_NAMES)}", stacklevel=2)
+        pytest.skip(f"no browser; install one of {', '.join(_NAMES)}")
+    return found
+
+
+def _run(page: Path, *options: str) -> subprocess.CompletedProcess:
+    line = [browser(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
+    line += [f"--user-data-dir={page.parent / 'browser'}", "--virtual-time-budget=20000", *options, page.as_uri()]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=True)
+
+
+def examine(page: Path, folder: Path, steps: str = "", width: int = 1280) -> tuple[list[str], dict]:
+    """Open a page; return its problems, and what was seen: ``width``, pixels that it needs, and what the steps add.
+
+    Problems are pictures that can't be shown, errors of scripts, and lines of the console.
+
+    Args:
+        folder: for a copy of the page with scripts.
+        steps: JavaScript to run in the page; ``await look()`` checks its pictures, ``seen`` is an object.
+    """
+    text = page.read_text()
+    head, body = text.index("<head>") + len("<head>"), text.rindex("</body>")
+    copy = folder / f"examined-{page.name}"
+    copy.write_text(text[:head] + _LISTEN + text[head:body] + _LOOK % steps + text[body:])
+    done = _run(copy, f"--window-size={width},900", "--dump-dom")
+    told = re.search(r'<pre id="told">([^<]+)</pre>', done.stdout)
+    assert told, f"the page's scripts did not come to their end: {done.stderr[-2000:]}"
+    value = json.loads(unquote(base64.b64decode(told[1]).decode()))
+    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+    console = [line for line in console if not any(words in line for words in _HARMLESS)]
+    return value["problems"] + console, value["seen"]
+
+
+def screenshot(page: Path, picture: Path, width: int = 1280, height: int = 900) -> None:
+    """Write a PNG of a page's upper end."""
+    _run(page, f"--window-size={width},{height}", f"--screenshot={picture}")
