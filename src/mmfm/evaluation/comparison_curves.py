@@ -68,7 +68,7 @@ def draw_curves(curves: Sequence[Curve], name: str) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    svg = re.sub(r"font: ([\d.]+px) '[^;\"]*", r"font: \1 inherit; font-family: inherit", svg)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
     labels = ", ".join(curve.label for curve in curves)
     return re.sub(
         r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-label="{name} by step of {labels}"', svg, count=1
