@@ -9,7 +9,9 @@ import warnings
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
+from PIL import Image
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _LISTEN = """<script>
@@ -64,10 +66,7 @@ def examine(page: Path, folder: Path, steps: str = "", width: int = 1280) -> tup
         folder: for a copy of the page with scripts.
         steps: JavaScript to run in the page; ``await look()`` checks its pictures, ``seen`` is an object.
     """
-    text = page.read_text()
-    head, body = text.index("<head>") + len("<head>"), text.rindex("</body>")
-    copy = folder / f"examined-{page.name}"
-    copy.write_text(text[:head] + _LISTEN + text[head:body] + _LOOK % steps + text[body:])
+    copy = _with_scripts(page, folder, _LOOK % steps)
     done = _run(copy, f"--window-size={width},900", "--dump-dom")
     told = re.search(r'<pre id="told">([^<]+)</pre>', done.stdout)
     assert told, f"the page's scripts did not come to their end: {done.stderr[-2000:]}"
@@ -76,6 +75,22 @@ def examine(page: Path, folder: Path, steps: str = "", width: int = 1280) -> tup
     return value["problems"] + console, value["seen"]
 
 
-def screenshot(page: Path, picture: Path, width: int = 1280, height: int = 900) -> None:
-    """Write a PNG of a page's upper end."""
-    _run(page, f"--window-size={width},{height}", f"--screenshot={picture}")
+def screenshot(page: Path, folder: Path, steps: str = "", width: int = 1280, height: int = 900) -> np.ndarray:
+    """Return a picture of a page's upper end, (height, width) grey values; arguments as for :func:`examine`."""
+    _run(
+        _with_scripts(page, folder, f"<script>addEventListener('load', async () => {{ {steps} }});</script>"),
+        f"--window-size={width},{height}",
+        f"--screenshot={folder / 'screenshot.png'}",
+    )
+    with Image.open(folder / "screenshot.png") as picture:
+        return np.asarray(picture.convert("L"))
+
+
+def _with_scripts(page: Path, folder: Path, last: str) -> Path:
+    """Return a copy of a page that keeps its problems and runs a script at the end."""
+    text = page.read_text()
+    # The last one: an earlier one can be in a script.
+    head, body = text.index("<head>") + len("<head>"), text.rindex("</body>")
+    copy = folder / f"examined-{page.name}"
+    copy.write_text(text[:head] + _LISTEN + text[head:body] + last + text[body:])
+    return copy
