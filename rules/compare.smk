@@ -23,6 +23,12 @@ rule comparison:
             labels={"result": "distances"},
         ),
         json="<results>/comparison.json",
+        page=report(
+            "<results>/comparison.html",
+            caption="../workflow/report/comparison.rst",
+            category="Comparison",
+            labels={"result": "page"},
+        ),
     log:
         "<logs>/comparison.log",
     benchmark:
@@ -36,4 +42,4 @@ rule comparison:
         runtime=10,
     shell:
         "python -m mmfm.cli compare {input.distances:q}"
-        " --out {output.picture:q} --out {output.text:q} --out {output.json:q} 2>&1 | tee {log:q}"
+        " --out {output.picture:q} --out {output.text:q} --out {output.json:q} --out {output.page:q} 2>&1 | tee {log:q}"

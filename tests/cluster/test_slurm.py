@@ -4,14 +4,11 @@ The cluster is real and on this machine (tests/support/slurm.py); its GPUs are n
 tests are skipped, and the run says so.
 """
 
-import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -32,7 +29,7 @@ if reason := slurm.missing():
 
 
 def configuration(folder: Path) -> dict:
-    """Return a configuration for 40 images, a random encoder and the demo's detector, at the small sizes of the tests."""
+    """Return a configuration for 40 images, a random encoder and the demo's detector, at small sizes."""
     sections = {name: value for name, value in SECTIONS.items() if name not in ("encoder", "model")}
     return {
         **sections,
@@ -201,9 +198,7 @@ def test_after_snakemake_is_killed_a_second_run_is_told_and_the_next_recovers(ru
 def test_a_job_at_its_time_limit_is_retried_where_it_was(run, finished, cluster):
     limit = ["--set-resources", "train:runtime=1", "train:slurm_extra='--signal=TERM@40'", "--retries", "4"]
     printed = run.ends(run.start(*long(4, 1600), *limit), seconds=500)
-    assert "Trying to restart job" in printed and "all failed" not in printed
-    jobs = re.findall(r"launch: SLURM job (\d+) on", "".join(run.logs(4)))
-    assert len(set(jobs)) >= 1 and "resuming at" in run.log(4)
+    assert "Trying to restart job" in printed and "resuming at" in run.log(4)
 
 
 def test_a_preempted_training_goes_on_where_it_was(run, finished, cluster):
@@ -236,19 +231,3 @@ def test_a_gpu_job_has_its_gpus_and_says_why_it_can_not_use_them(run, finished, 
     assert re.search(r"launch: SLURM job \d+ on node\d: 2 GPUs, 2 threads", run.log(7)), run.log(7)
     assert re.search(r"this job has GPU 0,1 on node\d, but PyTorch .* can't use it", printed), printed
     assert "Trying to restart" not in printed  # the same again would fail again
-
-
-def test_nodes_that_differ_are_told_apart(run, finished, cluster, tmp_path):
-    """One node has another version of the package, then another file system."""
-    other = tmp_path / "other"
-    shutil.copytree(ROOT / "src", other)
-    (other / "mmfm" / "api.py").write_text((other / "mmfm" / "api.py").read_text() + "\n# newer\n")
-    hook = tmp_path / "hook"
-    hook.mkdir()
-    (hook / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        f"if os.environ.get('SLURM_NODEID') == '1':\n    sys.path.insert(0, {str(other)!r})\n"
-    )
-    stage = ["--settings", "{}", "--setting", "mode"]
-    line = [sys.executable, "-m", "mmfm.infra.launch", "--nodes", "2", "--processes", "2", "--", "doctor", "--threads"]
-    assert line and stage and json

@@ -30,13 +30,13 @@ def write_result(
         n_modes=64 if mixture else 0, inputs=inputs,
     )  # fmt: skip
     report = {
-        "digest": f"mixture-{encoder}", "stats_digest": f"stats-{encoder}",
+        "digest": f"mixture-{encoder}", "stats_digest": f"stats-{encoder}", "gmm_digest": "fit",
         "coupling_cost": {"gaussian": 2.0, "mixture_independent": 1.9, "mode_coupled": 0.75},
     }  # fmt: skip
     store.write_json(results / "spatial_gmm" / encoder / "k64" / "report.json", report)
     history = results / "train" / f"{encoder}_{setting}" / training / "history.jsonl"
     history.parent.mkdir(parents=True, exist_ok=True)
-    history.write_text('{"step": 310, "seconds": 30.0}\n{"step": 620, "seconds": 61.5}\n')
+    history.write_text('{"step": 310, "seconds": 30.0, "loss": 0.9}\n{"step": 620, "seconds": 61.5, "loss": 0.7}\n')
     record = {
         "measure": "Frechet distance (not an FID)", "frechet_distance": distance, "warnings": [WARNING],
         "n_images": len(images), "floor": 0.25, "floor_n_images": 70,
@@ -47,3 +47,13 @@ def write_result(
     path = results / "fid" / f"{encoder}_{setting}{guide}.{training}.t25.json"
     store.write_json(path, {**record, **changes})
     return path
+
+
+def write_mixture(folder: Path) -> None:
+    """Write the report of a fit, that of the spatial mixture of :func:`write_result`."""
+    report = {
+        "n_images": 300, "n_components": 64, "active_components": 63, "n_iter": 12, "converged": True, "bic": -1234.5,
+        "images_per_active_component": {"min": 1, "median": 4.0, "max": 19}, "class_nmi": 0.5,
+        "gmm_digest": "fit",
+    }  # fmt: skip
+    store.write_json(folder / "report.json", report)

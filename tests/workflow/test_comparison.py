@@ -31,7 +31,7 @@ def test_it_requires_the_three_settings_and_follows_them(checkout):
         ],
     )
     assert {"train", "sample", "fid", "comparison"} <= set(made) and "short_name" not in made
-    assert graph["comparison"]["outputs"] == ["comparison.png", "comparison.txt", "comparison.json"]
+    assert graph["comparison"]["outputs"] == ["comparison.png", "comparison.txt", "comparison.json", "comparison.html"]
     assert graph["comparison"]["parents"] == ["fid", "sample", "spatial_gmm", "train"]
     assert bare == [
         "all",

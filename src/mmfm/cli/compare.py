@@ -18,6 +18,7 @@ Only files of finished results are read; nothing is computed. `snakemake results
 settings uncond, gmm and mode.
 
 writes  --out FILE.png    the same images of every result
+        --out FILE.html   a page to send to others: also learning curves, mixtures, costs, configuration
         --out FILE.txt    the text that is printed
         --out FILE.json   the same as JSON (fields: docs/results-format.md)"""
 
@@ -34,12 +35,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, action="append", default=[], help="a file to write; can be repeated")
     options = parser.parse_args(arguments)
     for path in options.out:
-        if path.suffix not in (".txt", ".json", ".png"):
-            raise ValueError(f"--out '{path}' ends in none of .txt, .json and .png, which say what to write")
+        if path.suffix not in (".txt", ".json", ".png", ".html"):
+            raise ValueError(f"--out '{path}' ends in none of .txt, .json, .png and .html, which say what to write")
     from mmfm.evaluation.comparison import compare, render
+    from mmfm.evaluation.comparison_page import page
     from mmfm.evaluation.comparison_picture import draw
     from mmfm.infra.pictures import save_picture
-    from mmfm.workflow import compared
+    from mmfm.infra.versions import installed
+    from mmfm.workflow import accounts, compared
 
     comparison = compare(compared.find(options.results))
     text = render(comparison)
@@ -50,6 +53,8 @@ def main(arguments: list[str]) -> int:
         elif path.suffix == ".json":
             store.write_json(path, comparison.as_json())
         else:
+            html = path.suffix == ".html"
+            written = page(comparison, accounts.runs_of(comparison), installed()) if html else text
             with store.whole_file(path) as partial:
-                partial.write_text(text, encoding="utf-8")
+                partial.write_text(written, encoding="utf-8")
     return 0

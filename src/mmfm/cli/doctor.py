@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import importlib.metadata
 import os
 import platform
 import re
@@ -16,16 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+from mmfm.infra.versions import PACKAGES, version
+
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-_PACKAGES = ("torch", "torchvision", "transformers", "zarr", "snakemake", "torch-fidelity")
 _SLURM = "snakemake-executor-plugin-slurm"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def main(arguments: list[str]) -> int:
@@ -63,15 +56,15 @@ def main(arguments: list[str]) -> int:
         parser.error("--configfile belongs to a target: name one, such as results/fid/dinov2_mode.txt")
     problems = []
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores")
-    for package in _PACKAGES:
-        version = _version(package)
-        print(f"{package:<16}{version or 'missing'}")
-        if version is None:
+    for package in PACKAGES:
+        found = version(package)
+        print(f"{package:<16}{found or 'missing'}")
+        if found is None:
             problems.append(f"{package} is missing; run pip install -e .")
     from mmfm.mixture.initial import faiss_wheels
 
     builds = faiss_wheels()
-    print(f"{'faiss':<16}{', '.join(f'{b} {_version(b)}' for b in builds) or 'missing'}")
+    print(f"{'faiss':<16}{', '.join(f'{b} {version(b)}' for b in builds) or 'missing'}")
     if len(builds) != 1:
         problems.append(
             f"exactly one build of faiss must be installed, found {builds or 'none'}; pip uninstall the others"
@@ -123,7 +116,7 @@ def _libraries() -> list[str]:
         f"BLAS: {numpy_blas['name']} {numpy_blas['version']} in NumPy, {torch_blas[1] if torch_blas else '?'} in "
         f"PyTorch; threads: {torch.get_num_threads()} here, in stages those of their rule"
     ]
-    if plugin := _version(_SLURM):
+    if plugin := version(_SLURM):
         lines.append(f"{_SLURM} {plugin}")
     return lines
 

@@ -12,6 +12,21 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Training:
+    """The records of a training up to the step whose weights were sampled.
+
+    Attributes:
+        folder: the training's folder.
+        history: logged steps, at least one; the last is that of the weights.
+        distances: distances measured during the training, if any were.
+    """
+
+    folder: Path
+    history: list[dict[str, Any]]
+    distances: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Result:
     """A finished Frechet distance, and what lies beside it in the results folder.
 
@@ -22,7 +37,8 @@ class Result:
         guided: whether it uses autoguidance.
         model: entry of `models`; None if the file's name does not tell.
         record: contents of the file.
-        training_seconds: time of the training; None if unknown.
+        training: records of the training; None if there are none.
+        mixture: folder with the fit of its mixture, its report and its pictures; None if there is none.
         coupling_cost: expected squared distance of paired source and data, per dimension; None if unknown.
         images: ``images.npz``, (n, S, S, 3) uint8; None if these images no longer exist.
     """
@@ -33,7 +49,8 @@ class Result:
     guided: bool
     model: str | None
     record: dict[str, Any]
-    training_seconds: float | None
+    training: Training | None
+    mixture: Path | None
     coupling_cost: float | None
     images: Path | None
 
@@ -92,7 +109,7 @@ def compare(results: Sequence[Result]) -> Comparison:
         if number:
             notes.append(_why_apart(group, groups[0][0]))
         if differing := _differences(group):
-            whose = f"The rows with {_mark(group[0])}" if number else "The rows"
+            whose = f"The rows with {mark_of(group[0])}" if number else "The rows"
             notes.append(f"{whose} also differ in {_listed(differing)}, so not only the settings are compared.")
     warnings = list(dict.fromkeys(line for result, _ in pairs for line in result.record["warnings"]))
     return Comparison([result for result, _ in pairs], [row for _, row in pairs], warnings, notes)
@@ -144,7 +161,7 @@ def _row(result: Result) -> Row:
             "step": weights["step"],
             "epochs": weights["epochs"],
             "images_seen": weights["images_seen"],
-            "training_seconds": result.training_seconds,
+            "training_seconds": result.training.history[-1].get("seconds") if result.training else None,
             "solver": samples["solver"],
             "time_points": samples["time_points"],
             "function_evaluations": samples["function_evaluations"],
@@ -169,10 +186,10 @@ def _why_apart(group: list[Row], main: Row) -> str:
     """Say why a group can't be compared with the main one, a row of which is given."""
     reasons = [describe(group[0]) for name, describe in _CIRCUMSTANCES.items() if group[0][name] != main[name]]
     what = "Compare these rows only with one another" if len(group) > 1 else "Don't compare this row with the others"
-    return f"{_mark(group[0])} {what}: {'; '.join(reasons)}."
+    return f"{mark_of(group[0])} {what}: {'; '.join(reasons)}."
 
 
-def _mark(row: Row) -> str:
+def mark_of(row: Row) -> str:
     """Return the mark of rows that can't be compared with those of the main group."""
     return f"[{row['group']}]" if row["group"] else ""
 
@@ -222,7 +239,7 @@ _TABLE: dict[str, tuple[Callable[[Row], str], str]] = {
 }
 """Columns of the text by title: a row's cell, and the value that must differ for the column to be shown, if any."""
 
-_LEFT = ("results", "encoder", "setting", "detector", "model")
+WORDS = ("results", "encoder", "setting", "detector", "model")
 """Columns of words; the others hold numbers and are aligned to the right."""
 
 
@@ -236,6 +253,16 @@ def setting_of(row: Row) -> str:
     return row["setting"] + "_ag" * row["autoguidance"]
 
 
+def table(rows: list[Row]) -> dict[str, list[str]]:
+    """Return the columns that say something about these rows by title: a cell per row, empty if unknown."""
+    columns = {}
+    for title, (cell, differing) in _TABLE.items():
+        cells = [cell(row) for row in rows]
+        if any(cells) and (not differing or differs(rows, differing)):
+            columns[title] = cells
+    return columns
+
+
 def render(comparison: Comparison) -> str:
     """Return a comparison as text: a table, warnings, notes."""
     rows, main = comparison.rows, comparison.main
@@ -247,14 +274,11 @@ def render(comparison: Comparison) -> str:
     if main["floor"] is not None:
         head.append(f"floor:     {main['floor']:.4f} (distance of {main['floor_n_images']:,} held-out real images)")
     columns = [[" ", *(" *"[row["best"]] for row in rows)]]
-    for title, (cell, differing) in _TABLE.items():
-        cells = [cell(row) for row in rows]
-        if not any(cells) or (differing and not differs(rows, differing)):
-            continue
-        cells = [title, *(text or "-" for text in cells)]
+    for title, known in table(rows).items():
+        cells = [title, *(text or "-" for text in known)]
         width = max(map(len, cells))
-        columns.append([text.ljust(width) if title in _LEFT else text.rjust(width) for text in cells])
-    columns.append(["", *map(_mark, rows)])
+        columns.append([text.ljust(width) if title in WORDS else text.rjust(width) for text in cells])
+    columns.append(["", *map(mark_of, rows)])
     lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
     warnings = [f"WARNING: {warning}" for warning in comparison.warnings]
     parts = [head, lines, warnings, comparison.notes]

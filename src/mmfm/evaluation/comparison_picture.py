@@ -39,15 +39,16 @@ def draw(comparison: Comparison) -> Image.Image:
         if place_of(row) != place or len(rows[-1]) == _PANELS:
             rows.append([])
         place = place_of(row)
-        rows[-1].append(_titled(_grid(result.images), _titles(row, comparison.rows)))
+        rows[-1].append(_titled(_panel(result.images), _titles(row, comparison.rows)))
     sheet = _joined([_joined(panels, downwards=False) for panels in rows], downwards=True)
-    whole = _titled(sheet, {_caption(comparison): _SMALL}, gap=_MARGIN)
+    whole = _titled(sheet, {caption(comparison): _SMALL}, gap=_MARGIN)
     framed = Image.new("RGB", (whole.width + 2 * _MARGIN, whole.height + 2 * _MARGIN), "white")
     framed.paste(whole, (_MARGIN, _MARGIN))
     return framed
 
 
-def _caption(comparison: Comparison) -> str:
+def caption(comparison: Comparison) -> str:
+    """Say which images the grids show."""
     rows = comparison.rows
     whose = "each result" if differs(rows, "seed") else f"seed {rows[0]['seed']}"
     count = min(IMAGES, *(row["n_images"] for row in rows))
@@ -70,10 +71,15 @@ def _titles(row: Row, rows: list[Row]) -> dict[str, int]:
     return lines
 
 
-def _grid(path: Path | None) -> Image.Image:
-    """Arrange the first images of ``images.npz``, or say that they are missing."""
+def _panel(path: Path | None) -> Image.Image:
+    """Return the grid of a result, or say that its images are missing."""
     if path is None:
         return _titled(Image.new("RGB", (1, 1), "white"), {"its images no longer exist": _SMALL})
+    return grid(path)
+
+
+def grid(path: Path) -> Image.Image:
+    """Arrange the first 25 images of ``images.npz``, five in a row; ValueError if the file is damaged."""
     images = npz.map_array(path)[:IMAGES]
     if images.shape[1] > _LARGEST_SIDE:
         size = (_LARGEST_SIDE, _LARGEST_SIDE)

@@ -4,9 +4,7 @@ Stages get a :class:`Ranks`. With one process, nothing is initialised and every 
 """
 
 import ctypes
-import hashlib
 import os
-import platform
 import re
 import signal
 import sys
@@ -21,7 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mmfm.infra.launch import HELD, node_name
+from mmfm.infra import nodes
+from mmfm.infra.launch import HELD
 
 DRIVERS = {11: "450", 12: "525", 13: "580"}
 """Oldest Linux driver for each major version of CUDA (NVIDIA's CUDA Toolkit Release Notes, minor-version
@@ -103,7 +102,7 @@ def choose_device(local_rank: int = 0) -> torch.device:
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     if held := os.environ.get(HELD):
         raise ValueError(
-            f"this job has GPU {held} on {node_name()}, but PyTorch {torch.__version__} can't use it: {why_no_cuda()}. "
+            f"this job has GPU {held} on {nodes.name()}, but PyTorch {torch.__version__} can't use it: {why_no_cuda()}. "
             "Or set `gpus: 0` to run on the CPU"
         )
     return torch.device("cpu")
@@ -160,11 +159,8 @@ def process_group() -> Iterator[Ranks]:
     # What must be exact does not rely on this (`exact_float32`). The rest is in float32 only where a key says so, and
     # then the same on every machine; bf16 is there for speed.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    ranks = Ranks(rank, world, device)
     try:
-        if world > processes_here():
-            _require_same_software(ranks)
-        yield ranks
+        yield Ranks(rank, world, device)
     except BaseException as error:
         # Report at once, and do not destroy the group, which would wait for ranks that are waiting for this one.
         if world > 1:
@@ -172,19 +168,6 @@ def process_group() -> Iterator[Ranks]:
         raise
     if world > 1:
         dist.destroy_process_group()
-
-
-def _require_same_software(ranks: Ranks) -> None:
-    """Raise ValueError on every process if the nodes run different versions of this package, Python or PyTorch."""
-    source, digest = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(source.rglob("*.py")):
-        digest.update(path.relative_to(source).as_posix().encode() + path.read_bytes())
-    own = f"mmfm {digest.hexdigest()[:8]}, Python {platform.python_version()}, PyTorch {torch.__version__}"
-    found: dict[str, str] = {}
-    for node, folder, versions in ranks.gather((node_name(), str(source), own)):
-        found.setdefault(versions, f"{node} has {versions} in '{folder}'")
-    if len(found) > 1:
-        raise ValueError(f"the nodes have different versions ({'; '.join(found.values())}); give all the same")
 
 
 def join_group(device: torch.device) -> None:

@@ -4,14 +4,11 @@ One process runs the stage directly, because torchrun takes seconds to start; se
 threads given to the stage are divided among its processes, because oversubscribed cores are many times slower. On each
 machine, a GPU is used by one launcher at a time.
 
-Across several nodes of a SLURM job, the launcher on the first starts itself once on each by srun; torchrun's processes
-there meet at the first node's address.
+Across several nodes of a SLURM job, the launcher on the first starts itself once on each; see :mod:`mmfm.infra.nodes`.
 """
 
 import argparse
 import os
-import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from mmfm.infra import cores, file_lock
+from mmfm.infra import nodes as several_nodes
 
 _DESCRIPTION = """\
 Start a stage in one process per GPU, or in several processes on the CPU, and divide the CPU threads among them."""
@@ -27,10 +25,6 @@ _DEVICES = Path("/dev")
 _LOCK_FOLDER = Path(tempfile.gettempdir()) / f"mmfm-gpus-{os.getuid()}"
 HELD = "MMFM_HELD_GPUS"
 """Environment variable that tells workers which GPUs their launcher holds."""
-RENDEZVOUS = "MMFM_RENDEZVOUS"
-"""Environment variable with ADDRESS:PORT, where the nodes of a job meet."""
-
-_NOWHERE = "192.0.2.1"  # reserved for documentation (RFC 5737); nothing is sent there
 
 
 def visible_gpus() -> list[str]:
@@ -123,7 +117,7 @@ def command(stage: list[str], processes: int, nodes: int = 1) -> list[str]:
     """Return the command line that runs ``stage`` (name and arguments) in ``processes`` processes per node.
 
     Raises:
-        ValueError: with several nodes, this is no task of :func:`on_every_node`.
+        ValueError: with several nodes, this is no task of :func:`mmfm.infra.nodes.on_every_node`.
     """
     if processes == 1 and nodes == 1:
         return [sys.executable, "-m", "mmfm.cli", *stage]
@@ -133,79 +127,8 @@ def command(stage: list[str], processes: int, nodes: int = 1) -> list[str]:
     if nodes == 1:
         torchrun.append("--standalone")
     else:
-        missing = [name for name in (RENDEZVOUS, "SLURM_JOB_ID", "SLURM_NODEID") if name not in os.environ]
-        if missing:
-            raise ValueError(f"{', '.join(missing)} not in the environment of a node's task; srun must pass it on")
-        endpoint, first = os.environ[RENDEZVOUS], os.environ["SLURM_NODEID"] == "0"
-        # Without the last two, torchrun guesses by host names, and waits for ever where they resolve to 127.0.1.1.
-        torchrun += [
-            f"--nnodes={nodes}",
-            "--rdzv-backend=c10d",
-            f"--rdzv-id={os.environ['SLURM_JOB_ID']}",
-            f"--rdzv-endpoint={endpoint}",
-            f"--rdzv-conf=is_host={str(first).lower()}",
-            f"--local-addr={endpoint.rpartition(':')[0] if first else own_address(endpoint.rpartition(':')[0])}",
-        ]
+        torchrun += several_nodes.torchrun_options(nodes)
     return [*torchrun, "-m", "mmfm.cli", *stage]
-
-
-def on_every_node(arguments: list[str], nodes: int, threads: int, gpus: int) -> tuple[list[str], dict[str, str]]:
-    """Return the command line that starts this launcher again on every node of a SLURM job, and its environment.
-
-    Args:
-        arguments: of this launcher.
-        threads, gpus: on each node.
-
-    Raises:
-        ValueError: this is no SLURM job, or a task of one, in which srun can't reach the other nodes.
-    """
-    if "SLURM_JOB_ID" not in os.environ or shutil.which("srun") is None:
-        raise ValueError(f"{nodes} nodes requested, but this is no SLURM job; use --workflow-profile profiles/slurm")
-    if "SLURM_STEP_ID" in os.environ:
-        raise ValueError(
-            f"{nodes} nodes requested, but the job runs on one; take the resources of profiles/slurm-multinode "
-            "(mpi: srun, nodes, tasks)"
-        )
-    # The executor removes SLURM's variables from the job, so every size is given here.
-    srun = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", f"--cpus-per-task={threads}"]
-    srun += ["--kill-on-bad-exit=1", *([f"--gpus-per-node={gpus}"] if gpus else [])]
-    port = _free_port(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000)
-    variables = {**os.environ, RENDEZVOUS: f"{own_address()}:{port}"}
-    return [*srun, sys.executable, "-m", "mmfm.infra.launch", *arguments], variables
-
-
-def own_address(other: str = _NOWHERE) -> str:
-    """Return the IPv4 address of this machine in the network that leads to ``other``; by default, to anywhere."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((other, 9))
-            return probe.getsockname()[0]
-        except OSError:
-            return socket.gethostbyname(socket.gethostname())
-
-
-def interface_of(address: str) -> str | None:
-    """Return the name of this machine's network interface with an address; None if none has it."""
-    import psutil
-
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address == address for entry in addresses):
-            return name
-    return None
-
-
-def _free_port(first: int) -> int:
-    """Return the first port from ``first`` on that nothing on this machine listens at."""
-    for port in range(first, first + 100):
-        with socket.socket() as probe:
-            # Like torchrun's store, which may use a port whose last connections are still closing.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-                return port
-            except OSError:
-                continue
-    raise ValueError(f"no free port between {first} and {first + 99} for the nodes to meet; retry in another job")
 
 
 def environment(threads: int, processes: int, gpus: int = 0) -> dict[str, str]:
@@ -250,14 +173,15 @@ def main(arguments: list[str] | None = None) -> int:
     locks: list[IO[str]] = []
     try:
         gpus = _per_node(options.gpus, options.nodes, "GPUs")
-        if options.nodes > 1 and RENDEZVOUS not in os.environ:
-            line, variables = on_every_node(arguments, options.nodes, options.threads, gpus)
+        if options.nodes > 1 and several_nodes.FIRST not in os.environ:
+            line, variables = several_nodes.on_every_node(arguments, options.nodes, options.threads, gpus)
             os.execvpe(line[0], line, variables)
         threads = min(options.threads, cores.given())
         processes = gpus or min(_per_node(options.processes, options.nodes, "processes"), max(1, threads))
         line, variables = command(stage, processes, options.nodes), environment(threads, processes, gpus)
         if options.nodes > 1:
-            variables |= _interfaces()
+            several_nodes.require_same()
+            variables |= several_nodes.interface()
         if gpus:
             held, locks = hold_gpus(gpus)
     except ValueError as error:
@@ -265,7 +189,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if job := os.environ.get("SLURM_JOB_ID"):
         given = f"{gpus} GPUs" if gpus else f"{processes} process{'' if processes == 1 else 'es'}"
-        print(f"launch: SLURM job {job} on {node_name()}: {given}, {threads} threads", file=sys.stderr, flush=True)
+        print(
+            f"launch: SLURM job {job} on {several_nodes.name()}: {given}, {threads} threads",
+            file=sys.stderr,
+            flush=True,
+        )
     if held:
         variables["CUDA_VISIBLE_DEVICES"] = variables[HELD] = ",".join(held)
         for lock in locks:  # inherited by the stage or torchrun, which replaces this process
@@ -275,25 +203,10 @@ def main(arguments: list[str] | None = None) -> int:
     os.execvpe(line[0], line, variables)
 
 
-def node_name() -> str:
-    """Return the name of this machine: SLURM's, in its jobs, or the host's."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
 def _per_node(count: int, nodes: int, what: str) -> int:
     if count % nodes and count > 1:
         raise ValueError(f"{count} {what} can't be divided among {nodes} nodes evenly; take a multiple of {nodes}")
     return -(-count // nodes)
-
-
-def _interfaces() -> dict[str, str]:
-    """Return the variable that leads gloo to the network of the rendezvous, unless the user has set it."""
-    if "GLOO_SOCKET_IFNAME" in os.environ:
-        return {}
-    first = os.environ[RENDEZVOUS].rpartition(":")[0]
-    here = first if os.environ.get("SLURM_NODEID") == "0" else own_address(first)
-    name = interface_of(here)
-    return {"GLOO_SOCKET_IFNAME": name} if name else {}
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ A stage whose work splits into independent units (shards, groups of modes) passe
 that resumes from checkpoints of its own begins with :func:`restore` and ends with :func:`finish`.
 """
 
-import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +11,10 @@ from typing import Any, Generic, TypeVar
 
 from mmfm.config import STAGES, StageConfig
 from mmfm.infra import disk, stage_state
-from mmfm.infra.distributed import Ranks, processes_here
+from mmfm.infra.distributed import Ranks
 from mmfm.infra.heartbeat import Heartbeat
-from mmfm.infra.launch import node_name
 from mmfm.infra.progress import Progress
 from mmfm.stages.provenance import Inputs
-
-_VISIBLE_WITHIN = 90.0
-"""Seconds within which every node must see a new file; NFS keeps attributes for up to 60."""
 
 Unit = TypeVar("Unit")
 
@@ -66,14 +60,13 @@ class Context:
             identity: replaces ``config.identity()`` if the results depend on more than that.
 
         Raises:
-            ValueError: another process is using the state directory, or a node doesn't see it.
+            ValueError: another process is using the state directory.
         """
         known = config.identity() if identity is None else identity
         first, version = next(iter(outputs.values())), STAGES[config.stage].version
         state = ranks.from_main(
             lambda: stage_state.state_directory(first, config.stage, version, known, inputs.digests, inputs.files)
         )
-        _require_shared(state, ranks)
         heartbeat = Heartbeat(state, config.stage, first.name) if ranks.is_main else None
         return cls(config, ranks, inputs, known, outputs, state, heartbeat)
 
@@ -93,22 +86,6 @@ class Context:
     def version(self) -> int:
         """Version of the stage, from the registry."""
         return STAGES[self.config.stage].version
-
-
-def _require_shared(state: Path, ranks: Ranks) -> None:
-    """Raise ValueError on every process if one doesn't see the main process's state directory; a collective call."""
-    if ranks.world == processes_here():
-        return
-    end = time.monotonic() + _VISIBLE_WITHIN
-    while not (seen := (state / "about.json").exists()) and time.monotonic() < end:
-        os.listdir(state.parent if state.parent.exists() else ".")  # makes NFS ask its server
-        time.sleep(0.5)
-    blind = sorted({node for node, sees in ranks.gather((node_name(), seen)) if not sees})
-    if blind:
-        raise ValueError(
-            f"{', '.join(blind)} can't see '{state.resolve()}', which {ranks.gather(node_name())[0]} made: several "
-            "nodes need a results folder that they share"
-        )
 
 
 @dataclass(frozen=True)

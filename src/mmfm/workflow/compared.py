@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mmfm.config.choices import SETTINGS
-from mmfm.evaluation.comparison import Result
+from mmfm.evaluation.comparison import Result, Training
 from mmfm.infra import store
-from mmfm.training.history import HISTORY, read_history
+from mmfm.training.history import DISTANCES, HISTORY, read_history
 from mmfm.workflow.targets import snakemake_command
 
 _COMPLETE = re.compile(r"\.seed\d+\..+\.t\d+(\.g\d+(\.\d+)?)?\.json$")
@@ -76,10 +76,12 @@ def _result(path: Path) -> Result:
         variant = images.parent.name if images else path.stem[match.end() :]
         training = re.sub(r"(\.step\d+)?\.t\d+(\.g[\d.]+)?$", "", variant)
         model = re.fullmatch(r"seed\d+\.(.+?)(\.k\d+)?", training)
+        made_from = _spatial_report(folder / "spatial_gmm" / encoder, setting, inputs)
         return Result(
             path, folder, encoder, bool(guide), model[1] if model else None, record,
-            _training_seconds(folder / "train" / f"{encoder}_{setting}" / training / HISTORY, step),
-            _coupling_cost(folder / "spatial_gmm" / encoder, setting, inputs),
+            _training(folder / "train" / f"{encoder}_{setting}" / training, step),
+            _mixture(folder / "gmm" / encoder, made_from) if made_from and SETTINGS[setting].mixture else None,
+            _coupling_cost(made_from, setting),
             images,
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
@@ -94,19 +96,39 @@ def _images(folder: Path, digest: str) -> Path | None:
     return None
 
 
-def _training_seconds(history: Path, step: int | None) -> float | None:
-    """Return the time until the last step, which is logged in any case."""
-    lines = [line for line in read_history(history) if line["step"] == step]
-    return lines[-1].get("seconds") if lines else None
+def _training(folder: Path, step: int | None) -> Training | None:
+    """Return the records until the step of the weights, which is logged in any case."""
+    history = read_history(folder / HISTORY)
+    last = max((i for i, line in enumerate(history) if line["step"] == step), default=None)
+    if step is None or last is None:
+        return None
+    distances = [line for line in read_history(folder / DISTANCES) if line["step"] <= step]
+    return Training(folder, history[: last + 1], distances)
 
 
-def _coupling_cost(folder: Path, setting: str, inputs: dict[str, Any]) -> float | None:
-    """Return the coupling cost of a setting's source; the Gaussian source's is in the report of every mixture."""
+def _spatial_report(folder: Path, setting: str, inputs: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """Return the name ``k{K}`` and the report of the spatial mixture; for the Gaussian source, any of its statistics'.
+
+    The Gaussian source's coupling cost is in the report of every mixture.
+    """
     mixture = SETTINGS[setting].mixture
-    which, name = ("mode_coupled", "spatial_gmm") if mixture else ("gaussian", "stats")
     for path in sorted(folder.glob("k*/report.json")):
         report = store.read_json(path)
         of = report["digest"] if mixture else report["stats_digest"]
-        if of == inputs.get(name):
-            return report["coupling_cost"][which]
+        if of == inputs.get("spatial_gmm" if mixture else "stats"):
+            return path.parent.name, report
     return None
+
+
+def _coupling_cost(made_from: tuple[str, dict[str, Any]] | None, setting: str) -> float | None:
+    if made_from is None:
+        return None
+    return made_from[1]["coupling_cost"]["mode_coupled" if SETTINGS[setting].mixture else "gaussian"]
+
+
+def _mixture(folder: Path, made_from: tuple[str, dict[str, Any]]) -> Path | None:
+    """Return the folder of the fit that a spatial mixture was made from."""
+    name, report = made_from
+    fit = folder / name / "report.json"
+    same = fit.is_file() and store.read_json(fit).get("gmm_digest") == report.get("gmm_digest")
+    return fit.parent if same else None

@@ -96,8 +96,8 @@ class Failure:
 
     def place(self) -> str:
         """Return SLURM job and node, as a parenthesis; empty without SLURM."""
-        if match := _PLACE.search(self._text()):
-            return f" (SLURM job {match[1]} on {match[2]})"
+        if found := place(self._text()):
+            return f" (SLURM job {found[0]} on {found[1]})"
         match = _SLURM.search(self.message)
         return f" (SLURM job {match[1]})" if match else ""
 
@@ -121,6 +121,12 @@ class Failure:
             return f"killed without a message, probably because memory ran out{need} (see docs/scale.md)"
         found = _EXCEPTION.findall(text)
         return str(found[-1]).strip() if found else None
+
+
+def place(text: str) -> tuple[str, str] | None:
+    """Return the SLURM job and the node that a job's log names; None if it names none."""
+    match = _PLACE.search(text)
+    return (match[1], match[2]) if match else None
 
 
 class Record:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from mmfm.infra import file_lock
+from mmfm.workflow import failure
 
 
 def clear_stale_locks(folder: Path) -> IO[str]:
@@ -58,16 +59,23 @@ def refuse_logs_in_use(logs: Iterable[str]) -> None:
     """
     for log in logs:
         try:
-            with open(log) as file:
+            with open(log, errors="replace") as file:
                 in_use = file_lock.try_lock(file, file_lock.SHARED) is False
+                place = failure.place(file.read()) if in_use else None
         except FileNotFoundError:
             continue
-        if in_use:
+        if not in_use:
+            continue
+        if place:
+            job, node = place
+            whose, remedy = f"SLURM job {job} on {node}", f"cancel it (scancel {job})"
+        else:
             processes = ", ".join(map(str, _writers(Path(log))))
-            raise ValueError(
-                f"another run is at work on a job of this one{f' (process {processes})' if processes else ''} and "
-                f"writes '{log}'; wait for it, or kill it, and run the same command again"
-            )
+            whose, remedy = f"process {processes}" if processes else "", "kill it"
+        raise ValueError(
+            f"another run is at work on a job of this one{f' ({whose})' if whose else ''} and writes '{log}'; wait for "
+            f"it, or {remedy}, and run the same command again"
+        )
 
 
 def _writers(log: Path) -> list[int]:

@@ -1,9 +1,12 @@
 """The command ``compare``: table, marks, picture, and what it says if nothing is finished."""
 
 import json
+import platform
+import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 
 import numpy as np
 import pytest
@@ -11,9 +14,10 @@ from PIL import Image
 
 from mmfm.cli.__main__ import main
 from mmfm.infra import store
+from mmfm.infra.pictures import save_picture
 from mmfm.workflow import compared as compared_results
 from support.fid_runs import garments  # noqa: F401 (fixture)
-from support.finished_results import WARNING, write_result
+from support.finished_results import WARNING, write_mixture, write_result
 
 DISTANCES = {"mode": 6.7, "uncond": 35.6, "gmm": 7.1}
 OTHER_DETECTOR = {"detector": {"name": "Inception v3", "digest": "00" * 32}}
@@ -84,7 +88,7 @@ def test_the_weights_of_a_step_have_the_model_and_the_time_of_their_training(res
         results / "sample" / "dinov2_mode" / "seed0.tiny.k64.step310.t25"
     )
     (found,) = compared_results.find([step])
-    assert (found.model, found.training_seconds) == ("tiny", 30.0)
+    assert (found.model, found.training.history[-1]["seconds"]) == ("tiny", 30.0)
 
 
 def test_files_that_were_made_anew_since_are_not_taken(results, garments, capsys, tmp_path):
@@ -225,7 +229,7 @@ def test_a_record_without_its_numbers_is_named(results, capsys):
 
 def test_a_file_of_unknown_kind_is_refused_before_anything_is_read(tmp_path, capsys):
     assert main(["compare", str(tmp_path / "nothing"), "--out", "comparison.jpg"]) == 2
-    assert "ends in none of .txt, .json and .png" in capsys.readouterr().err
+    assert "ends in none of .txt, .json, .png and .html" in capsys.readouterr().err
 
 
 def test_pytorch_is_not_imported(results, tmp_path):
@@ -233,3 +237,75 @@ def test_pytorch_is_not_imported(results, tmp_path):
     line = [sys.executable, "-c", program, "compare", str(results), "--out", str(tmp_path / "comparison.png")]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def page(results, capsys, tmp_path):
+    """Return a function that makes the page of the results and returns its text."""
+
+    def page():
+        compared(capsys, results, "--out", tmp_path / "page.html")
+        return (tmp_path / "page.html").read_text()
+
+    return page
+
+
+def words_of(html):
+    """Return the words of a page, without its style."""
+    return " ".join(re.sub(r"<[^>]+>", " ", re.sub(r"(?s)<(style|svg).*?</\1>", " ", html)).split())
+
+
+def test_the_page_has_numbers_warnings_costs_and_configuration(results, garments, page):
+    write_result(results, garments[:40], "class", 0.5, **OTHER_DETECTOR)
+    write_mixture(results / "gmm" / "dinov2" / "k64")
+    save_picture(Image.new("RGB", (40, 30), "red"), results / "gmm" / "dinov2" / "k64" / "modes.png")
+    for name, seconds, peak in (("dinov2_gmm", 60.5, "900.0"), ("dinov2_mode", 61.0, "1200.0"), ("short", 1.0, "NA")):
+        record = results / "benchmarks" / f"train.{name}.seed0.tsv"
+        record.parent.mkdir(exist_ok=True)
+        record.write_text(f"s\tmax_rss\n{seconds}\t{peak}\n")
+    store.write_json(results / "configuration.json", {"configuration": {"run": "a <b> & c"}, "folders": []})
+    html = page()
+    words = words_of(html)
+    assert (
+        "uncond 35.6000 fashion-mnist" in words
+        and "mode 6.7000 * fashion-mnist" in words
+        and "620 79,360 01:01 24 00:09" in words
+    )
+    assert "mode has the smallest distance, 6.7, and uncond the largest, 35.6" in words
+    assert WARNING in words and "[1] Don't compare this row with the others" in unescape(words)
+    assert "class , 0.5 (not comparable)" in words
+    assert "63 of 64" in words and "coupling cost 0.750" in words
+    assert "train 3 02:02 1.2 GB" in words
+    assert "run: a &lt;b&gt; &amp; c" in html and f"python {platform.python_version()}" in words
+    assert html.count("<img ") == 5 and html.count("<svg ") == 1 and ">uncond</text>" in html
+
+
+def test_texts_of_results_are_escaped(results, garments, page):
+    write_result(results, garments[:40], "class", 0.5, warnings=["<script>1</script> & more"])
+    assert "<script" not in (html := page()) and "&lt;script&gt;1&lt;/script&gt; &amp; more" in html
+
+
+def test_the_page_without_images_histories_and_mixtures(results, page):
+    """Results that were kept alone, and those of published weights."""
+    for name in ("sample", "train", "spatial_gmm"):
+        shutil.rmtree(results / name)
+    words = words_of(page())
+    assert words.count("its images no longer exist") == 3
+    assert "Learning curves" not in words and "The mixture" not in words and "What it cost" not in words
+
+
+def test_on_the_page_seeds_have_names_and_a_curve_each(results, garments, page):
+    write_result(results, garments[40:80], "mode", 6.8, seed=1)
+    html = page()
+    assert "<strong>mode, seed 1</strong>" in html and ">mode, seed 1</text>" in html
+    assert "There is one seed" not in html
+
+
+def test_results_of_one_training_share_its_curve(results, page):
+    made = results / "fid" / "dinov2_mode.seed0.tiny.k64.t25.json"
+    record = store.read_json(made)
+    record["samples"] |= {"time_points": 4, "function_evaluations": 3, "images_digest": "gone"}
+    store.write_json(made.with_name("dinov2_mode.seed0.tiny.k64.t4.json"), record)
+    html = page()
+    assert "<strong>mode, 4 time points</strong>" in html
+    assert html.count(">mode</text>") == 1

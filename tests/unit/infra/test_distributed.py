@@ -16,7 +16,7 @@ def test_a_reserved_gpu_that_pytorch_cannot_use_is_an_error(monkeypatch):
     monkeypatch.setenv("MMFM_HELD_GPUS", "GPU-1")
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(
-        ValueError, match=r"this job has GPU GPU-1, but .* it is a build for the CPU; install .* Or set `gpus: 0`"
+        ValueError, match=r"this job has GPU GPU-1 on .*, but .* it is a build for the CPU; install .* Or set `gpus: 0`"
     ):
         distributed.choose_device()
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -153,70 +152,3 @@ def test_a_stage_gets_no_more_threads_than_its_job_has_cores():
     line = [sys.executable, "-m", "mmfm.infra.launch", "--threads", "64", "--", "doctor", "--threads"]
     variables = {**os.environ, "SLURM_CPUS_PER_TASK": "1"}
     assert "OMP_NUM_THREADS=1" in subprocess.run(line, capture_output=True, text=True, env=variables).stdout.split()
-
-
-JOB = {"SLURM_JOB_ID": "45678", "SLURM_NODEID": "1"}
-
-
-@pytest.fixture
-def slurm_job(monkeypatch, tmp_path):
-    """The environment of a SLURM job's batch script, as the executor leaves it."""
-    for name in ("SLURM_STEP_ID", "SLURM_NODEID", launch.RENDEZVOUS):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("SLURM_JOB_ID", "45678")
-    (tmp_path / "srun").touch(mode=0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    return monkeypatch
-
-
-def test_the_first_node_starts_the_launcher_on_every_node(slurm_job):
-    line, variables = launch.on_every_node(["--nodes", "2", "--", "train"], 2, threads=16, gpus=4)
-    assert line[0] == "srun" and line[-5:] == ["mmfm.infra.launch", "--nodes", "2", "--", "train"]
-    sizes = {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=16", "--gpus-per-node=4"}
-    assert sizes | {"--kill-on-bad-exit=1"} <= set(line)
-    address, _, port = variables[launch.RENDEZVOUS].partition(":")
-    assert address == launch.own_address() and int(port) == 20000 + 45678 % 20000
-
-
-def test_a_port_that_is_taken_is_passed_over(slurm_job):
-    port = 20000 + 45678 % 20000
-    with socket.socket() as other:
-        other.bind(("", port))
-        other.listen()
-        _, variables = launch.on_every_node(["--", "train"], 2, threads=1, gpus=0)
-    assert variables[launch.RENDEZVOUS].endswith(f":{port + 1}")
-
-
-def test_the_nodes_meet_at_the_first_ones_address(slurm_job):
-    slurm_job.setenv(launch.RENDEZVOUS, "127.0.0.1:29999")
-    for node, is_host in (("0", "true"), ("1", "false")):
-        slurm_job.setenv("SLURM_NODEID", node)
-        line = launch.command(["train"], processes=1, nodes=2)
-        assert {"--nnodes=2", "--nproc-per-node=1", "--rdzv-endpoint=127.0.0.1:29999", "--rdzv-id=45678"} <= set(line)
-        assert {f"--rdzv-conf=is_host={is_host}", "--local-addr=127.0.0.1"} <= set(line)
-        assert "--standalone" not in line
-
-
-@pytest.mark.parametrize(
-    ("arguments", "variables", "message"),
-    [
-        (["--nodes", "2"], {}, "2 nodes requested, but this is no SLURM job; use --workflow-profile profiles/slurm"),
-        (["--nodes", "2"], {**JOB, "SLURM_STEP_ID": "0"}, "the job runs on one; take the resources of profiles/slurm-"),
-        (["--nodes", "2", "--gpus", "3"], JOB, "3 GPUs can't be divided among 2 nodes evenly; take a multiple of 2"),
-        (["--nodes", "2", "--processes", "3"], {**JOB, launch.RENDEZVOUS: "a:1"}, "3 processes can't be divided"),
-        (["--nodes", "2"], {"SLURM_JOB_ID": "1", launch.RENDEZVOUS: "a:1"}, "SLURM_NODEID not in the environment"),
-    ],
-)
-def test_nodes_that_can_not_be_had(tmp_path, arguments, variables, message):
-    (tmp_path / "srun").touch(mode=0o755)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MMFM"))}
-    line = [sys.executable, "-m", "mmfm.infra.launch", *arguments, "--", "train"]
-    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    result = subprocess.run(line, capture_output=True, text=True, env={**kept, **path, **variables})
-    assert result.returncode == 2 and result.stderr.startswith("launch: error: ") and message in result.stderr
-    assert len(result.stderr.splitlines()) == 1
-
-
-def test_the_interface_of_an_address_is_known_by_name():
-    assert launch.interface_of("127.0.0.1") == "lo"
-    assert launch.interface_of("192.0.2.77") is None
