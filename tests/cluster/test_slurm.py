@@ -29,7 +29,7 @@ if reason := slurm.missing():
 
 
 def configuration(folder: Path) -> dict:
-    """Return a configuration for 40 images, a random encoder and the demo's detector, at small sizes."""
+    """Return a configuration for 40 images, a random encoder, which is also the detector, and small sizes."""
     sections = {name: value for name, value in SECTIONS.items() if name not in ("encoder", "model")}
     return {
         **sections,
@@ -39,7 +39,7 @@ def configuration(folder: Path) -> dict:
         "models": {"tiny": SECTIONS["model"]},
         "latents": {"cache": "off", "folder": "latents"},
         "decoder": {**SECTIONS["decoder"], "weights": "train"},
-        "fid": {"detector": "demo", "weights": str(ROOT / "resources" / "demo" / "detector" / "detector.safetensors")},
+        "fid": {"detector": "encoder"},
     }
 
 

@@ -102,8 +102,8 @@ def choose_device(local_rank: int = 0) -> torch.device:
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     if held := os.environ.get(HELD):
         raise ValueError(
-            f"this job has GPU {held} on {nodes.name()}, but PyTorch {torch.__version__} can't use it: {why_no_cuda()}. "
-            "Or set `gpus: 0` to run on the CPU"
+            f"this job has GPU {held} on {nodes.name()}, but PyTorch {torch.__version__} can't use it: "
+            f"{why_no_cuda()}. Or set `gpus: 0` to run on the CPU"
         )
     return torch.device("cpu")
 
