@@ -80,6 +80,40 @@ def test_inception_equals_the_network_run_by_hand(inception, images):
     assert apart.min() > 0.01, "the features are no dead signal"
 
 
+def test_all_outputs_of_inception_in_one_pass(inception, images):
+    """Spatial features against the layers run one by one; logits against the features times the weights, no bias."""
+    path, network = inception
+    found = load_detector("inception", path).outputs(images[:3])
+    detector = load_detector("inception", path)
+    assert torch.equal(found.features, detector.features(images[:3]))
+    assert torch.allclose(found.logits, found.features @ network.fc.weight.T, rtol=1e-4, atol=1e-4)
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as enlarge
+
+    x = (enlarge(images[:3].float(), size=(299, 299), align_corners=False) - 128) / 128
+    with torch.no_grad():
+        for name, layer in network.named_children():
+            if name == "Mixed_6d":
+                break
+            x = layer(x)
+        conv, norm = layer.branch1x1.conv, layer.branch1x1.bn
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        plane = torch.einsum("oi,bihw->bhwo", conv.weight[:, :, 0, 0], x) - norm.running_mean
+        expected = (plane * scale + norm.bias).clamp(min=0)
+    assert expected.shape == (3, 17, 17, 192)
+    pixels = [[picture[row, column, :7] for row in range(17) for column in range(17)] for picture in expected]
+    expected = torch.stack([torch.cat(rows) for rows in pixels])
+    assert found.spatial.shape == (3, 2023) == (3, detector.spatial_dimension)
+    assert torch.allclose(found.spatial, expected, rtol=1e-3, atol=1e-4)
+    assert (found.spatial > 0).float().mean() > 0.1 and torch.pdist(found.spatial).min() > 0.1
+
+
+def test_other_detectors_give_features_alone(garments):
+    detector = load_detector("fashion", FASHION)
+    found = detector.outputs(garments[:4])
+    assert torch.equal(found.features, detector.features(garments[:4]))
+    assert found.spatial is None and found.logits is None and detector.spatial_dimension == 0
+
+
 def test_inception_features_do_not_depend_on_the_batch(inception, images):
     detector = load_detector("inception", inception[0])
     parts = torch.cat([detector.features(part) for part in images[:4].split((1, 3))])
