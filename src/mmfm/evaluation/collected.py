@@ -19,6 +19,7 @@ from mmfm.data.moments import CovarianceMoments
 from mmfm.evaluation.detector import Detector, Outputs
 from mmfm.evaluation.inception_score import InceptionScore
 from mmfm.evaluation.neighbours import Bank
+from mmfm.infra.distributed import Ranks
 
 KINDS = ("gaussian", "spatial", "logits", "bank")
 
@@ -109,6 +110,19 @@ class Collected:
             self.score.result() if self.score is not None else None,
             self.bank,
         )
+
+    def of_all(self, ranks: Ranks) -> Statistics | None:
+        """Merge the parts of all processes: return the statistics on the main process, None on the others.
+
+        A collective call. The main process holds the whole bank, twice while it is put together.
+
+        Raises:
+            ValueError: see :meth:`statistics`, on every process.
+        """
+        parts = ranks.gather_to_main(self.on_host())
+        found: list[Statistics] = []
+        ranks.from_main(lambda: found.append(self.merged(parts or []).statistics()))
+        return found[0] if found else None
 
     def on_host(self) -> Self:
         """Move everything to the CPU, to be sent to another process, and return self."""

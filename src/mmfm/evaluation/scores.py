@@ -90,8 +90,8 @@ def cautions(metrics: Iterable[str], generated: Statistics) -> list[str]:
                 )
     if generated.count is not None and generated.count < PUBLISHED_IMAGES:
         lines.append(
-            f"Published numbers use {PUBLISHED_IMAGES:,} images; with {generated.count:,} Frechet distances are larger, "
-            "the Inception Score smaller."
+            f"Published numbers use {PUBLISHED_IMAGES:,} images; {generated.count:,} give larger Frechet distances and "
+            "a smaller Inception Score."
         )
     return lines
 

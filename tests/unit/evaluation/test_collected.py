@@ -159,7 +159,7 @@ def test_cautions_say_what_few_images_mean():
     few = Statistics(count=12, gaussian=Gaussian(np.zeros(12), np.eye(12)), spatial=Gaussian(np.zeros(4), np.eye(4)))
     lines = cautions(["frechet", "sfid"], few)
     assert any("frechet: 12 images are too few for 12 features" in line for line in lines)
-    assert any("Published numbers use 50,000 images; with 12" in line for line in lines)
+    assert any("Published numbers use 50,000 images; 12 give larger" in line for line in lines)
     assert not any("sfid" in line for line in lines)
     enough = Statistics(count=50_000, gaussian=few.gaussian)
     assert cautions(["frechet"], enough) == []
