@@ -159,3 +159,16 @@ def test_the_loops_of_a_gpu_on_a_cpu(tmp_path, capsys):
     assert set(gpu.PARTS) <= set(found) and found["train"][0]["loss"] == pytest.approx(2, abs=0.3)
     assert [row["what"] for row in found["sample"]][:2] == ["tiny", "tiny, guided by tiny"]
     assert "| DiTDH-tiny | 2 | off |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_metrics_agree_with_what_they_are_timed_against(tmp_path):
+    bench = load("metrics")
+    bench.main(["--images", "60", "--reference", "50", "--features", "8", "--subsets", "2", "--rounds", "2",
+                "--out", str(tmp_path)])  # fmt: skip
+    found = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+    for metric, tolerance in {"Frechet distance": 1e-6, "Inception Score": 1e-9, "KID": 1e-3}.items():
+        ours = found[metric]["value"].pop(bench.OURS)
+        assert list(found[metric]["value"].values()) == pytest.approx(
+            [ours] * len(found[metric]["value"]), rel=tolerance
+        )
+    assert "| Frechet distance | SciPy sqrtm |" in (tmp_path / "metrics.md").read_text()
