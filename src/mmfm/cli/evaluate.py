@@ -8,10 +8,12 @@ from mmfm.infra import store
 
 DESCRIPTION = """\
 Score images of any system against a reference: Frechet distance (FID), sFID, Inception Score, precision, recall,
-density, coverage and KID, by the definitions of the ADM evaluator where it has them.
+density, coverage and KID, by the definitions of the ADM evaluator where it has them; and decoded images against their
+originals: Frechet distance (rFID), PSNR and SSIM. docs/metrics.md defines them all.
 
   mmfm evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz --detector-weights INCEPTION.pth
   mmfm evaluate pictures/ --reference real-pictures/ --metrics frechet kid coverage --detector-weights INCEPTION.pth
+  mmfm evaluate decoded/ --reference originals/ --metrics frechet psnr ssim --detector-weights INCEPTION.pth
   mmfm evaluate --self-test
 
 SAMPLES is an .npz with arr_0 (n, H, W, 3) uint8 (ADM's, or images.npz from sample), a folder of such files, or a folder
@@ -35,8 +37,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--reference", type=Path, metavar="REF", help="what to compare them with")
     parser.add_argument(
         "--metrics", nargs="+", default=[], metavar="NAME",
-        help="frechet, sfid, inception_score, precision, recall, density, coverage, kid (default: the first five, as "
-        "far as detector and reference can serve them)",
+        help="frechet, sfid, inception_score, precision, recall, density, coverage, kid, psnr, ssim (default: the first "
+        "five, as far as detector and reference can serve them)",
     )  # fmt: skip
     parser.add_argument("--detector", default="inception", choices=DETECTORS, help="feature network")
     parser.add_argument("--detector-weights", type=Path, help="its weights file")

@@ -70,6 +70,11 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self._files) or sum(map(len, self._arrays))
 
+    @property
+    def names(self) -> list[str]:
+        """Paths of the pictures within the folder, without their extensions; none for arrays."""
+        return [str(file.relative_to(self.path).with_suffix("")) for file in self._files]
+
     def batches(self, rows: range, batch_size: int) -> Iterator[Tensor]:
         """Yield the images ``rows`` in order, (B, 3, H, W) uint8 each.
 

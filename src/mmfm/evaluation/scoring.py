@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mmfm.config.choices import did_you_mean
 from mmfm.evaluation.adm import AdmFile
 from mmfm.evaluation.collected import Gaussian, Statistics, collect
 from mmfm.evaluation.detector import Detector
@@ -16,6 +17,7 @@ from mmfm.evaluation.inception_score import SPLIT_SIZE
 from mmfm.evaluation.kid import SEED, SUBSET_SIZE, SUBSETS
 from mmfm.evaluation.manifold import DENSITY_NEIGHBOURS, NEIGHBOURS
 from mmfm.evaluation.moments import own_part
+from mmfm.evaluation.reconstruction import psnr, ssim
 from mmfm.evaluation.reference import Reference
 from mmfm.evaluation.scores import NEEDS, cautions, kinds, reference_kinds, scores
 from mmfm.infra.distributed import Ranks
@@ -23,6 +25,9 @@ from mmfm.infra.progress import Progress
 
 ADM_METRICS = ("frechet", "sfid", "inception_score", "precision", "recall")
 """What the ADM evaluator prints."""
+
+PAIRED = {"psnr": psnr, "ssim": ssim}
+"""Metrics of decoded images, each against its own original: (originals, decoded) -> (B,)."""
 
 TITLES = {
     "frechet": "Frechet distance",
@@ -33,6 +38,8 @@ TITLES = {
     "density": "density",
     "coverage": "coverage",
     "kid": "KID",
+    "psnr": "PSNR in dB",
+    "ssim": "SSIM",
 }
 """Names of the metrics in results."""
 
@@ -80,7 +87,7 @@ class _Reference:
 
     def can_serve(self, metric: str) -> bool:
         """Whether the file or its images have what a metric needs."""
-        return self.images is not None or not self.missing(reference_kinds([metric]))
+        return self.images is not None or (metric not in PAIRED and not self.missing(reference_kinds([metric])))
 
 
 def evaluate(
@@ -99,8 +106,8 @@ def evaluate(
         samples: see :meth:`mmfm.evaluation.image_sets.ImageSet.open`.
         reference: an ``.npz`` for the ADM evaluator, a ``reference.safetensors``, or images. Moments in the file are
             used as they are, and what they can't serve is computed from its images.
-        metrics: of :data:`mmfm.evaluation.scores.NEEDS`; none: the ADM evaluator's, as far as detector and reference
-            can serve them.
+        metrics: of :data:`mmfm.evaluation.scores.NEEDS` and :data:`PAIRED`; none: the ADM evaluator's, as far as
+            detector and reference can serve them. The paired ones need the originals in the same order as reference.
         batch_size: images per call of the detector.
 
     Raises:
@@ -117,14 +124,25 @@ def evaluate(
         for name in ADM_METRICS
         if real.can_serve(name) and (detector.spatial_dimension or NEEDS[name] not in ("spatial", "logits"))
     ]
-    needed = kinds(wanted)
     for name in wanted:
+        if name not in TITLES:
+            raise ValueError(
+                f"unknown metric '{name}'{did_you_mean(name, TITLES)}; it must be one of {', '.join(TITLES)}"
+            )
+    paired = [name for name in wanted if name in PAIRED]
+    wanted = [name for name in wanted if name not in PAIRED]
+    needed = kinds(wanted)
+    for name in [*wanted, *paired]:
         if not real.can_serve(name):
             raise ValueError(
                 f"{name} can't be computed from the reference '{reference}', which lacks images; give one with images "
                 "(arr_0), or leave the metric out"
             )
-    generated = _collected(images, needed, detector, ranks, batch_size, "samples")
+    if paired and real.images is not None:
+        _check_pairs(images, real.images)
+    generated = (
+        _collected(images, needed, detector, ranks, batch_size, "samples") if wanted else Statistics(len(images))
+    )
     known = real.known
     if real.images is not None and (missing := real.missing(reference_kinds(wanted))):
         computed = _collected(real.images, missing, detector, ranks, batch_size, "reference")
@@ -135,10 +153,12 @@ def evaluate(
             spatial=known.spatial or (computed.spatial if computed else None),
         )
 
+    means = _means_of_pairs(paired, images, real.images, ranks, batch_size) if paired and real.images else {}
+
     def measure() -> dict[str, Any]:
         assert generated is not None  # on the main process
         return {
-            "metrics": scores(wanted, generated, known, ranks.device),
+            "metrics": {**scores(wanted, generated, known, ranks.device), **means},
             "cautions": _cautions(detector, wanted, generated),
             "samples": {
                 "path": str(samples), "digest": images.digest, "n_images": len(images), "size": list(images.size),
@@ -175,6 +195,33 @@ def _collected(
                 progress.advance(min(len(batch) * ranks.world, len(images) - progress.done))
 
         return collect(shown(), wanted, rows, detector).of_all(ranks)
+
+
+def _check_pairs(decoded: ImageSet, originals: ImageSet) -> None:
+    """Raise ValueError unless two sets have the same number of images and, if they are pictures, the same names."""
+    if len(decoded) != len(originals):
+        raise ValueError(
+            f"'{decoded.path}' has {len(decoded):,} images and '{originals.path}' {len(originals):,}, but PSNR and "
+            "SSIM compare each with its original; give as many"
+        )
+    for ours, theirs in zip(decoded.names, originals.names, strict=False):
+        if ours != theirs:
+            raise ValueError(
+                f"'{ours}' in '{decoded.path}' stands where '{originals.path}' has '{theirs}', but PSNR and SSIM "
+                "compare each image with its original; name them alike"
+            )
+
+
+def _means_of_pairs(
+    metrics: Iterable[str], decoded: ImageSet, originals: ImageSet, ranks: Ranks, batch_size: int
+) -> dict[str, float]:
+    """Return the means over all images, on every process."""
+    rows = own_part(len(decoded), ranks)
+    sums = dict.fromkeys(metrics, 0.0)
+    for ours, theirs in zip(decoded.batches(rows, batch_size), originals.batches(rows, batch_size), strict=True):
+        for name in sums:
+            sums[name] += PAIRED[name](theirs.to(ranks.device), ours.to(ranks.device)).sum().item()
+    return {name: sum(part[name] for part in ranks.gather(sums)) / len(decoded) for name in sums}
 
 
 def _cautions(detector: Detector, metrics: Iterable[str], generated: Statistics) -> list[str]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmfm.evaluation import kid
 from mmfm.evaluation.kid import kernel_distance
 
 
@@ -23,6 +24,14 @@ def test_equals_torch_fidelity_in_double_precision():
     assert deviation == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-9)
     assert mean > 3 * deviation > 0
     assert kernel_distance(torch.from_numpy(a), torch.from_numpy(b), 20, 100) == (mean, deviation)
+
+
+def test_the_defaults_are_torch_fidelitys():
+    from torch_fidelity.defaults import DEFAULTS
+
+    assert (
+        DEFAULTS["kid_subsets"], DEFAULTS["kid_subset_size"], DEFAULTS["rng_seed"],
+    ) == (kid.SUBSETS, kid.SUBSET_SIZE, kid.SEED)  # fmt: skip
 
 
 def test_equals_the_definition_on_whole_sets():

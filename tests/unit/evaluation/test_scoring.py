@@ -17,6 +17,7 @@ from mmfm.evaluation import self_test
 from mmfm.evaluation.collected import Gaussian, collect
 from mmfm.evaluation.detector import Detector, Outputs, load_detector
 from mmfm.evaluation.image_sets import ImageSet
+from mmfm.evaluation.reconstruction import psnr, ssim
 from mmfm.evaluation.scores import NEEDS, scores
 from mmfm.evaluation.scoring import evaluate, render
 from mmfm.infra import store
@@ -258,7 +259,11 @@ def test_a_reference_that_does_not_fit_the_detector(tmp_path):
 
 def test_mistakes_on_the_command_line(garments, capsys):
     for line, message in (
-        (command(garments, "--metrics", "fid"), "unknown metric 'fid'; it must be one of frechet"),
+        (
+            command(garments, "--metrics", "fid"),
+            "unknown metric 'fid' (did you mean 'sfid'?); it must be one of frechet",
+        ),
+        (command(garments, "--metrics", "pnsr"), "did you mean 'psnr'"),
         (command(garments, "--metrics", "sfid"), "need the detector `inception`, not"),
         (command(garments, "--batch-size", "0"), "--batch-size is 0"),
         (command(garments, "--out", "x.csv"), "ends in neither .txt nor .json"),
@@ -296,3 +301,27 @@ def test_self_test_passes_and_fails(capsys, monkeypatch):
     assert main(["evaluate", "--self-test"]) == 1
     printed = capsys.readouterr().out
     assert "FAILED" in printed and "of 22 checks failed" in printed
+
+
+def test_decoded_images_against_their_originals(tmp_path):
+    """Means over the images, whatever the batches; for arrays and pictures, which must correspond."""
+    originals = np.random.default_rng(3).integers(0, 256, (9, 16, 12, 3), np.uint8)
+    decoded = (originals * 0.9).astype(np.uint8)
+    pair = [torch.from_numpy(part).permute(0, 3, 1, 2) for part in (originals, decoded)]
+    expected = {"psnr": psnr(*pair).mean().item(), "ssim": ssim(*pair).mean().item()}
+    folders = [write_folder(tmp_path / name, part) for name, part in (("a", decoded), ("b", originals))]
+    files = [write_npz(tmp_path / f"{name}.npz", part) for name, part in (("a", decoded), ("b", originals))]
+    for samples, reference in (folders, files, (folders[0], files[1])):
+        for batch in (2, 64):
+            found = evaluate(samples, reference, CELLS, ALONE, ["psnr", "ssim"], batch)["metrics"]
+            assert found == pytest.approx(expected, rel=1e-9)
+    both = evaluate(*files, CELLS, ALONE, ["ssim", "frechet"])
+    assert both["metrics"]["frechet"] > 0 and "SSIM" in render(both)
+    with pytest.raises(ValueError, match=r"a\.npz' has 9 images and '.*few\.npz' 8, but PSNR and SSIM compare each"):
+        evaluate(files[0], write_npz(tmp_path / "few.npz", originals[:8]), CELLS, ALONE, ["psnr"])
+    (folders[1] / "001" / "00007.png").rename(folders[1] / "001" / "00099.png")
+    with pytest.raises(ValueError, match=r"'001/00007' in '.*a' stands where '.*b' has '001/00008'.*name them alike"):
+        evaluate(*folders, CELLS, ALONE, ["psnr"])
+    np.savez(tmp_path / "moments.npz", mu=np.zeros(12), sigma=np.eye(12))
+    with pytest.raises(ValueError, match="psnr can't be computed from the reference"):
+        evaluate(files[0], tmp_path / "moments.npz", CELLS, ALONE, ["psnr"])
