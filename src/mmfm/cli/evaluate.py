@@ -37,8 +37,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--reference", type=Path, metavar="REF", help="what to compare them with")
     parser.add_argument(
         "--metrics", nargs="+", default=[], metavar="NAME",
-        help="frechet, sfid, inception_score, precision, recall, density, coverage, kid, psnr, ssim (default: the first "
-        "five, as far as detector and reference can serve them)",
+        help="frechet (or fid), sfid, inception_score, precision, recall, density, coverage, kid, psnr, ssim (default: "
+        "the first five, as far as detector and reference can serve them)",
     )  # fmt: skip
     parser.add_argument("--detector", default="inception", choices=DETECTORS, help="feature network")
     parser.add_argument("--detector-weights", type=Path, help="its weights file")

@@ -106,8 +106,9 @@ def evaluate(
         samples: see :meth:`mmfm.evaluation.image_sets.ImageSet.open`.
         reference: an ``.npz`` for the ADM evaluator, a ``reference.safetensors``, or images. Moments in the file are
             used as they are, and what they can't serve is computed from its images.
-        metrics: of :data:`mmfm.evaluation.scores.NEEDS` and :data:`PAIRED`; none: the ADM evaluator's, as far as
-            detector and reference can serve them. The paired ones need the originals in the same order as reference.
+        metrics: of :data:`mmfm.evaluation.scores.NEEDS` and :data:`PAIRED`, and ``fid`` for ``frechet``; none: the ADM
+            evaluator's, as far as detector and reference can serve them. The paired ones need the originals in the same
+            order as reference.
         batch_size: images per call of the detector.
 
     Raises:
@@ -119,7 +120,7 @@ def evaluate(
     if len(images) < 2:
         raise ValueError(f"'{samples}' holds {len(images)} image; give at least 2")
     real = _Reference(Path(reference), detector, images.size)
-    wanted = list(dict.fromkeys(metrics)) or [
+    wanted = list(dict.fromkeys("frechet" if name == "fid" else name for name in metrics)) or [
         name
         for name in ADM_METRICS
         if real.can_serve(name) and (detector.spatial_dimension or NEEDS[name] not in ("spatial", "logits"))
