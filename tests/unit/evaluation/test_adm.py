@@ -90,6 +90,11 @@ def test_other_arrays_are_refused(arrays, tmp_path, change, message):
         AdmFile.open(write(tmp_path / "other.npz", changed))
 
 
+def test_two_images_are_enough(arrays, tmp_path):
+    two = {"arr_0": arrays["arr_0"][:2]}
+    assert len(AdmFile.open(write(tmp_path / "two.npz", two)).images) == 2
+
+
 def test_a_file_with_nothing_useful_and_no_file(arrays, tmp_path):
     with pytest.raises(ValueError, match="has labels, but neither mu and sigma nor arr_0"):
         AdmFile.open(write(tmp_path / "labels.npz", {"labels": np.zeros(3)}))

@@ -24,6 +24,7 @@ def test_mean_and_standard_error_do_not_depend_on_batches(mixture):
         assert found.mean == pytest.approx(values.mean(), rel=1e-12) and found.count == 50
         assert found.standard_error == pytest.approx(values.std(ddof=1) / 50**0.5, rel=1e-9)
     assert mean_likelihood(mixture, [tokens(1)]).standard_error == 0
+    assert mean_likelihood(mixture, [tokens(2)]).standard_error > 0
     assert mean_likelihood(mixture, [tokens(50)]).mean == pytest.approx(mixture.score(tokens(50)), rel=1e-12)
 
 

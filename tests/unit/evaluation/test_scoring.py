@@ -23,6 +23,7 @@ from mmfm.evaluation.scoring import evaluate, render
 from mmfm.infra import store
 from mmfm.infra.distributed import Ranks
 from support import processes
+from support.inception import write_lively_inception
 from support.places import DEMO, DETECTOR
 
 CPU = torch.device("cpu")
@@ -325,3 +326,43 @@ def test_decoded_images_against_their_originals(tmp_path):
     np.savez(tmp_path / "moments.npz", mu=np.zeros(12), sigma=np.eye(12))
     with pytest.raises(ValueError, match="psnr can't be computed from the reference"):
         evaluate(files[0], tmp_path / "moments.npz", CELLS, ALONE, ["psnr"])
+
+
+@pytest.mark.slow
+def test_the_inception_network_from_files_to_numbers(tmp_path, capsys):
+    """FID, sFID and Inception Score by the command, against its definition on the network's own layers."""
+    network = write_lively_inception(tmp_path / "inception.pth")
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand((10, 3, 4, 4), generator=generator)
+    images = (torch.nn.functional.interpolate(coarse, size=32, mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
+    caught: list[torch.Tensor] = []
+    hook = network.Mixed_6d.register_forward_hook(lambda module, inputs, output: caught.append(output))
+    with torch.no_grad():
+        features = network(images)[0].double().numpy()
+    hook.remove()
+    spatial = caught[0][:, :7].double().flatten(1).numpy()  # the branch comes first in the block's output
+    logits = features @ network.fc.weight.double().numpy().T
+    p = np.exp(logits - logits.max(1, keepdims=True))[:5]
+    p /= p.sum(1, keepdims=True)
+
+    def distance(rows: np.ndarray) -> float:
+        """Frechet distance of the first five rows from the last five, by the eigenvalues of a product of rank 4."""
+        a, b = rows[:5] - rows[:5].mean(0), rows[5:] - rows[5:].mean(0)
+        cross = np.linalg.svd(a @ b.T, compute_uv=False).sum() / 4
+        means = ((rows[:5].mean(0) - rows[5:].mean(0)) ** 2).sum()
+        return means + ((a**2).sum() + (b**2).sum()) / 4 - 2 * cross
+
+    folders = [
+        write_folder(tmp_path / name, part.permute(0, 2, 3, 1).numpy())
+        for name, part in (("samples", images[:5]), ("real", images[5:]))
+    ]
+    out = tmp_path / "out.json"
+    line = ["evaluate", str(folders[0]), "--reference", str(folders[1]), "--out", str(out), "--batch-size", "3",
+            "--metrics", "fid", "sfid", "inception_score"]  # fmt: skip
+    assert main([*line, "--detector-weights", str(tmp_path / "inception.pth")]) == 0
+    found = json.loads(out.read_text())["metrics"]
+    assert found["frechet"] == pytest.approx(distance(features), rel=1e-4)
+    assert found["sfid"] == pytest.approx(distance(spatial), rel=1e-4)
+    score = np.exp((p * np.log(p / p.mean(0))).sum(1).mean())
+    assert found["inception_score"] == pytest.approx(score, rel=1e-4) and score > 1.01
+    assert "sFID" in capsys.readouterr().out
