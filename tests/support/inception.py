@@ -26,6 +26,6 @@ def write_lively_inception(path: Path) -> torch.nn.Module:
             value.fill_(1)
         elif name.endswith(("bn.bias", "bn.running_mean")):
             value.copy_(0.1 * torch.randn(value.shape, generator=generator))
-    network.fc.weight.copy_(10 * torch.randn(network.fc.weight.shape, generator=generator))
+    network.fc.weight.copy_(2 * torch.randn(network.fc.weight.shape, generator=generator))
     torch.save(network.state_dict(), path)
     return network

@@ -364,5 +364,5 @@ def test_the_inception_network_from_files_to_numbers(tmp_path, capsys):
     assert found["frechet"] == pytest.approx(distance(features), rel=1e-4)
     assert found["sfid"] == pytest.approx(distance(spatial), rel=1e-4)
     score = np.exp((p * np.log(p / p.mean(0))).sum(1).mean())
-    assert found["inception_score"] == pytest.approx(score, rel=1e-4) and score > 1.01
+    assert found["inception_score"] - 1 == pytest.approx(score - 1, rel=1e-3) and score > 1.004
     assert "sFID" in capsys.readouterr().out
