@@ -23,14 +23,12 @@ class ImageSet:
     Attributes:
         path: the file or folder.
         size: width and height, pixels.
-        digest: of an ``.npz``, its SHA-256; of a folder, a fingerprint of its files' names and sizes.
     """
 
     path: Path
     size: tuple[int, int]
-    digest: str
+    _files: tuple[Path, ...]
     _arrays: tuple[np.ndarray, ...] = ()
-    _files: tuple[Path, ...] = ()
 
     @classmethod
     def open(cls, path: str | Path) -> "ImageSet":
@@ -45,7 +43,7 @@ class ImageSet:
         path = Path(path)
         if path.is_file():
             array = _mapped(path)
-            return cls(path, (array.shape[2], array.shape[1]), store.file_digest(path), _arrays=(array,))
+            return cls(path, (array.shape[2], array.shape[1]), (path,), (array,))
         if not path.is_dir():
             raise FileNotFoundError(f"no images at '{path}'; give an .npz with arr_0, or a folder of images")
         found = sorted(entry for entry in path.rglob("*") if entry.is_file())
@@ -54,26 +52,29 @@ class ImageSet:
         if bool(shards) == bool(pictures):
             what = "both .npz files and pictures" if shards else f"no images (looked for .npz, {', '.join(EXTENSIONS)})"
             raise ValueError(f"'{path}' has {what}; give a folder of either")
-        digest = store.fingerprint(
-            [[str(entry.relative_to(path)), entry.stat().st_size] for entry in shards or pictures]
-        )
         if pictures:
-            return cls(path, read_image(pictures[0]).size, digest, _files=tuple(pictures))
+            return cls(path, read_image(pictures[0]).size, tuple(pictures))
         arrays = tuple(_mapped(entry) for entry in shards)
         for entry, array in zip(shards, arrays, strict=True):
             if array.shape[1:] != arrays[0].shape[1:]:
                 raise ValueError(
                     f"'{entry}' has images {array.shape[1:]}, '{shards[0]}' {arrays[0].shape[1:]}; sizes mix"
                 )
-        return cls(path, (arrays[0].shape[2], arrays[0].shape[1]), digest, _arrays=arrays)
+        return cls(path, (arrays[0].shape[2], arrays[0].shape[1]), tuple(shards), arrays)
 
     def __len__(self) -> int:
-        return len(self._files) or sum(map(len, self._arrays))
+        return sum(map(len, self._arrays)) if self._arrays else len(self._files)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of an ``.npz``, or a fingerprint of the names and sizes of a folder's files."""
+        if self.path.is_file():
+            return store.file_digest(self.path)
+        return store.fingerprint([[str(file.relative_to(self.path)), file.stat().st_size] for file in self._files])
 
     @property
     def names(self) -> list[str]:
         """Paths of the pictures within the folder, without their extensions; none for arrays."""
-        return [str(file.relative_to(self.path).with_suffix("")) for file in self._files]
+        return [] if self._arrays else [str(file.relative_to(self.path).with_suffix("")) for file in self._files]
 
     def batches(self, rows: range, batch_size: int) -> Iterator[Tensor]:
         """Yield the images ``rows`` in order, (B, 3, H, W) uint8 each.
@@ -83,7 +84,7 @@ class ImageSet:
         """
         with ThreadPoolExecutor(_READERS) as pool:
             for part in ranges(rows.start, rows.stop, batch_size):
-                if self._files:
+                if not self._arrays:
                     images = np.stack(list(pool.map(self._read, self._files[part.start : part.stop])))
                 else:
                     images = self._from_arrays(part)

@@ -20,6 +20,7 @@ from mmfm.evaluation.moments import own_part
 from mmfm.evaluation.reconstruction import psnr, ssim
 from mmfm.evaluation.reference import Reference
 from mmfm.evaluation.scores import NEEDS, cautions, kinds, reference_kinds, scores
+from mmfm.infra import store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
 
@@ -84,6 +85,10 @@ class _Reference:
         """Return the kinds that the file lacks."""
         has = {"gaussian": self.known.gaussian, "spatial": self.known.spatial}
         return frozenset(kind for kind in wanted if has.get(kind) is None)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of a file; see :meth:`ImageSet.digest` for a folder."""
+        return store.file_digest(self.path) if self.images is None else self.images.digest()
 
     def can_serve(self, metric: str) -> bool:
         """Whether the file or its images have what a metric needs."""
@@ -162,10 +167,10 @@ def evaluate(
             "metrics": {**scores(wanted, generated, known, ranks.device), **means},
             "cautions": _cautions(detector, wanted, generated),
             "samples": {
-                "path": str(samples), "digest": images.digest, "n_images": len(images), "size": list(images.size),
+                "path": str(samples), "digest": images.digest(), "n_images": len(images), "size": list(images.size),
             },
             "reference": {
-                "path": str(reference), "source": real.source,
+                "path": str(reference), "source": real.source, "digest": real.digest(),
                 "moments": "of the file" if real.known.gaussian is not None else "of its images",
                 "n_images": len(real.images) if real.images is not None else real.known.count,
             },
@@ -247,6 +252,7 @@ def render(result: dict[str, Any]) -> str:
         "samples": f"{samples['n_images']:,} of {width} x {height} pixels, {samples['path']}",
         "samples digest": samples["digest"],
         "reference": f"{reference['source']}, moments {reference['moments']}",
+        "reference digest": reference["digest"],
         "detector": result["detector"]["name"],
         "detector weights": f"sha256 {result['detector']['digest']}",
     }

@@ -88,7 +88,7 @@ def test_npz_shards_and_pictures_are_the_same_images(tmp_path):
             assert all(part.dtype == torch.uint8 and part.shape[1] == 3 for part in batches)
             whole = torch.cat(batches).permute(0, 2, 3, 1).numpy()
             assert np.array_equal(whole, images[rows.start : rows.stop])
-    assert len({found.digest for found in sets}) == 3
+    assert len({found.digest() for found in sets}) == 3
 
 
 def test_the_evaluators_protocol(tmp_path, real):
@@ -128,6 +128,7 @@ def test_the_record_and_the_text(tmp_path, real):
     samples = write_npz(tmp_path / "samples.npz", pictures(0, 12))
     result = json.loads(json.dumps(evaluate(samples, real, CELLS, ALONE, ["frechet", "density"])))
     assert result["samples"]["digest"] == store.file_digest(samples) and result["samples"]["n_images"] == 12
+    assert result["reference"]["digest"] == store.file_digest(real)
     assert result["detector"] == {"name": "cells", "digest": "0", "standard": False}
     assert result["reference"]["n_images"] == 40 and result["versions"]["torch"] == torch.__version__
     text = render(result)
