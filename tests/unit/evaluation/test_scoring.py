@@ -286,12 +286,12 @@ def score(path: Path, real: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path, real):
-    """Moments and sums only: 60,000 more images, 6 MB of pixels and 5 MB of outputs, take no more."""
+    """Moments and sums alone: 60,000 more images, whose features take 2.9 MB, take no more."""
     grown = []
     for n in (3_000, 63_000):
         path = write_npz(tmp_path / f"{n}.npz", pictures(0, n))
         grown.append(processes.call_growth(score, tmp_path / "memory", path, real))
-    assert grown[1] - grown[0] < 3e6
+    assert grown[1] - grown[0] < 5e5
 
 
 def test_self_test_passes_and_fails(capsys, monkeypatch):
