@@ -61,6 +61,11 @@ TESTS = {
     "generation": "sampling api published_precision settings", "evaluation": "fid reference",
     "evaluation/frechet": "frechet", "evaluation/detector": "detector",
     "evaluation/contact_sheet": "contact_sheet", "evaluation/mixture_report": "em",
+    "evaluation/adm": "adm", "evaluation/collected": "collected scoring", "evaluation/heldout": "heldout",
+    "evaluation/image_sets": "scoring", "evaluation/inception_score": "inception_score", "evaluation/kid": "kid",
+    "evaluation/manifold": "manifold", "evaluation/memorisation": "memorisation", "evaluation/neighbours": "manifold",
+    "evaluation/reconstruction": "reconstruction", "evaluation/scores": "collected", "evaluation/scoring": "scoring",
+    "evaluation/self_test": "scoring",
     "stages/runner": "runner extraction spatial stage_state",
 }  # fmt: skip
 """Test files by the beginning of the path in src/mmfm that they are for; of several the longest counts."""

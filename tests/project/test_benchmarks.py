@@ -173,3 +173,16 @@ def test_startup(tmp_path):
     assert startup.summary(slow)["ratio"] == pytest.approx(1.4 / 1.1)
     assert startup.passed(slow) and not startup.passed(slow | {"many": [11.0]})
     assert not startup.passed(slow | {"nothing to do": [1.5]})
+
+
+def test_metrics_agree_with_what_they_are_timed_against(tmp_path):
+    bench = load("metrics")
+    bench.main(["--images", "60", "--reference", "50", "--features", "8", "--subsets", "2", "--rounds", "2",
+                "--out", str(tmp_path)])  # fmt: skip
+    found = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+    for metric, tolerance in {"Frechet distance": 1e-6, "Inception Score": 1e-9, "KID": 1e-3}.items():
+        ours = found[metric]["value"].pop(bench.OURS)
+        assert list(found[metric]["value"].values()) == pytest.approx(
+            [ours] * len(found[metric]["value"]), rel=tolerance
+        )
+    assert "| Frechet distance | SciPy sqrtm |" in (tmp_path / "metrics.md").read_text()

@@ -144,7 +144,7 @@ def test_the_moments_of_modes(full):
     assert finished == dict.fromkeys(range(4), (SHAPE, torch.float64))
 
 
-DETECTED = {"evaluation.detector.Detector.features": Wait("once a batch: are the features finite?", 1)}
+DETECTED = {"evaluation.detector.Detector._checked": Wait("once a batch: are the features finite?", 1)}
 
 
 def test_the_inception_network(full, monkeypatch):
@@ -156,7 +156,9 @@ def test_the_inception_network(full, monkeypatch):
     with Rehearsal(DETECTED, double=True) as rehearsal:
         images = torch.empty(full.fid.batch_size, 3, 256, 256, dtype=torch.uint8, device=META)
         moments.update(detector.features(images))
-    assert moments.m2.shape == (2048, 2048) and rehearsal.seen == dict.fromkeys(DETECTED, 1)
+        found = detector.outputs(images)
+    assert moments.m2.shape == (2048, 2048) and rehearsal.seen == dict.fromkeys(DETECTED, 2)
+    assert found.spatial.shape == (len(images), 2023) and found.logits.shape == (len(images), 1008)
 
 
 def test_the_encoder_as_a_detector(autoencoder):

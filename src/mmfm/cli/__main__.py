@@ -24,6 +24,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "Results": {
         "milestone": "write the weights of an earlier step of a training",
         "compare": "compare finished results in a table and a picture",
+        "evaluate": "score images of any system, or check the metrics",
     },
     "Published files": {
         "fetch": "fetch published files, encoders and detectors",

@@ -68,6 +68,14 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_to_main(self, value: Any) -> list[Any] | None:
+        """Return the picklable ``value`` of every process, in rank order, on the main process; None on the others."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world if self.is_main else None
+        dist.gather_object(value, values)
+        return values
+
     def from_main(self, make: Callable[[], Any]) -> Any:
         """Call ``make`` on the main process, and return its picklable result on every process.
 

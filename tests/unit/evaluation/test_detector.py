@@ -14,33 +14,10 @@ from mmfm.evaluation.detector import load_detector
 from mmfm.evaluation.detectors.fashion import FashionDetector
 from mmfm.evaluation.frechet import frechet_distance
 from mmfm.infra import store
+from support.inception import write_lively_inception
 from support.places import DEMO
 
 FASHION = DEMO / "detector" / "detector.safetensors"
-
-
-def write_lively_inception(path: Path) -> torch.nn.Module:
-    """Write random Inception weights whose features differ between images, and return the network as a torch module.
-
-    With the usual initial weights the signal dies on the way: variance-preserving ones keep it (He et al. 2015).
-    """
-    import mmfm.infra.torchvision_ops  # noqa: F401  # isort: skip  (torch-fidelity imports torchvision)
-    from torch_fidelity import feature_extractor_inceptionv3 as inception
-
-    generator = torch.Generator().manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inception, "load_state_dict_from_url", lambda *args, **kwargs: {})
-        patch.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        network = inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    for name, value in network.state_dict().items():
-        if name.endswith("conv.weight"):
-            value.copy_(torch.randn(value.shape, generator=generator) * (2 / value[0].numel()) ** 0.5)
-        elif name.endswith(("bn.weight", "bn.running_var")):
-            value.fill_(1)
-        elif name.endswith(("bn.bias", "bn.running_mean")):
-            value.copy_(0.1 * torch.randn(value.shape, generator=generator))
-    torch.save(network.state_dict(), path)
-    return network
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +55,40 @@ def test_inception_equals_the_network_run_by_hand(inception, images):
     assert detector.digest == store.file_digest(path)
     apart = torch.pdist(features) / features.norm(dim=1).mean()
     assert apart.min() > 0.01, "the features are no dead signal"
+
+
+def test_all_outputs_of_inception_in_one_pass(inception, images):
+    """Spatial features against the layers run one by one; logits against the features times the weights, no bias."""
+    path, network = inception
+    found = load_detector("inception", path).outputs(images[:3])
+    detector = load_detector("inception", path)
+    assert torch.equal(found.features, detector.features(images[:3]))
+    assert torch.allclose(found.logits, found.features @ network.fc.weight.T, rtol=1e-4, atol=1e-4)
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as enlarge
+
+    x = (enlarge(images[:3].float(), size=(299, 299), align_corners=False) - 128) / 128
+    with torch.no_grad():
+        for name, layer in network.named_children():
+            if name == "Mixed_6d":
+                break
+            x = layer(x)
+        conv, norm = layer.branch1x1.conv, layer.branch1x1.bn
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        plane = torch.einsum("oi,bihw->bhwo", conv.weight[:, :, 0, 0], x) - norm.running_mean
+        expected = (plane * scale + norm.bias).clamp(min=0)
+    assert expected.shape == (3, 17, 17, 192)
+    pixels = [[picture[row, column, :7] for row in range(17) for column in range(17)] for picture in expected]
+    expected = torch.stack([torch.cat(rows) for rows in pixels])
+    assert found.spatial.shape == (3, 2023) == (3, detector.spatial_dimension)
+    assert torch.allclose(found.spatial, expected, rtol=1e-3, atol=1e-4)
+    assert (found.spatial > 0).float().mean() > 0.1 and torch.pdist(found.spatial).min() > 0.1
+
+
+def test_other_detectors_give_features_alone(garments):
+    detector = load_detector("fashion", FASHION)
+    found = detector.outputs(garments[:4])
+    assert torch.equal(found.features, detector.features(garments[:4]))
+    assert found.spatial is None and found.logits is None and detector.spatial_dimension == 0
 
 
 def test_inception_features_do_not_depend_on_the_batch(inception, images):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmfm.evaluation.frechet import frechet_distance
+from mmfm.evaluation.frechet import frechet_distance, mean_ratio
 
 
 def gaussian(seed: int, d: int, rank: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -48,6 +48,62 @@ def test_equals_the_eigenvalues_of_the_symmetric_form():
 def test_a_singular_covariance_is_exactly_at_no_distance_from_itself():
     mean, covariance = gaussian(5, 300, rank=40)
     assert frechet_distance(mean, covariance, mean, covariance) < 1e-9
+
+
+def test_equal_gaussians_and_a_shift():
+    """Equals are at 0 to 1e-6, and a shift adds its square, for standard deviations from 1e-3 to 10."""
+    generator = np.random.default_rng(6)
+    basis = np.linalg.qr(generator.normal(size=(200, 200)))[0]
+    covariance = basis * np.geomspace(1e-6, 100, 200) @ basis.T
+    mean, shift = generator.normal(size=(2, 200))
+    assert frechet_distance(mean, covariance, mean, covariance) < 1e-6
+    assert frechet_distance(mean + shift, covariance, mean, covariance) == pytest.approx(shift @ shift, rel=1e-9)
+
+
+def test_equals_torch_fidelity():
+    import mmfm.infra.torchvision_ops  # noqa: F401  # isort: skip
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    from mmfm.data.moments import CovarianceMoments
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn((900, 64), generator=generator, dtype=torch.float64) * spread + 3 for spread in (1.0, 1.3))
+    statistics = [fid_features_to_statistics(part) for part in (a, b)]
+    expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    ours = [CovarianceMoments.zeros(64).update(part) for part in (a, b)]
+    found = frechet_distance(ours[0].mean, ours[0].covariance(), ours[1].mean, ours[1].covariance())
+    assert found == pytest.approx(expected, rel=1e-9) and found > 1
+
+
+def test_full_rank_needs_no_eigenvectors(monkeypatch):
+    """They take most of the time at 2048 dimensions."""
+    (m1, s1), (m2, s2) = gaussian(1, 40), gaussian(2, 40)
+    expected = frechet_distance(m1, s1, m2, s2)
+    monkeypatch.delattr(torch.linalg, "eigh")
+    assert frechet_distance(m1, s1, m2, s2) == expected
+
+
+@pytest.mark.parametrize("missing", [1, 2, 150])
+def test_a_missing_dimension_is_no_full_rank(missing):
+    """Cholesky's last pivot is rounding there, of either sign; its root of 1e-8 must not enter the distance."""
+    for seed in range(5):
+        basis = np.linalg.qr(np.random.default_rng(seed).normal(size=(200, 200)))[0]
+        values = np.r_[np.zeros(missing), np.linspace(1, 2, 200 - missing)]
+        whole = basis * np.linspace(1, 2, 200) @ basis.T
+        expected = ((np.sqrt(values) - np.sqrt(np.linspace(1, 2, 200))) ** 2).sum()
+        mean = np.zeros(200)
+        assert frechet_distance(mean, basis * values @ basis.T, mean, whole) == pytest.approx(expected, abs=1e-10)
+
+
+def test_mean_ratio_over_encoders():
+    assert mean_ratio({"a": 6.0, "b": 100.0}, {"b": 50.0, "a": 2.0}) == 2.5
+    with pytest.raises(ValueError, match=r"features of a, floors in those of b; give both for the same encoders"):
+        mean_ratio({"a": 1.0}, {"b": 1.0})
+    with pytest.raises(ValueError, match="none"):
+        mean_ratio({}, {})
+    for floor in (0.0, float("nan")):
+        with pytest.raises(ValueError, match=r"held-out images are at distance .* in a"):
+            mean_ratio({"a": 1.0}, {"a": floor})
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,72 @@
+"""How close decoded images are to their originals, image by image."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_WINDOW, _SIGMA = 11, 1.5
+_K1, _K2, _RANGE = 0.01, 0.03, 255.0
+
+
+def psnr(originals: Tensor, decoded: Tensor) -> Tensor:
+    """Compute the peak signal-to-noise ratio of every image, in decibels; infinite for equal images.
+
+    Args:
+        originals, decoded: (B, 3, H, W) uint8; the error is averaged over pixels and channels, and the peak is 255.
+
+    Returns:
+        (B,) float64.
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
+    _check(originals, decoded)
+    error = (originals.double() - decoded.double()).square().mean((1, 2, 3))
+    return 10 * torch.log10(_RANGE**2 / error)
+
+
+def ssim(originals: Tensor, decoded: Tensor) -> Tensor:
+    """Compute the structural similarity of every image: the mean over channels and all whole windows.
+
+    Windows are Gaussian, 11 x 11 with a standard deviation of 1.5 pixels; variances are population ones.
+
+    Args:
+        originals, decoded: (B, 3, H, W) uint8, H and W at least 11.
+
+    Returns:
+        (B,) float64, at most 1.
+
+    Raises:
+        ValueError: another shape or dtype.
+
+    Source: Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity", equation 13
+    with K1 = 0.01 and K2 = 0.03. Colour: the mean of the three channels, as scikit-image has it with ``channel_axis``.
+    """
+    _check(originals, decoded)
+    if min(originals.shape[2:]) < _WINDOW:
+        raise ValueError(f"images of {originals.shape[3]} x {originals.shape[2]} pixels are smaller than SSIM's window")
+    x, y = originals.double(), decoded.double()
+    mean_x, mean_y = _blur(x), _blur(y)
+    var_x, var_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
+    covariance = _blur(x * y) - mean_x * mean_y
+    c1, c2 = (_K1 * _RANGE) ** 2, (_K2 * _RANGE) ** 2
+    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    return (structure * (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)).mean((1, 2, 3))
+
+
+def _blur(images: Tensor) -> Tensor:
+    """Return the Gaussian means of all whole windows, (B, 3, H - 10, W - 10), for images (B, 3, H, W)."""
+    distance = torch.arange(_WINDOW, dtype=images.dtype, device=images.device) - _WINDOW // 2
+    kernel = torch.exp(-(distance**2) / (2 * _SIGMA**2))
+    kernel = (kernel / kernel.sum()).expand(3, 1, 1, _WINDOW)
+    return F.conv2d(F.conv2d(images, kernel, groups=3), kernel.mT, groups=3)
+
+
+def _check(originals: Tensor, decoded: Tensor) -> None:
+    for images in (originals, decoded):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images are {tuple(images.shape)} {images.dtype}; they must be (B, 3, H, W) uint8")
+    if originals.shape != decoded.shape:
+        raise ValueError(
+            f"originals are {tuple(originals.shape)} and decoded images {tuple(decoded.shape)}; decode at the same size"
+        )
