@@ -48,7 +48,7 @@ include: "rules/compare.smk"
 
 # Record the configuration for `mmfm clean`. A run that has nothing to do never starts.
 onstart:
-    refuse_logs_in_use()
+    refuse_start()
     say_fetches()
     remember_configuration()
     say_what_comes()

@@ -109,7 +109,7 @@ GUIDED = ["", "_ag"]
 jobs.prepare_environment()
 
 # Ctrl-C and schedulers signal all processes of a job. `tee` ignores signals so that the stage's last messages reach the
-# log; it also locks the log for `refuse_logs_in_use`. This is set here because changing the rules' commands would rerun
+# log; it also locks the log for `refuse_start`. This is set here because changing the rules' commands would rerun
 # everything.
 shell.prefix(
     "set -euo pipefail; tee() {{ trap '' HUP INT TERM USR1; exec 9>> \"$1\"; flock -n 9 2> /dev/null || true; "
@@ -455,9 +455,10 @@ def unknown_target(wildcards):
     raise refusal(targets.explain_unknown(f"{folder}/fid/{wildcards.name}", RESULTS, C))
 
 
-def refuse_logs_in_use():
-    """Fail if a job of another run is still at work on a job of this one."""
+def refuse_start():
+    """Fail if there is no scheduler to submit to, or if a job of another run is still at work on a job of this one."""
     if workflow.is_main_process:
+        checked(jobs.require_scheduler, workflow.executor_plugin.name, document="docs/cluster.md")
         checked(
             locks.refuse_logs_in_use, [log for job in workflow.dag.needrun_jobs() for log in job.log], document=RUNS
         )

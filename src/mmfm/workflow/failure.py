@@ -32,6 +32,8 @@ _HANGUP, _INTERRUPT, _KILL, _USER, _TERMINATE = 1, 2, 9, 10, 15
 _REQUESTS = {_HANGUP, _INTERRUPT, _USER, _TERMINATE}
 _BY_USER = ("Terminating processes on user request", "Will exit after finishing currently running jobs")
 _REPLACED = ("Exiting because a job execution failed", "Complete log(s):", "Elapsed time:")
+_APPENDED = re.compile(r"For further error details see|\n\s*sbatch call:")  # to an executor's message
+_REJECTED = re.compile(r"Batch job submission failed: (?:Invalid|Requested)")
 _FINAL = "At least one job did not complete successfully."
 
 
@@ -87,12 +89,12 @@ class Failure:
             return f"the log ends with: {lines[-1]}"
         if match := _SLURM.search(self.message):
             return f"it left no message (SLURM's state: {match[2]})"
-        lines = [] if _STATUS.search(self.message) else self.message.splitlines()
+        lines = [] if _STATUS.search(self.message) else _APPENDED.split(self.message)[0].splitlines()
         return " ".join(lines) or "it left no message"
 
     def refused(self) -> bool:
-        """Whether the stage itself said what is wrong, so that the same again would fail again."""
-        return _ERROR.search(self._text()) is not None
+        """Whether the stage or SLURM said what is wrong with it, so that the same again would fail again."""
+        return (_ERROR.search(self._text()) or _REJECTED.search(self.message)) is not None
 
     def place(self) -> str:
         """Return SLURM job and node, as a parenthesis; empty without SLURM."""
@@ -212,7 +214,7 @@ class Brief(logging.Formatter):
             return self._others.format(record)
         one = self._found.failure(record)
         logs = ", ".join(filter(None, (str(one.log or ""), one.slurm_log))) or "none"
-        why = f": {one.reason({})}" if one.place() else ""
+        why = f": {one.reason({})}" if one.message else ""
         return f"{one.name} did not finish{one.place()}{why}; its log: {logs}"
 
 

@@ -1,6 +1,7 @@
 """The parameter, the share of the machine, and the environment of a job."""
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -114,6 +115,15 @@ def gpus_per_node(wanted: str | int, limit: int | None) -> int:
     if not isinstance(wanted, int) or wanted < 0:
         raise ValueError(f"'gpus' is '{wanted}'; it must be a number or auto")
     return wanted
+
+
+def require_scheduler(executor: str) -> None:
+    """Raise ValueError if the scheduler to which an executor submits jobs is not on this machine."""
+    if executor == "slurm" and shutil.which("sbatch") is None:
+        raise ValueError(
+            "no 'sbatch' on the path; start Snakemake on a login node of the cluster, or leave out SLURM's profile to "
+            "run here"
+        )
 
 
 def prepare_environment() -> None:

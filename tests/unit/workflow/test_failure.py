@@ -115,3 +115,76 @@ def test_the_workflows_own_errors_are_shown_as_their_messages():
     assert brief.format(raised) == f"Error: {message}"
     assert brief.format(record("MissingInputException: no y", "error")) == "usual MissingInputException: no y"
     assert brief.format(record(f"Finished: {message}", "job_finished")) == f"usual Finished: {message}"
+
+
+SLURM_FAILED = (
+    "SLURM-job '12' failed, SLURM status is: '{}'. Detailed failure reason unavailable (status command is not 'sacct')."
+    "For further error details see the cluster/cloud log and the log files of the involved rule(s)."
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "state", "reason", "place"),
+    [
+        ("launch: SLURM job 12 on gpu-03.site: 8 GPUs\ntrain: 3 of 9\n", "TIMEOUT", "SLURM ended it at its time limit",
+         " (SLURM job 12 on gpu-03.site)"),
+        (None, "NODE_FAIL", "its node failed", " (SLURM job 12)"),
+        (None, "FAILED", "it left no message (SLURM's state: FAILED)", " (SLURM job 12)"),
+        ("launch: SLURM job 12 on n1: 1 process\ntrain: error: K is too large\n", "FAILED", "K is too large",
+         " (SLURM job 12 on n1)"),
+    ],
+)  # fmt: skip
+def test_a_job_of_slurm_is_named_with_its_node_and_end(tmp_path, text, state, reason, place):
+    log = tmp_path / "train.x.log"
+    if text:
+        log.write_text(text)
+    one = Failure("train", log, SLURM_FAILED.format(state), "slurm/12.log")
+    assert (one.reason({}), one.place()) == (reason, place)
+    lines = summary([one], FINISHED, {}, "own.log")
+    assert lines[0] == f"train (x) failed{place}" and "SLURM's: slurm/12.log" in lines[2]
+
+
+def job_error(number, log, message=None, more=(), **values):
+    """Return Snakemake's record of a failed job."""
+    return record(
+        "Error in rule train", "job_error", rule_name="train", log=[str(log), *more], jobid=number, rule_msg=message,
+        **values,
+    )  # fmt: skip
+
+
+def test_a_job_that_a_retry_finishes_is_no_failure(tmp_path):
+    found = Record()
+    found.keep(job_error(3, tmp_path / "a.log", SLURM_FAILED.format("TIMEOUT")))
+    found.keep(job_error(4, tmp_path / "b.log", SLURM_FAILED.format("TIMEOUT")))
+    found.keep(record("Finished jobid: 3", "job_finished", job_id=3))
+    assert [one.number for one in found.failures()] == [4]
+
+
+def test_only_what_would_fail_again_is_not_retried(tmp_path):
+    found, refused = Record(), []
+    found.on_refusal = refused.append
+    (tmp_path / "own.log").write_text("train: error: K is too large\n")
+    (tmp_path / "cut.log").write_text("train: 3 of 9\n")
+    found.keep(job_error(1, tmp_path / "cut.log", SLURM_FAILED.format("TIMEOUT")))
+    assert not refused
+    found.keep(job_error(2, tmp_path / "own.log", SLURM_FAILED.format("FAILED")))
+    assert refused == ["train"]
+    rejected = "SLURM sbatch failed. The error message was 'sbatch: error: Batch job submission failed: {}'."
+    found.keep(job_error(3, tmp_path / "none.log", rejected.format("Socket timed out on send/recv operation")))
+    assert refused == ["train"]
+    found.keep(job_error(4, tmp_path / "none.log", rejected.format("Invalid partition name specified")))
+    assert refused == ["train", "train"]
+
+
+def test_a_failure_on_a_cluster_says_why_at_once(tmp_path):
+    found = Record()
+    message = (
+        "SLURM sbatch failed. The error message was 'no such partition'.\n    sbatch call:\n   sbatch --parsable ..."
+    )
+    text = Brief(found, logging.Formatter()).format(job_error(1, tmp_path / "train.x.log", message, ["slurm/12.log"]))
+    assert text == (
+        "train (x) did not finish: SLURM sbatch failed. The error message was 'no such partition'.; its log: "
+        f"{tmp_path}/train.x.log, slurm/12.log"
+    )
+    found.keep(record("Error in group a", "group_error", aux_logs=["slurm/13.log"]))
+    assert found.failure(job_error(2, tmp_path / "train.x.log", indent=True)).slurm_log == "slurm/13.log"

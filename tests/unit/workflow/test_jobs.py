@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmfm.workflow.jobs import Machine, Share, gpus_per_node
+from mmfm.workflow.jobs import Machine, Share, gpus_per_node, require_scheduler
 
 
 def test_gpus_per_node():
@@ -52,3 +52,12 @@ def test_more_gpus_than_a_node_has(wanted, given, message):
 def test_a_job_does_not_doubt_what_it_was_given():
     """In a job of a CPU stage, no GPU is visible, whatever the configuration wants for others."""
     assert Machine(cores=4, gpus=0, strict=False).share("train", 8, 1).gpus == 8
+
+
+def test_without_sbatch_there_is_no_submitting(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    require_scheduler("local")
+    with pytest.raises(ValueError, match="no 'sbatch' on the path; start Snakemake on a login node"):
+        require_scheduler("slurm")
+    (tmp_path / "sbatch").touch(mode=0o755)
+    require_scheduler("slurm")
