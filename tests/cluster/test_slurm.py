@@ -55,7 +55,8 @@ class Run:
         profiles = ["--profile", "cluster", "--workflow-profile", "none"]
         if "--workflow-profile" in arguments:
             profiles = profiles[:2]
-        return [sys.executable, "-m", "snakemake", "--configfile", "tiny.yaml", *profiles, *arguments]
+        files = [] if "--configfile" in arguments else ["--configfile", "tiny.yaml"]
+        return [sys.executable, "-m", "snakemake", *arguments, *files, *profiles]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -89,6 +90,23 @@ class Run:
         assert snakemake.returncode == code, printed
         return printed
 
+    def resumed(self, seed: int, snakemake: subprocess.Popen) -> int:
+        """Wait until a training has been resumed, stop everything by Ctrl-C, and return the step it resumed at."""
+
+        def found() -> re.Match | None:
+            assert snakemake.poll() is None, self.output.read_text()
+            return re.search(r"resuming at ([\d,]+) of", self.log(seed))
+
+        step = int(self.cluster.wait_for(found, f"resumed training of seed {seed}", 240)[1].replace(",", ""))
+        snakemake.send_signal(signal.SIGINT)
+        assert "the same command resumes" in self.ends(snakemake, 1)
+        self.cluster.wait_for(lambda: not self.cluster.queue(), "end of the cancelled job")
+        return step
+
+    def saved(self, seed: int) -> int:
+        """Return the step that a training saved when it was asked to stop."""
+        return int(re.findall(r"asked to stop: step (\d+) is saved", self.log(seed))[-1])
+
     def training(self, seed: int) -> Path:
         """Return the folder of a training."""
         return Path(f"results/train/tiny_mode/seed{seed}.tiny.k4")
@@ -98,9 +116,14 @@ class Run:
         path = self.folder / f"results/logs/train.tiny_mode.seed{seed}.tiny.k4.log"
         return path.read_text() if path.exists() else ""
 
-    def job_of_training(self, seed: int) -> str:
+    def job_of_training(self, seed: int, snakemake: subprocess.Popen) -> str:
         """Wait until a training has made steps, and return its SLURM job."""
-        self.cluster.wait_for(lambda: re.search(r"train: \d+/\d+ steps", self.log(seed)), f"step of seed {seed}")
+
+        def has_made_steps() -> bool:
+            assert snakemake.poll() is None, self.output.read_text()
+            return re.search(r"train: [\d,]+/[\d,]+ steps", self.log(seed)) is not None
+
+        self.cluster.wait_for(has_made_steps, f"step of seed {seed}")
         return re.findall(r"launch: SLURM job (\d+) on", self.log(seed))[-1]
 
 
@@ -135,10 +158,16 @@ def finished(run, cluster):
     return printed, cluster.completed
 
 
-def long(seed: int, epochs: int) -> list[str]:
-    """Return the arguments for a training of 5 steps per epoch that takes a while, with checkpoints."""
-    train = f"{{epochs: {epochs}, decay_end_epoch: {epochs}, checkpoint_every: 20, log_every: 20}}"
-    return [f"results/train/tiny_mode/seed{seed}.tiny.k4/ema.safetensors", "--config", f"train={train}"]
+@pytest.fixture
+def endless(run):
+    """Returns a function that returns the arguments for a training that never ends, with many checkpoints."""
+
+    def arguments(seed: int) -> list[str]:
+        budget = {"epochs": 10**6, "decay_end_epoch": 10**6, "checkpoint_every": 20, "log_every": 20}
+        (run.folder / f"endless{seed}.yaml").write_text(yaml.safe_dump({"train": budget}))
+        return [f"{run.training(seed)}/ema.safetensors", "--configfile", "tiny.yaml", f"endless{seed}.yaml"]
+
+    return arguments
 
 
 def test_the_whole_pipeline_runs_as_jobs(run, finished):
@@ -163,63 +192,59 @@ def test_a_training_across_two_nodes(run, finished, cluster):
     assert [line["step"] for line in history] == [line["step"] for line in alone]
 
 
-def test_a_cancelled_training_goes_on_where_it_was(run, finished, cluster):
-    snakemake = run.start(*long(2, 400))
-    job = run.job_of_training(2)
+def test_a_cancelled_training_goes_on_where_it_was(run, finished, cluster, endless):
+    snakemake = run.start(*endless(2))
+    job = run.job_of_training(2, snakemake)
     cluster.run("scancel", job)
     printed = run.ends(snakemake, 1)
-    assert re.search(rf"train \(tiny_mode.seed2.tiny.k4\) .*SLURM job {job} on node\d\)", printed), printed
-    saved = int(re.search(r"asked to stop: step (\d+) is saved", run.log(2))[1])
-    run.call(*long(2, 400))
-    resumed = re.search(r"resuming at ([\d,]+) of ([\d,]+) steps", run.log(2))
-    assert [int(number.replace(",", "")) for number in resumed.groups()] == [saved, 2000]
+    assert re.search(rf"train \(tiny_mode.seed2.tiny.k4\) .*\(SLURM job {job} on node\d\)", printed), printed
+    saved = run.saved(2)
+    assert saved and run.resumed(2, run.start(*endless(2))) == saved
 
 
-def test_after_snakemake_is_killed_a_second_run_is_told_and_the_next_recovers(run, finished, cluster):
-    snakemake = run.start(*long(3, 1200))
-    job = run.job_of_training(3)
+def test_after_snakemake_is_killed_a_second_run_is_told_and_the_next_recovers(run, finished, cluster, endless):
+    snakemake = run.start(*endless(3))
+    job = run.job_of_training(3, snakemake)
     snakemake.send_signal(signal.SIGKILL)
     snakemake.wait()
     assert cluster.running("train") == job
-    told = run.call(*long(3, 1200), expect=1)
+    told = run.call(*endless(3), expect=1)
     assert f"another run is at work on a job of this one (SLURM job {job} on node" in told
     assert f"scancel {job}" in told
     cluster.run("scancel", job)
     cluster.wait_for(lambda: not cluster.queue(), "end of the orphan")
-    saved = int(re.search(r"asked to stop: step (\d+) is saved", run.log(3))[1])
-    snakemake = run.start(*long(3, 1200))
-    cluster.wait_for(lambda: "resuming at" in run.log(3), "resumed training")
-    assert f"resuming at {saved:,} of" in run.log(3)
-    snakemake.send_signal(signal.SIGINT)  # cancels its job
-    assert "the same command resumes" in run.ends(snakemake, 1)
-    cluster.wait_for(lambda: not cluster.queue(), "end of the training")
+    saved = run.saved(3)
+    assert run.resumed(3, run.start(*endless(3))) == saved
 
 
-def test_a_job_at_its_time_limit_is_retried_where_it_was(run, finished, cluster):
-    limit = ["--set-resources", "train:runtime=1", "train:slurm_extra='--signal=TERM@40'", "--retries", "4"]
-    printed = run.ends(run.start(*long(4, 1600), *limit), seconds=500)
-    assert "Trying to restart job" in printed and "resuming at" in run.log(4)
+def test_a_job_at_its_time_limit_is_retried_where_it_was(run, finished, endless):
+    limit = ["--set-resources", "train:runtime=1", "train:slurm_extra='--signal=TERM@40'", "--retries", "3"]
+    snakemake = run.start(*endless(4), *limit)
+    job = run.job_of_training(4, snakemake)
+    assert run.resumed(4, snakemake) > 0
+    printed = run.output.read_text()
+    assert f"did not finish (SLURM job {job} on node" in printed and "Trying to restart job" in printed
 
 
-def test_a_preempted_training_goes_on_where_it_was(run, finished, cluster):
-    snakemake = run.start(*long(5, 600))
-    job = run.job_of_training(5)
+def test_a_preempted_training_goes_on_where_it_was(run, finished, cluster, endless):
+    snakemake = run.start(*endless(5))
+    job = run.job_of_training(5, snakemake)
     urgent = ["-p", "urgent", "-N", "2", "--exclusive", "--wrap", "sleep 2", "-o", "/dev/null", "--mem=0"]
     cluster.run("sbatch", *urgent)
-    cluster.wait_for(lambda: "resuming at" in run.log(5), "requeued training", 180)
-    run.ends(snakemake)
-    assert f"launch: SLURM job {job} on" in run.log(5)
+    assert run.resumed(5, snakemake) > 0
+    # The same job, which SLURM has queued again; Snakemake saw no failure.
+    assert f"launch: SLURM job {job} on" in run.log(5) and "did not finish" not in run.output.read_text()
 
 
-def test_a_training_on_a_node_that_dies_goes_on_on_another(run, finished, cluster):
-    snakemake = run.start(*long(6, 600), "--retries", "3")
-    run.job_of_training(6)
+def test_a_training_on_a_node_that_dies_goes_on_on_the_other(run, finished, cluster, endless):
+    snakemake = run.start(*endless(6), "--retries", "3")
+    run.job_of_training(6, snakemake)
     node = re.search(r"launch: SLURM job \d+ on (\w+)", run.log(6))[1]
+    cluster.wait_for(lambda: re.search(r"train: \d{2,}/", run.log(6)), "checkpoint")
     try:
         cluster.kill_node(node)
-        cluster.wait_for(lambda: "resuming at" in run.log(6), "training on the other node", 180)
+        assert run.resumed(6, snakemake) > 0
         assert f"on {node}:" not in run.log(6)
-        run.ends(snakemake)
     finally:
         cluster.start_node(node)
 

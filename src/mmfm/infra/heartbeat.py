@@ -9,13 +9,12 @@ at one step (a checkpoint of gigabytes, the first compilation) goes on beating; 
 import contextlib
 import json
 import os
-import socket
 import threading
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from mmfm.infra import disk, progress
+from mmfm.infra import disk, nodes, progress
 
 FILE, _PARTIAL = "progress.json", ".progress.json.partial"
 FILES = (FILE, _PARTIAL)
@@ -166,7 +165,7 @@ class Heartbeat:
             counted.unit if counted else "",
             round(counted.rate(), 4) if counted else 0.0,
             counted.note if counted else "",
-            socket.gethostname(),
+            nodes.name(),
             os.getpid(),
             os.environ.get("SLURM_JOB_ID", ""),
             _machine(),

@@ -154,7 +154,7 @@ class Record:
         self._group_log = ""
 
     def keep(self, record: logging.LogRecord) -> bool:
-        """Note a record; all pass."""
+        """Note a record; all pass, except for jobs that have not failed themselves."""
         text, event = str(record.msg), getattr(record, "event", None)
         self.stopped |= text.startswith(_BY_USER)
         if event == "error":
@@ -163,6 +163,8 @@ class Record:
             self._group_log = next(iter(record.__dict__["aux_logs"]), "")
         elif event == "job_error":
             found = self.failure(record)
+            if record.__dict__.get("indent") and not (found.log and found.log.exists()):
+                return False  # of a group, and not yet begun when another job of it failed
             self._jobs[found.number] = found
             if found.refused():
                 self.on_refusal(found.rule)
@@ -214,7 +216,7 @@ class Brief(logging.Formatter):
             return self._others.format(record)
         one = self._found.failure(record)
         logs = ", ".join(filter(None, (str(one.log or ""), one.slurm_log))) or "none"
-        why = f": {one.reason({})}" if one.message else ""
+        why = f": {one.reason({})}" if one.message or one.slurm_log else ""
         return f"{one.name} did not finish{one.place()}{why}; its log: {logs}"
 
 

@@ -187,4 +187,8 @@ def test_a_failure_on_a_cluster_says_why_at_once(tmp_path):
         f"{tmp_path}/train.x.log, slurm/12.log"
     )
     found.keep(record("Error in group a", "group_error", aux_logs=["slurm/13.log"]))
-    assert found.failure(job_error(2, tmp_path / "train.x.log", indent=True)).slurm_log == "slurm/13.log"
+    grouped = job_error(2, tmp_path / "train.x.log", indent=True)
+    assert found.failure(grouped).slurm_log == "slurm/13.log"
+    assert not found.keep(grouped) and not found.failures()  # it has no log, so it was not its fault
+    (tmp_path / "train.x.log").write_text("train: error: K is too large\n")
+    assert found.keep(grouped) and [one.number for one in found.failures()] == [2]
