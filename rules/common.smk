@@ -136,6 +136,9 @@ MACHINE = jobs.Machine(
     gpus=limit("gpu") if limit("gpu_per_node") is None else limit("gpu_per_node"),
     strict=workflow.is_main_process,
 )
+if not workflow.is_main_process:
+    # A job sees the GPUs of its own node. Snakemake would cut a job's on all of its nodes down to these.
+    workflow.global_resources["gpu"] = sys.maxsize
 # Stages that can run in parallel on a CPU take half of the cores each.
 HALF = ["extract", "fit_gmm", "fid_reference", "fid"]
 

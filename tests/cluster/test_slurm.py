@@ -53,8 +53,6 @@ class Run:
     def command(self, *arguments: str) -> list[str]:
         """Return Snakemake's command line with the profile of this cluster."""
         profiles = ["--profile", "cluster", "--workflow-profile", "none"]
-        if "--workflow-profile" in arguments:
-            profiles = profiles[:2]
         files = [] if "--configfile" in arguments else ["--configfile", "tiny.yaml"]
         return [sys.executable, "-m", "snakemake", *arguments, *files, *profiles]
 
@@ -181,10 +179,15 @@ def test_the_whole_pipeline_runs_as_jobs(run, finished):
     assert "Nothing to be done" in run.call("results/fid/tiny_mode.txt")
 
 
+def two_nodes(*extra: str) -> list[str]:
+    """Return the arguments for a training on two nodes: profiles/slurm-multinode, with fewer GPUs on a node."""
+    profile = yaml.safe_load((ROOT / "profiles" / "slurm-multinode" / "config.yaml").read_text())
+    given = profile["set-resources"]["train"] | {"slurm_extra": f"'{' '.join(['--signal=TERM@180', *extra])}'"}
+    return ["--set-resources", *(f"train:{name}={value}" for name, value in given.items())]
+
+
 def test_a_training_across_two_nodes(run, finished, cluster):
-    more = ["--workflow-profile", str(ROOT / "profiles" / "slurm-multinode"), "--config", "processes=2"]
-    extra = ["--set-resources", *(f"train:{pair}" for pair in ("nodes=2", "tasks=2", "mpi=srun", "tasks_per_gpu=0"))]
-    run.call(f"{run.training(1)}/ema.safetensors", *more, *extra)
+    run.call(f"{run.training(1)}/ema.safetensors", *two_nodes(), "--config", "processes=2")
     nodes = re.findall(r"launch: SLURM job (\d+) on (\w+): 1 process, 2 threads", run.log(1))
     assert sorted(node for _, node in nodes) == ["node1", "node2"] and len({job for job, _ in nodes}) == 1
     history = read_history(run.folder / run.training(1) / "history.jsonl")
@@ -249,10 +252,20 @@ def test_a_training_on_a_node_that_dies_goes_on_on_the_other(run, finished, clus
         cluster.start_node(node)
 
 
-def test_a_gpu_job_has_its_gpus_and_says_why_it_can_not_use_them(run, finished, cluster):
+GPUS = ["--config", "gpus=auto", "--resources", "gpu=4", f"gpu_per_node={slurm.GPUS}"]
+
+
+def test_a_gpu_job_has_its_gpus_and_says_why_it_can_not_use_them(run, finished):
     """The stand-ins have no driver, as a node on which it is broken."""
-    gpus = ["--config", "gpus=2", "--resources", "gpu=4", "gpu_per_node=2", "--retries", "2"]
-    printed = run.call(f"{run.training(7)}/ema.safetensors", *gpus, expect=1)
+    printed = run.call(f"{run.training(7)}/ema.safetensors", *GPUS, "--retries", "2", expect=1)
     assert re.search(r"launch: SLURM job \d+ on node\d: 2 GPUs, 2 threads", run.log(7)), run.log(7)
     assert re.search(r"this job has GPU 0,1 on node\d, but PyTorch .* can't use it", printed), printed
     assert "Trying to restart" not in printed  # the same again would fail again
+
+
+def test_a_gpu_job_across_two_nodes_has_the_gpus_of_both(run, finished):
+    printed = run.call(f"{run.training(8)}/ema.safetensors", *GPUS, *two_nodes("--gpus-per-node=2"), expect=1)
+    begun = re.findall(r"launch: SLURM job \d+ on (node\d): 2 GPUs, 2 threads", run.log(8))
+    # The first error ends both nodes, perhaps before the second has begun.
+    assert begun and set(begun) <= set(slurm.NODES), run.log(8)
+    assert re.search(r"this job has GPU 0,1 on node\d, but PyTorch .* can't use it", printed), printed
