@@ -16,6 +16,9 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     HOME=/tmp \
     XDG_CACHE_HOME=/tmp/cache
 
+# Compiled models (train.compile, sample.compile) need a C compiler at run time.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+
 WORKDIR /opt/mmfm
 
 # Dependencies in a layer of their own, which a change of the code leaves alone.

@@ -47,12 +47,12 @@ if not IMPORTED:
     shorten_errors()
 
 
-def stop_retrying(name):
-    """Retry no more: neither jobs of that name nor of their group. What a stage refuses once, it refuses again."""
-    (failed,) = (each for each in workflow.rules if each.name == name)
-    for each in workflow.rules:
-        if each is failed or (failed.group and each.group == failed.group):
-            each.restart_times = 0
+def stop_retrying(number):
+    """Retry a job no more, nor its group. What a stage refuses once, it refuses again."""
+    for job in workflow.dag.jobs:
+        if workflow.dag.jobid(job) == number and job.rule.module_globals is globals():
+            for each in (job, workflow.dag.get_job_group(job) or job):
+                each.attempt = each.restart_times + 1
 
 
 FAILED.on_refusal = stop_retrying
@@ -124,20 +124,22 @@ def limit(name):
 
 
 def given_resources(rule):
-    """Return what --set-resources gives to a rule."""
-    return {
-        name: value.raw for name, value in workflow.resource_settings._parsed_overwrite_resources.get(rule, {}).items()
-    }
+    """Return what --set-resources gives to a rule, by the name that an importing workflow may have changed."""
+    given = workflow.resource_settings._parsed_overwrite_resources
+    return {name: value.raw for name, value in given.get(workflow.modifier.modify_rulename(rule), {}).items()}
 
 
 # Where a profile sends jobs to other machines, `max-threads` and `gpu_per_node` say what one of them has.
 MACHINE = jobs.Machine(
     cores=workflow.resource_settings.max_threads or workflow.cores or 1,
     gpus=limit("gpu") if limit("gpu_per_node") is None else limit("gpu_per_node"),
-    strict=workflow.is_main_process,
+    total=limit("gpu"),
 )
-if not workflow.is_main_process:
-    # A job sees the GPUs of its own node. Snakemake would cut a job's on all of its nodes down to these.
+if workflow.is_main_process:
+    jobs.tell_jobs(MACHINE)
+else:
+    MACHINE = jobs.told("machine", MACHINE)
+    # Snakemake would cut a job's GPUs on all of its nodes down to those of the first.
     workflow.global_resources["gpu"] = sys.maxsize
 # Stages that can run in parallel on a CPU take half of the cores each.
 HALF = ["extract", "fit_gmm", "fid_reference", "fid"]
@@ -322,12 +324,14 @@ def training_mem_mb(wildcards):
 
 
 def demanded_steps(wildcards):
-    """Return the steps of a training whose weights the named targets ask for.
-
-    A job that a scheduler runs with a Snakemake of its own knows no other target; `train.milestone_steps` is for these.
-    """
+    """Return the steps of a training whose weights the named targets ask for."""
+    if workflow.is_main_process:
+        named = [name for name in workflow.dag_settings.targets if ".step" in name]
+        jobs.tell_jobs(MACHINE, named)
+    else:
+        named = jobs.told("targets", [])
     steps = set()
-    for name in workflow.dag_settings.targets:
+    for name in named:
         try:
             target = targets.parse_target(name, C)
         except ValueError:
@@ -461,7 +465,8 @@ def unknown_target(wildcards):
 def refuse_start():
     """Fail if there is no scheduler to submit to, or if a job of another run is still at work on a job of this one."""
     if workflow.is_main_process:
-        checked(jobs.require_scheduler, workflow.executor_plugin.name, document="docs/cluster.md")
+        about = workflow.executor_plugin.name, workflow.resource_settings.max_threads
+        checked(jobs.require_cluster, *about, limit("gpu"), limit("gpu_per_node"), document="docs/cluster.md")
         checked(
             locks.refuse_logs_in_use, [log for job in workflow.dag.needrun_jobs() for log in job.log], document=RUNS
         )

@@ -179,10 +179,10 @@ def test_the_whole_pipeline_runs_as_jobs(run, finished):
     assert "Nothing to be done" in run.call("results/fid/tiny_mode.txt")
 
 
-def two_nodes(*extra: str) -> list[str]:
+def two_nodes(*extra: str, signal: str = "TERM@180") -> list[str]:
     """Return the arguments for a training on two nodes: profiles/slurm-multinode, with fewer GPUs on a node."""
     profile = yaml.safe_load((ROOT / "profiles" / "slurm-multinode" / "config.yaml").read_text())
-    given = profile["set-resources"]["train"] | {"slurm_extra": f"'{' '.join(['--signal=TERM@180', *extra])}'"}
+    given = profile["set-resources"]["train"] | {"slurm_extra": f"'{' '.join([f'--signal={signal}', *extra])}'"}
     return ["--set-resources", *(f"train:{name}={value}" for name, value in given.items())]
 
 
@@ -229,6 +229,14 @@ def test_a_job_at_its_time_limit_is_retried_where_it_was(run, finished, endless)
     assert f"did not finish (SLURM job {job} on node" in printed and "Trying to restart job" in printed
 
 
+def test_a_job_on_two_nodes_at_its_time_limit_is_retried(run, finished, endless):
+    """srun's own complaints in the log are no refusal of the stage."""
+    limit = [*two_nodes(signal="TERM@40"), "train:runtime=1", "--retries", "3", "--config", "processes=2"]
+    snakemake = run.start(*endless(10), *limit)
+    run.job_of_training(10, snakemake)
+    assert run.resumed(10, snakemake) > 0
+
+
 def test_a_preempted_training_goes_on_where_it_was(run, finished, cluster, endless):
     snakemake = run.start(*endless(5))
     job = run.job_of_training(5, snakemake)
@@ -261,6 +269,13 @@ def test_a_gpu_job_has_its_gpus_and_says_why_it_can_not_use_them(run, finished):
     assert re.search(r"launch: SLURM job \d+ on node\d: 2 GPUs, 2 threads", run.log(7)), run.log(7)
     assert re.search(r"this job has GPU 0,1 on node\d, but PyTorch .* can't use it", printed), printed
     assert "Trying to restart" not in printed  # the same again would fail again
+
+
+def test_a_gpu_job_that_takes_a_part_of_a_node_has_a_part_of_its_cores(run, finished):
+    some = ["--config", "gpus=1", *GPUS[2:]]
+    printed = run.call(f"{run.training(9)}/ema.safetensors", *some, expect=1)
+    assert re.search(r"launch: SLURM job \d+ on node\d: 1 GPU, 1 thread\n", run.log(9)), run.log(9)
+    assert "this job has GPU 0 on node" in printed or "this job has GPU 1 on node" in printed
 
 
 def test_a_gpu_job_across_two_nodes_has_the_gpus_of_both(run, finished):

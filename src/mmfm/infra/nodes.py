@@ -4,6 +4,7 @@ The launcher on the first node starts itself again on every node by srun and pas
 torchrun's agents meet, the versions that all must have, and a file that all must see.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -165,10 +166,10 @@ def _versions() -> str:
 def _marker() -> Path:
     """Make an empty file in the folder of results, and return its path."""
     folder = Path("results") if Path("results").is_dir() else Path()
-    old = folder.resolve().glob(".seen-by-all-nodes-*")
-    for path in old:
-        if time.time() - path.stat().st_mtime > 3600:
-            path.unlink(missing_ok=True)
+    for path in folder.resolve().glob(".seen-by-all-nodes-*"):
+        with contextlib.suppress(FileNotFoundError):  # another job may be at it
+            if time.time() - path.stat().st_mtime > 3600:
+                path.unlink()
     handle, path_here = tempfile.mkstemp(prefix=".seen-by-all-nodes-", dir=folder.resolve())
     os.close(handle)
     return Path(path_here)

@@ -13,7 +13,7 @@ from pathlib import Path
 MOST = 5
 """Failed jobs that a summary lists."""
 
-_ERROR = re.compile(r"^(?:mmfm )?\w+: error: (.+)$", re.MULTILINE)
+_ERROR = re.compile(r"^(?:mmfm )?(?!srun|slurm)\w+: error: (.+)$", re.MULTILINE)
 _EXCEPTION = re.compile(r"^(?:\[?rank ?\d+\]?: )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.MULTILINE)
 _STATUS = re.compile(r"returned non-zero exit status (\d+)|died with <Signals\.\w+: (\d+)>")
 _OUT_OF_MEMORY = re.compile(r"SIGKILL|killed by signal: Killed|exitcode\s*: -9")
@@ -23,7 +23,6 @@ _SLURM_STATES = {
     "TIMEOUT": "SLURM ended it at its time limit",
     "DEADLINE": "SLURM ended it at its deadline",
     "CANCELLED": "it was cancelled (scancel)",
-    "PREEMPTED": "another job took its place (preempted)",
     "NODE_FAIL": "its node failed",
     "BOOT_FAIL": "its node failed to start",
     "OUT_OF_MEMORY": "memory ran out; raise mem_mb of its rule in the profile (set-resources)",
@@ -33,6 +32,7 @@ _REQUESTS = {_HANGUP, _INTERRUPT, _USER, _TERMINATE}
 _BY_USER = ("Terminating processes on user request", "Will exit after finishing currently running jobs")
 _REPLACED = ("Exiting because a job execution failed", "Complete log(s):", "Elapsed time:")
 _APPENDED = re.compile(r"For further error details see|\n\s*sbatch call:")  # to an executor's message
+_TRANSIENT = re.compile(r"Stale file handle|Input/output error|timed out|Connection reset", re.IGNORECASE)
 _REJECTED = re.compile(r"Batch job submission failed: (?:Invalid|Requested)")
 _FINAL = "At least one job did not complete successfully."
 
@@ -94,7 +94,10 @@ class Failure:
 
     def refused(self) -> bool:
         """Whether the stage or SLURM said what is wrong with it, so that the same again would fail again."""
-        return (_ERROR.search(self._text()) or _REJECTED.search(self.message)) is not None
+        if match := _ERROR.search(self._text()):
+            return not _TRANSIENT.search(match[1])
+        ended = _SLURM.search(self.message)
+        return bool(_REJECTED.search(self.message)) or bool(ended and ended[2] == "OUT_OF_MEMORY")
 
     def place(self) -> str:
         """Return SLURM job and node, as a parenthesis; empty without SLURM."""
@@ -138,14 +141,14 @@ class Record:
     forgotten.
 
     Attributes:
-        on_refusal: called with the rule of a job whose stage said what is wrong, before Snakemake decides on a retry.
+        on_refusal: called with the number of a job that would fail again, before Snakemake decides on a retry.
         refusals: messages of the workflow's own errors, such as a mistake in the configuration.
         stopped: whether the run was asked to stop.
         summarised: whether the summary is printed.
     """
 
     def __init__(self) -> None:
-        self.on_refusal: Callable[[str], None] = lambda rule: None
+        self.on_refusal: Callable[[int], None] = lambda number: None
         self.refusals: list[str] = []
         self.stopped = False
         self.summarised = False
@@ -167,7 +170,7 @@ class Record:
                 return False  # of a group, and not yet begun when another job of it failed
             self._jobs[found.number] = found
             if found.refused():
-                self.on_refusal(found.rule)
+                self.on_refusal(found.number)
         elif event == "job_finished":
             self._jobs.pop(record.__dict__["job_id"], None)
         return True

@@ -1,10 +1,11 @@
 """The parameter, the share of the machine, and the environment of a job."""
 
+import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ def stage_parameter(
     return canonical_json(read.with_keys(**keys).parameter())
 
 
+_TOLD = "MMFM_RUN"
+
+
 @dataclass(frozen=True)
 class Share:
     """What a job takes of the machines: GPUs and processes of the whole job, its nodes, and threads on each node."""
@@ -59,12 +63,12 @@ class Machine:
     Attributes:
         cores: CPU cores.
         gpus: GPUs; the limit of the resource ``gpu_per_node`` in the profile, or of ``gpu``; None without either.
-        strict: whether to refuse more GPUs than there are. Not in a job: it sees no more than it was given.
+        total: GPUs that all jobs together may take, the limit of ``gpu``; None without one.
     """
 
     cores: int
     gpus: int | None
-    strict: bool = True
+    total: int | None = None
 
     def share(
         self, rule: str, wanted: str | int, processes: int, *, part: int = 1, given: Mapping[str, Any] | None = None
@@ -78,8 +82,8 @@ class Machine:
             given: the rule's values of ``--set-resources``, which win.
 
         Raises:
-            ValueError: there are not so many GPUs on a node (Snakemake would silently clamp the number), or they can't
-                be divided among the nodes.
+            ValueError: a node, or all jobs together, have fewer GPUs (Snakemake would silently take those), or nodes
+                can't share them evenly.
         """
         given = given or {}
         nodes = int(given.get("nodes", 1))
@@ -90,11 +94,15 @@ class Machine:
         if gpus % nodes:
             raise ValueError(f"{source} is {gpus}, which {nodes} nodes can't share evenly; take a multiple of {nodes}")
         each = gpus // nodes
-        if self.strict and self.gpus is not None and each > self.gpus:
+        if self.gpus is not None and each > self.gpus:
             raise ValueError(
-                f"{source} is {each}{' per node' if nodes > 1 else ''}, but only {self.gpus} are available (the limit "
-                "of the resource 'gpu_per_node', or 'gpu', in the profile); lower it, set it to auto, or raise the "
-                "limit with --resources gpu=N"
+                f"{source} is {each}{' per node' if nodes > 1 else ''}, but a node has {self.gpus} (the limit of the "
+                "resource 'gpu_per_node', or 'gpu', in the profile); lower it, or set it to auto"
+            )
+        if self.total is not None and gpus > self.total:
+            raise ValueError(
+                f"{nodes} nodes with {each} GPUs each are {gpus}, but all jobs together may take {self.total} (the "
+                "limit of the resource 'gpu' in the profile); raise it, or take fewer nodes"
             )
         threads = self.cores * each // self.gpus if each and self.gpus else self.cores // part
         return Share(gpus, gpus or processes, nodes, max(1, min(self.cores, threads)))
@@ -117,8 +125,42 @@ def gpus_per_node(wanted: str | int, limit: int | None) -> int:
     return wanted
 
 
-def require_scheduler(executor: str) -> None:
-    """Raise ValueError if the scheduler to which an executor submits jobs is not on this machine."""
+def tell_jobs(machine: Machine, targets: Sequence[str] = ()) -> None:
+    """Leave in the environment what the jobs' own Snakemakes can't know: the profile's machine, and the targets.
+
+    On a node, Snakemake reads neither this run's profile nor its command line; it sees the GPUs of its job, and no target
+    but its job's. Executors pass the environment on (SLURM's by ``--export=ALL``).
+
+    Args:
+        targets: those that matter to jobs.
+    """
+    os.environ[_TOLD] = canonical_json({"machine": asdict(machine), "targets": list(targets)})
+
+
+def told(name: str, otherwise: Any) -> Any:
+    """Return what :func:`tell_jobs` left, ``machine`` or ``targets``; ``otherwise`` if it left nothing."""
+    if _TOLD not in os.environ:
+        return otherwise
+    found = json.loads(os.environ[_TOLD])[name]
+    return Machine(**found) if name == "machine" else found
+
+
+def require_cluster(executor: str, max_threads: int | None, gpus: int | None, gpus_of_node: int | None) -> None:
+    """Check that jobs can be sent to other machines, if the executor does that.
+
+    Args:
+        max_threads, gpus, gpus_of_node: the profile's ``max-threads``, and its limits of ``gpu`` and ``gpu_per_node``.
+
+    Raises:
+        ValueError: the scheduler is not on this machine, or the profile does not describe the others.
+    """
+    if executor in ("local", "dryrun", "touch"):
+        return
+    if max_threads is None or (gpus and gpus_of_node is None):
+        raise ValueError(
+            "jobs go to other machines, so the profile must say what one of them has: max-threads, and with GPUs the "
+            "resource gpu_per_node (on the command line: --resources gpu=N gpu_per_node=M)"
+        )
     if executor == "slurm" and shutil.which("sbatch") is None:
         raise ValueError(
             "no 'sbatch' on the path; start Snakemake on a login node of the cluster, or leave out SLURM's profile to "

@@ -176,7 +176,7 @@ def _beating(found: Status, now: float, others: Sequence[Path]) -> dict[str, Job
 
 def _heartbeats(results: Path, others: Sequence[Path]) -> Iterator[Path]:
     """Yield the files of heartbeats, without a look into folders of thousands of files."""
-    for folder, names, _ in os.walk(results):
+    for folder, names, _ in os.walk(results, followlinks=True):
         here = Path(folder)
         for name in names:
             if name.startswith("state-") and (here / name / heartbeat.FILE).exists():

@@ -168,12 +168,20 @@ def test_only_what_would_fail_again_is_not_retried(tmp_path):
     found.keep(job_error(1, tmp_path / "cut.log", SLURM_FAILED.format("TIMEOUT")))
     assert not refused
     found.keep(job_error(2, tmp_path / "own.log", SLURM_FAILED.format("FAILED")))
-    assert refused == ["train"]
+    assert refused == [2]
     rejected = "SLURM sbatch failed. The error message was 'sbatch: error: Batch job submission failed: {}'."
     found.keep(job_error(3, tmp_path / "none.log", rejected.format("Socket timed out on send/recv operation")))
-    assert refused == ["train"]
+    assert refused == [2]
     found.keep(job_error(4, tmp_path / "none.log", rejected.format("Invalid partition name specified")))
-    assert refused == ["train", "train"]
+    assert refused == [2, 4]
+    found.keep(job_error(5, tmp_path / "cut.log", SLURM_FAILED.format("OUT_OF_MEMORY")))
+    assert refused == [2, 4, 5]
+    # Neither a file system's hiccup nor what srun says when it ends a step of several nodes.
+    for text in ("train: error: 'a.png': Stale file handle\n", "srun: error: node1: task 0: Exited with exit code 130\n",
+                 "slurmstepd: error: *** STEP 9.0 ON n1 CANCELLED AT 2026-11-26 DUE TO TIME LIMIT ***\n"):  # fmt: skip
+        (tmp_path / "cut.log").write_text(text)
+        found.keep(job_error(6, tmp_path / "cut.log", SLURM_FAILED.format("FAILED")))
+    assert refused == [2, 4, 5]
 
 
 def test_a_failure_on_a_cluster_says_why_at_once(tmp_path):

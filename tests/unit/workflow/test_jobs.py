@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmfm.workflow.jobs import Machine, Share, gpus_per_node, require_scheduler
+from mmfm.workflow.jobs import Machine, Share, gpus_per_node, require_cluster, tell_jobs, told
 
 
 def test_gpus_per_node():
@@ -38,9 +38,9 @@ def test_several_nodes_have_the_gpus_of_each():
 @pytest.mark.parametrize(
     ("wanted", "given", "message"),
     [
-        (16, {}, "'gpus' is 16, but only 8 are available .*gpu_per_node.* raise the limit"),
-        (1, {"gpu": 9}, "'gpu' of 'train' in set-resources is 9, but only 8 are available"),
-        (1, {"gpu": 18, "nodes": 2}, "is 9 per node, but only 8"),
+        (16, {}, "'gpus' is 16, but a node has 8 .*gpu_per_node.*; lower it"),
+        (1, {"gpu": 9}, "'gpu' of 'train' in set-resources is 9, but a node has 8"),
+        (1, {"gpu": 18, "nodes": 2}, "is 9 per node, but a node has 8"),
         (1, {"gpu": 5, "nodes": 2}, "is 5, which 2 nodes can't share evenly; take a multiple of 2"),
     ],
 )
@@ -49,15 +49,29 @@ def test_more_gpus_than_a_node_has(wanted, given, message):
         Machine(cores=64, gpus=8).share("train", wanted, 1, given=given)
 
 
-def test_a_job_does_not_doubt_what_it_was_given():
-    """In a job of a CPU stage, no GPU is visible, whatever the configuration wants for others."""
-    assert Machine(cores=4, gpus=0, strict=False).share("train", 8, 1).gpus == 8
+def test_more_gpus_than_all_jobs_may_take():
+    with pytest.raises(
+        ValueError, match=r"8 nodes with 8 GPUs each are 64, but all jobs together may take 32 .* raise"
+    ):
+        Machine(cores=64, gpus=8, total=32).share("train", "auto", 1, given={"nodes": 8})
 
 
-def test_without_sbatch_there_is_no_submitting(monkeypatch, tmp_path):
+def test_jobs_know_the_machine_and_the_targets_of_their_run(monkeypatch):
+    monkeypatch.delenv("MMFM_RUN", raising=False)
+    assert told("targets", ["x"]) == ["x"]
+    machine = Machine(cores=64, gpus=8, total=32)
+    tell_jobs(machine, ["results/fid/dinov2_mode.step20.txt"])
+    assert (told("machine", None), told("targets", [])) == (machine, ["results/fid/dinov2_mode.step20.txt"])
+
+
+def test_jobs_are_sent_away_only_with_a_scheduler_and_a_description_of_a_node(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    require_scheduler("local")
+    require_cluster("local", None, 8, None)
     with pytest.raises(ValueError, match="no 'sbatch' on the path; start Snakemake on a login node"):
-        require_scheduler("slurm")
+        require_cluster("slurm", 64, 8, 8)
     (tmp_path / "sbatch").touch(mode=0o755)
-    require_scheduler("slurm")
+    require_cluster("slurm", 64, 8, 8)
+    require_cluster("slurm", 64, 0, None)
+    for max_threads, gpus_of_node in ((None, 8), (64, None)):
+        with pytest.raises(ValueError, match=r"must say what one of them has: max-threads, .*gpu_per_node"):
+            require_cluster("slurm", max_threads, 16, gpus_of_node)
