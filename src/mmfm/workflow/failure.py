@@ -31,6 +31,7 @@ _HANGUP, _INTERRUPT, _KILL, _USER, _TERMINATE = 1, 2, 9, 10, 15
 _REQUESTS = {_HANGUP, _INTERRUPT, _USER, _TERMINATE}
 _BY_USER = ("Terminating processes on user request", "Will exit after finishing currently running jobs")
 _REPLACED = ("Exiting because a job execution failed", "Complete log(s):", "Elapsed time:")
+_STOPPED = re.compile(r": stopped(?: at once)?; .*resume", re.MULTILINE)  # what a stage says last
 _APPENDED = re.compile(r"For further error details see|\n\s*sbatch call:")  # to an executor's message
 _TRANSIENT = re.compile(r"Stale file handle|Input/output error|timed out|Connection reset", re.IGNORECASE)
 _REJECTED = re.compile(r"Batch job submission failed: (?:Invalid|Requested)")
@@ -73,7 +74,7 @@ class Failure:
 
     def stopped(self) -> bool:
         """Whether it was asked to stop, as by Ctrl-C or by a scheduler."""
-        return self.signal in _REQUESTS
+        return self.signal in _REQUESTS or _STOPPED.search(self._text()) is not None
 
     def reason(self, mem_mb: Mapping[str, int]) -> str:
         """Return why it failed, in one line.

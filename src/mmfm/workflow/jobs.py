@@ -128,8 +128,8 @@ def gpus_per_node(wanted: str | int, limit: int | None) -> int:
 def tell_jobs(machine: Machine, targets: Sequence[str] = ()) -> None:
     """Leave in the environment what the jobs' own Snakemakes can't know: the profile's machine, and the targets.
 
-    On a node, Snakemake reads neither this run's profile nor its command line; it sees the GPUs of its job, and no target
-    but its job's. Executors pass the environment on (SLURM's by ``--export=ALL``).
+    On a node, Snakemake reads neither this run's profile nor its command line; it sees the GPUs of its job, and no
+    target but its job's. Executors pass the environment on (SLURM's by ``--export=ALL``).
 
     Args:
         targets: those that matter to jobs.

@@ -177,11 +177,21 @@ def test_only_what_would_fail_again_is_not_retried(tmp_path):
     found.keep(job_error(5, tmp_path / "cut.log", SLURM_FAILED.format("OUT_OF_MEMORY")))
     assert refused == [2, 4, 5]
     # Neither a file system's hiccup nor what srun says when it ends a step of several nodes.
-    for text in ("train: error: 'a.png': Stale file handle\n", "srun: error: node1: task 0: Exited with exit code 130\n",
-                 "slurmstepd: error: *** STEP 9.0 ON n1 CANCELLED AT 2026-11-26 DUE TO TIME LIMIT ***\n"):  # fmt: skip
+    for text in (
+        "train: error: 'a.png': Stale file handle\n",
+        "srun: error: node1: task 0: Exited with exit code 130\n",
+        "slurmstepd: error: *** STEP 9.0 ON n1 CANCELLED AT 2026-11-26 DUE TO TIME LIMIT ***\n",
+    ):
         (tmp_path / "cut.log").write_text(text)
         found.keep(job_error(6, tmp_path / "cut.log", SLURM_FAILED.format("FAILED")))
     assert refused == [2, 4, 5]
+
+
+def test_a_stage_that_a_scheduler_stopped_has_not_failed(tmp_path):
+    said = "train: asked to stop: step 43 is saved\ntrain: stopped; run the same command to resume\n"
+    (tmp_path / "train.x.log").write_text(said)
+    one = Failure("train", tmp_path / "train.x.log", SLURM_FAILED.format("FAILED"))
+    assert one.stopped() and summary([one], FINISHED, {}, "own.log")[0] == "stopped; the same command resumes"
 
 
 def test_a_failure_on_a_cluster_says_why_at_once(tmp_path):
