@@ -250,7 +250,7 @@ def test_a_training_on_a_node_that_dies_goes_on_on_the_other(run, finished, clus
     snakemake = run.start(*endless(6), "--retries", "3")
     run.job_of_training(6, snakemake)
     node = re.search(r"launch: SLURM job \d+ on (\w+)", run.log(6))[1]
-    cluster.wait_for(lambda: re.search(r"train: \d{2,}/", run.log(6)), "checkpoint")
+    cluster.wait_for(lambda: re.search(r"train: ([2-9]\d|\d{3,})/", run.log(6)), "checkpoint at step 20")
     try:
         cluster.kill_node(node)
         assert run.resumed(6, snakemake) > 0
@@ -280,6 +280,8 @@ def test_a_gpu_job_that_takes_a_part_of_a_node_has_a_part_of_its_cores(run, fini
 def test_a_gpu_job_across_two_nodes_has_the_gpus_of_both(run, finished):
     printed = run.call(f"{run.training(8)}/ema.safetensors", *GPUS, *two_nodes("--gpus-per-node=2"), expect=1)
     begun = re.findall(r"launch: SLURM job \d+ on (node\d): 2 GPUs, 2 threads", run.log(8))
-    # The first error ends both nodes, perhaps before the second has begun.
     assert begun and set(begun) <= set(slurm.NODES), run.log(8)
-    assert re.search(r"this job has GPU 0,1 on node\d, but PyTorch .* can't use it", printed), printed
+    # The stand-ins of both nodes are the same files, so one node may find those of the other taken.
+    assert re.search(r"this job has GPU 0,1 on node\d, but|2 GPUs requested, but only \d of 2 are free", printed), (
+        printed
+    )

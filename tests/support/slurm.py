@@ -102,8 +102,8 @@ class Cluster:
 
     def _responds(self, name: str) -> bool:
         state = self.run("sinfo", "-h", "-n", name, "-o", "%T").strip()
-        if state.startswith("down"):
-            self.run("scontrol", "update", f"NodeName={name}", "State=RESUME")
+        if state.startswith("down"):  # or no longer: then this fails
+            subprocess.run(["scontrol", "update", f"NodeName={name}", "State=RESUME"], capture_output=True)
         return state.startswith(("idle", "mixed", "allocated"))
 
     def clear(self) -> None:
@@ -172,7 +172,7 @@ SlurmctldPort={controller}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=10
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid
