@@ -222,7 +222,7 @@ def test_after_snakemake_is_killed_a_second_run_is_told_and_the_next_recovers(ru
 
 
 def test_a_job_at_its_time_limit_is_retried_where_it_was(run, finished, endless):
-    limit = ["--set-resources", "train:runtime=1", "train:slurm_extra='--signal=TERM@40'", "--retries", "3"]
+    limit = ["--set-resources", "train:runtime=2", "train:slurm_extra='--signal=TERM@40'", "--retries", "3"]
     snakemake = run.start(*endless(4), *limit)
     job = run.job_of_training(4, snakemake)
     assert run.resumed(4, snakemake) > 0
@@ -232,7 +232,7 @@ def test_a_job_at_its_time_limit_is_retried_where_it_was(run, finished, endless)
 
 def test_a_job_on_two_nodes_at_its_time_limit_is_retried(run, finished, endless):
     """srun's own complaints in the log are no refusal of the stage."""
-    limit = [*two_nodes(signal="TERM@40"), "train:runtime=1", "--retries", "3", "--config", "processes=2"]
+    limit = [*two_nodes(signal="TERM@40"), "train:runtime=2", "--retries", "3", "--config", "processes=2"]
     snakemake = run.start(*endless(10), *limit)
     run.job_of_training(10, snakemake)
     assert run.resumed(10, snakemake) > 0

@@ -188,12 +188,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"launch: error: {error}", file=sys.stderr)
         return 2
     if job := os.environ.get("SLURM_JOB_ID"):
-        given = f"{gpus} GPUs" if gpus else f"{processes} process{'' if processes == 1 else 'es'}"
-        print(
-            f"launch: SLURM job {job} on {several_nodes.name()}: {given}, {threads} threads",
-            file=sys.stderr,
-            flush=True,
-        )
+        given = f"{gpus} GPU{'s' * (gpus != 1)}" if gpus else f"{processes} process{'es' * (processes != 1)}"
+        share = f"{given}, {threads} thread{'s' * (threads != 1)}"
+        print(f"launch: SLURM job {job} on {several_nodes.name()}: {share}", file=sys.stderr, flush=True)
     if held:
         variables["CUDA_VISIBLE_DEVICES"] = variables[HELD] = ",".join(held)
         for lock in locks:  # inherited by the stage or torchrun, which replaces this process
