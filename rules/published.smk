@@ -3,10 +3,18 @@
 
 localrules:
     fetch_encoder,
+    fetch_timm_encoder,
     fetch_published,
     fetch_detector,
     fetched,
     processor,
+
+
+TIMM_MODELS = [
+    about.weights.removeprefix("hf:")
+    for about in C.encoders.values()
+    if about.weights.startswith("hf:") and ENCODER_FAMILIES[about.family].timm
+]
 
 
 # Fetching rules alone need a network. They are no part of the stages, so that ranks never race to download.
@@ -20,7 +28,7 @@ rule fetch_encoder:
     benchmark:
         "<benchmarks>/fetch_encoder.{model}.tsv"
     wildcard_constraints:
-        model="[^/]+/[^/]+",
+        model=rf"(?!{targets.any_of(TIMM_MODELS)}/)[^/]+/[^/]+" if TIMM_MODELS else "[^/]+/[^/]+",
     conda:
         "../envs/mmfm.yaml"
     threads: 1
@@ -30,6 +38,28 @@ rule fetch_encoder:
     shell:
         'python -m mmfm.cli fetch --repository {wildcards.model:q} --folder "$(dirname {output.config:q})"'
         " config.json preprocessor_config.json model.safetensors 2>&1 | tee {log:q}"
+
+
+# timm's models have no preprocessor_config.json.
+rule fetch_timm_encoder:
+    output:
+        config=f"{FETCHED}/models/{{model}}/config.json",
+        weights=f"{FETCHED}/models/{{model}}/model.safetensors",
+    log:
+        "<logs>/fetch_timm_encoder.{model}.log",
+    benchmark:
+        "<benchmarks>/fetch_timm_encoder.{model}.tsv"
+    wildcard_constraints:
+        model=targets.any_of(TIMM_MODELS) if TIMM_MODELS else "(?!)",
+    conda:
+        "../envs/mmfm.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=60,
+    shell:
+        'python -m mmfm.cli fetch --repository {wildcards.model:q} --folder "$(dirname {output.config:q})"'
+        " config.json model.safetensors 2>&1 | tee {log:q}"
 
 
 rule fetch_published:

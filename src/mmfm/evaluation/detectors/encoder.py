@@ -15,16 +15,14 @@ from mmfm.infra import store
 class _Tokens:
     """Computes global tokens after resizing images to the closest whole number of patches within the limits."""
 
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder, self.patch = encoder, encoder.input_size // encoder.grid[0]
+    def __init__(self, family: str, folder: Path, patch: int, encoder: Encoder) -> None:
+        self.family, self.folder, self.patch, self.encoder = family, folder, patch, encoder
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return (B, C) float32 for images (B, 3, S, S) uint8."""
         patches = feature_patches(images.shape[-1], self.patch)
         if self.encoder.grid[0] != patches:
-            old = self.encoder
-            mean, std = old.image_mean.tolist(), old.image_std.tolist()
-            self.encoder = Encoder(old.family, old.model, patches * self.patch, mean, std).to(images.device)
+            self.encoder = load_encoder(self.family, self.folder, patches * self.patch, images.device)
         return self.encoder(to_float(images, images.device)).global_token
 
 
@@ -36,4 +34,6 @@ def load(path: Path, digest: str, device: torch.device) -> Detector:
     identity = store.folder_digest(folder)
     name = f"global tokens of the {family} encoder in {folder} ({encoder.hidden_size} features; not an FID)"
     features_digest = store.fingerprint([identity, MIN_PATCHES, MAX_PATCHES])
-    return Detector(name, features_digest, encoder.hidden_size, False, _Tokens(encoder), device, identity)
+    return Detector(
+        name, features_digest, encoder.hidden_size, False, _Tokens(family, folder, patch, encoder), device, identity
+    )
