@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import mmfm.infra.torchvision_ops  # noqa: F401  # isort: skip  (before transformers and timm)
+
 import numpy as np
 import timm
 import torch
@@ -27,9 +29,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmfm import config, data, stages
+from mmfm import config, data
 from mmfm.autoencoder.encoders import load_encoder
 from mmfm.infra.distributed import Ranks
+from mmfm.stages import extract as module
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OUT = Path(__file__).parent / "results"
@@ -162,7 +165,7 @@ def extracted_and_bare(folder: Path, n: int, rounds: int) -> dict[str, Any]:
     def run_extract(number: int) -> float:
         out, start = folder / f"out{number}", now()
         with loading_timed() as loaded:
-            stages.extract.extract(
+            module.extract(
                 stage, listing, encoder, out / "tokens.zarr", out / "moments.safetensors", Ranks(0, 1, DEVICE)
             )
             return now() - start - loaded[0]
@@ -184,7 +187,7 @@ def extracted_and_bare(folder: Path, n: int, rounds: int) -> dict[str, Any]:
 @contextmanager
 def loading_timed() -> Iterator[list[float]]:
     """Count the seconds that `extract` spends on loading the encoder in the block."""
-    seconds, load = [0.0], stages.extract.load_encoder
+    seconds, load = [0.0], module.load_encoder
 
     def timed(*arguments: Any) -> Any:
         start = now()
@@ -193,7 +196,7 @@ def loading_timed() -> Iterator[list[float]]:
         finally:
             seconds[0] += now() - start
 
-    with mock.patch.object(stages.extract, "load_encoder", timed):
+    with mock.patch.object(module, "load_encoder", timed):
         yield seconds
 
 

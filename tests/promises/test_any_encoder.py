@@ -13,7 +13,8 @@ from transformers import IJepaConfig, IJepaModel, ViTMSNConfig, ViTMSNModel
 from support.checkout import link_workflow
 from support.encoders import scramble, write_hf, write_timm
 from support.places import ROOT
-from support.tiny import write_images
+from support.stage_commands import Stage, digests
+from support.tiny import write_images, write_listing
 
 SIZES = {"hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "patch_size": 8}
 LATENTS = {"msn": [40, 6, 6], "eva": [24, 4, 4]}
@@ -82,3 +83,17 @@ def test_a_dry_run_says_what_is_no_encoder(tmp_path):
     ):
         done = snakemake(tmp_path, f"results/fid/{name}_mode.txt", "-n", input_size=36)
         assert done.returncode and said in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_makes_the_same_tokens(tmp_path):
+    sizes = {"embed_dim": 24, "depth": 1, "num_heads": 2, "patch_size": 8}
+    folder = write_timm(tmp_path / "siglip", "vit_base_patch16_siglip_224", **sizes)
+    listing = write_listing(tmp_path / "listing", write_images(tmp_path / "images", 47))
+    outputs = {"--out-tokens": "cls_tokens.zarr", "--out-moments": "moments.safetensors"}
+    stage = Stage("extract", {"--listing": listing, "--encoder-weights": folder}, outputs, tmp_path / "1")
+    made = []
+    for world in (1, 2, 3):
+        stage.run(tmp_path / str(world), world=world, encoder={"family": "timm", "precision": "bf16"})
+        made.append(digests(tmp_path / str(world)))
+    assert made[0] and made[1:] == made[:1] * 2

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mmfm.autoencoder.decoder import load_decoder
+from mmfm.config import keys_of_kind
 from mmfm.generation.sampler import trained_means
 from mmfm.infra import disk, model_folder, store
 from mmfm.mixture.gaussian import Mixture
@@ -58,7 +59,7 @@ def export(target: Path, out: Path, layout: str, licence: str) -> list[Path]:
         "layout": layout,
         "names": {**found.names, "training": "*", "modes": "*"},
         "sample": asdict(found.sample),
-        "encoder": asdict(found.encoder),
+        "encoder": keys_of_kind(found.encoder, "identity"),
         "image_size": found.image_size,
         "seed": found.seed,
         "model": weights["model"],

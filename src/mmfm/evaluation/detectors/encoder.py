@@ -39,6 +39,4 @@ def load(path: Path, digest: str, device: torch.device) -> Detector:
     identity = store.folder_digest(folder)
     name = f"global tokens of the {family} encoder in {folder} ({encoder.hidden_size} features; not an FID)"
     features_digest = store.fingerprint([identity, MIN_PATCHES, MAX_PATCHES])
-    return Detector(
-        name, features_digest, encoder.hidden_size, False, _Tokens(encoder, at), device, identity
-    )
+    return Detector(name, features_digest, encoder.hidden_size, False, _Tokens(encoder, at), device, identity)
