@@ -13,8 +13,8 @@ from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 
 from mmfm import config as mmfm_config
-from mmfm.config.choices import DETECTORS, INCEPTION_FILE, INCEPTION_URL
-from mmfm.infra.store import MODEL_FILES, canonical_json
+from mmfm.config.choices import DETECTORS, ENCODER_FAMILIES, INCEPTION_FILE, INCEPTION_URL
+from mmfm.infra.store import canonical_json, model_files
 from mmfm.published import layout
 from mmfm.workflow import checks, facts, failure, jobs, last_run, locks, outlook, targets
 from mmfm.workflow.resources import Estimator
@@ -151,8 +151,8 @@ def share(rule, gpus=C.gpus):
     return checked(lambda: MACHINE.share(rule, gpus, C.processes, part=part, given=given_resources(rule)))
 
 
-# Estimated resources by stage, which some schedulers enforce; `mmfm scale` prints the same numbers. They use the first
-# encoder, since encoders differ little.
+# Estimated resources by stage, which some schedulers enforce; `mmfm scale` prints the same numbers. They are those of
+# the largest encoder.
 FACTS = facts.gather(C, RESULTS)
 SHARES = {stage: share(stage) for stage, about in mmfm_config.STAGES.items() if about.estimated}
 SHARES["latent_stats"] = jobs.Share(gpus=0, processes=1, nodes=1, threads=1)
@@ -160,9 +160,10 @@ SHARES["latent_stats"] = jobs.Share(gpus=0, processes=1, nodes=1, threads=1)
 
 def estimator(share, config=C):
     """Return the estimates for jobs with a share of the machines."""
-    return Estimator(config, ENCODERS[0], share.processes, share.gpus > 0, FACTS)
+    return Estimator(config, LARGEST, share.processes, share.gpus > 0, FACTS)
 
 
+LARGEST = max(ENCODERS, key=lambda name: Estimator(C, name, 1, False, FACTS).encoder.flops)
 RESOURCES = {stage: getattr(estimator(share), stage)() for stage, share in SHARES.items()}
 # Of one node.
 MEM_MB = {stage: RESOURCES[stage].mem_mb(share.processes_per_node, share.gpus > 0) for stage, share in SHARES.items()}
@@ -245,12 +246,17 @@ def encoder_folder(name):
     return f"{FETCHED}/models/{weights.removeprefix('hf:')}" if weights.startswith("hf:") else weights
 
 
+def names_of_files(encoder):
+    """Return the names of the files that a section of `encoders` needs."""
+    return model_files(ENCODER_FAMILIES[encoder.family].timm)
+
+
 def encoder_files(wildcards):
     """Return the files of a job's encoder."""
     folder = encoder_folder(wildcards.encoder)
     if folder == C.encoders[wildcards.encoder].weights:
         checked(checks.encoder, wildcards.encoder, C.encoders[wildcards.encoder])
-    return [f"{folder}/{name}" for name in MODEL_FILES]
+    return [f"{folder}/{name}" for name in names_of_files(C.encoders[wildcards.encoder])]
 
 
 def given(key, path, remedy):

@@ -125,7 +125,7 @@ def fetchable(_):
     for name, encoder in C.encoders.items():
         family = encoder.family
         if encoder.weights.startswith("hf:") and C.train.weights != "published":
-            found += [f"{encoder_folder(name)}/{file}" for file in MODEL_FILES]
+            found += [f"{encoder_folder(name)}/{file}" for file in names_of_files(encoder)]
         places = {
             layout.decoder: C.decoder.weights,
             layout.statistics: C.latent_stats.weights,

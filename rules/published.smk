@@ -1,6 +1,13 @@
 """Fetching: encoders, published files, the detector's weights."""
 
 
+TIMM_MODELS = [
+    about.weights.removeprefix("hf:")
+    for about in C.encoders.values()
+    if about.weights.startswith("hf:") and ENCODER_FAMILIES[about.family].timm
+]
+
+
 # Fetching rules alone need a network. They are no part of the stages, so that ranks never race to download.
 rule fetch_encoder:
     output:
@@ -12,7 +19,7 @@ rule fetch_encoder:
     benchmark:
         "<benchmarks>/fetch_encoder.{model}.tsv"
     wildcard_constraints:
-        model="[^/]+/[^/]+",
+        model=rf"(?!{targets.any_of(TIMM_MODELS)}/)[^/]+/[^/]+" if TIMM_MODELS else "[^/]+/[^/]+",
     localrule: True
     conda:
         "../envs/mmfm.yaml"
@@ -23,6 +30,29 @@ rule fetch_encoder:
     shell:
         'python -m mmfm.cli fetch --repository {wildcards.model:q} --folder "$(dirname {output.config:q})"'
         " config.json preprocessor_config.json model.safetensors 2>&1 | tee {log:q}"
+
+
+# timm's models have no preprocessor_config.json.
+rule fetch_timm_encoder:
+    output:
+        config=f"{FETCHED}/models/{{model}}/config.json",
+        weights=f"{FETCHED}/models/{{model}}/model.safetensors",
+    log:
+        "<logs>/fetch_timm_encoder.{model}.log",
+    benchmark:
+        "<benchmarks>/fetch_timm_encoder.{model}.tsv"
+    wildcard_constraints:
+        model=targets.any_of(TIMM_MODELS) if TIMM_MODELS else "(?!)",
+    localrule: True
+    conda:
+        "../envs/mmfm.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=60,
+    shell:
+        'python -m mmfm.cli fetch --repository {wildcards.model:q} --folder "$(dirname {output.config:q})"'
+        " config.json model.safetensors 2>&1 | tee {log:q}"
 
 
 rule fetch_published:

@@ -1,8 +1,10 @@
-"""Pretrain the demo's encoder on Fashion-MNIST without labels (see ``--help``)."""
+"""Pretrain the demo's encoders on Fashion-MNIST without labels (see ``--help``)."""
 
 import argparse
+import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import mmfm.infra.torchvision_ops  # noqa: F401  # isort: skip  (before transformers, which imports torchvision)
@@ -10,7 +12,15 @@ import mmfm.infra.torchvision_ops  # noqa: F401  # isort: skip  (before transfor
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+from transformers import (
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    PreTrainedModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTMAEConfig,
+    ViTMAEModel,
+)
 
 from fashion_mnist import (
     DEMO,
@@ -28,47 +38,68 @@ from fashion_mnist import (
     save_weights,
     write_json,
 )
+from mmfm.config.choices import ENCODER_FAMILIES
 from mmfm.data.fashion_mnist import sha256
 
 DESCRIPTION = """\
-Pretrain a tiny DINOv2-with-registers encoder on the 60,000 training images of Fashion-MNIST, without labels.
+Pretrain a tiny encoder (DINOv2 with registers, SigLIP or ViT-MAE) on the 60,000 training images of Fashion-MNIST,
+without labels. All learn by the same two losses, whatever the architecture's own training is.
 
 The encoder sees two random views of each image. Its global token learns which views belong together (SimCLR); its patch
 tokens learn to reproduce the pixels, so that a decoder can reconstruct the image.
 Labels are only used for evaluation: the accuracy of 20 nearest neighbours among the global tokens of 5,000 training
 images, and the purity of a ten-component mixture fitted to those of the test images, compared with the same on pixels.
 
-The committed weights were made in two runs of half an hour each on one busy core: first six layers, then ten, the upper
-four of which started as the identity.
+The committed DINOv2 was made in two runs of half an hour each on one busy core: first six layers, then ten, the upper
+four of which started as the identity. The others took one short run each.
   python tools/pretrain_encoder.py --depth 6 --out /tmp/base
   python tools/pretrain_encoder.py --depth 10 --grow /tmp/base --steps 1600 --lr 5e-4 --seed 1
+  python tools/pretrain_encoder.py --family siglip2 --depth 4 --steps 1200 --out resources/demo/siglip2
+  python tools/pretrain_encoder.py --family mae --depth 4 --steps 1200 --out resources/demo/mae
 
 A quick test, in seconds:
   python tools/pretrain_encoder.py --data resources/demo/fashion-mnist --steps 20 --out /tmp/encoder
 """
 REGISTERS, SIZE, PATCH = 4, 32, 8
 MEAN, STD = 0.5, 0.5
+Tokens = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""(B, 3, 32, 32) to patch tokens (B, 16, C) and global tokens (B, C)."""
 
 
-def build_encoder(width: int, depth: int) -> Dinov2WithRegistersModel:
+def build_encoder(family: str, width: int, depth: int) -> PreTrainedModel:
     """Build an encoder of 32x32 RGB images into 16 patch tokens.
 
     The affine part of the final layer norm is not trained, because the pipeline drops it.
     """
-    config = Dinov2WithRegistersConfig(
-        image_size=SIZE,
-        patch_size=PATCH,
-        hidden_size=width,
-        num_hidden_layers=depth,
-        num_attention_heads=width // 32,
-        mlp_ratio=4,
-        num_register_tokens=REGISTERS,
-        drop_path_rate=0.0,
-        layerscale_value=1.0,
-    )
-    encoder = Dinov2WithRegistersModel(config)
-    encoder.layernorm.requires_grad_(False)
+    heads = width // 32
+    sizes = {"image_size": SIZE, "patch_size": PATCH, "hidden_size": width, "num_attention_heads": heads}
+    sizes["num_hidden_layers"] = depth
+    encoder: PreTrainedModel
+    if family == "dinov2":
+        options = {"mlp_ratio": 4, "num_register_tokens": REGISTERS, "drop_path_rate": 0.0, "layerscale_value": 1.0}
+        encoder = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes, **options))
+    elif family == "siglip2":
+        encoder = SiglipVisionModel(SiglipVisionConfig(**sizes, intermediate_size=4 * width))
+    else:
+        encoder = ViTMAEModel(ViTMAEConfig(**sizes, intermediate_size=4 * width, mask_ratio=0.0))
+        # transformers may leave the frozen position embeddings at zero, which would leave the patches without order.
+        encoder.embeddings.position_embeddings.copy_(sinusoidal_positions(SIZE // PATCH, width))
+    encoder.get_submodule(ENCODER_FAMILIES[family].load().final_norm).requires_grad_(False)
     return encoder
+
+
+def sinusoidal_positions(grid: int, width: int) -> Tensor:
+    """Return fixed position embeddings (1, 1 + grid * grid, width) float32: zeros for the global token, then patches.
+
+    A quarter each is the sine and cosine of the column, and of the row.
+
+    Source: He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", appendix A.1.
+    """
+    rates = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    angles = [place.flatten()[:, None] * rates for place in (column, row)]
+    patches = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    return functional.pad(patches, (0, 0, 1, 0))[None]
 
 
 def grow(encoder: Dinov2WithRegistersModel, folder: Path) -> str:
@@ -154,31 +185,31 @@ class Objective(nn.Module):
         )
         self.pixels = nn.Linear(width, PATCH * PATCH)
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, patches: Tensor, whole: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the contrastive and the pixel loss.
 
         Args:
-            tokens: (2B, 1 + R + N, C) float32, first all first views, then all second views.
+            patches: patch tokens (2B, N, C) float32, first all first views, then all second views.
+            whole: global tokens (2B, C) float32.
             targets: (2B, 1, 32, 32) float32 in [0, 1], the views before erasing.
         """
-        projected = functional.normalize(self.projection(tokens[:, 0]), dim=1)
+        projected = functional.normalize(self.projection(whole), dim=1)
         count = len(projected)
         similarity = (projected @ projected.T / self.temperature).fill_diagonal_(-math.inf)
         other_view = (torch.arange(count) + count // 2) % count
         contrast = functional.cross_entropy(similarity, other_view)
-        patches = targets.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).reshape(count, -1, PATCH * PATCH)
-        drawn = self.pixels(tokens[:, 1 + REGISTERS :])
-        return contrast, functional.mse_loss(drawn, (patches - MEAN) / STD)
+        pixels = targets.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).reshape(count, -1, PATCH * PATCH)
+        return contrast, functional.mse_loss(self.pixels(patches), (pixels - MEAN) / STD)
 
 
 @torch.no_grad()
-def encode(encoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def encode(encoder: Tokens, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return global tokens (N, C) and patch tokens (N, 16, C), float32, of images (N, 3, 32, 32) uint8."""
-    tokens = torch.cat([encoder(normalise(x[:, :1] / 255)).last_hidden_state for x in images.split(500)])
-    return tokens[:, 0], tokens[:, 1 + REGISTERS :]
+    parts = [encoder(normalise(x[:, :1] / 255)) for x in images.split(500)]
+    return torch.cat([whole for _, whole in parts]), torch.cat([patches for patches, _ in parts])
 
 
-def evaluate(encoder: nn.Module, train: Split, test: Split) -> dict[str, float]:
+def evaluate(encoder: Tokens, train: Split, test: Split) -> dict[str, float]:
     """Measure nearest-neighbour accuracy and mixture purity of global tokens, and reconstruction from patch tokens.
 
     ``decoded`` is the share of the variance of test pixels explained by a least-squares map from patch tokens, fitted
@@ -215,7 +246,7 @@ def evaluate_pixels(train: Split, test: Split) -> dict[str, float]:
     return {"pixel_knn": knn, "pixel_purity": mixture_purity(queries, test.labels)}
 
 
-def publish(encoder: Dinov2WithRegistersModel, folder: Path, metadata: dict[str, object]) -> None:
+def publish(encoder: PreTrainedModel, folder: Path, metadata: dict[str, object]) -> None:
     """Write an encoder in the Hugging Face layout, weights last, so that a folder with weights is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {**encoder.config.to_diff_dict(), "architectures": [type(encoder).__name__], "dtype": "float16"}
@@ -243,9 +274,10 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=HelpFormatter)
     add_common_arguments(parser, steps=3600)
     parser.add_argument("--out", type=Path, default=DEMO / "encoder", help="output folder (weights and configurations)")
+    parser.add_argument("--family", choices=("dinov2", "siglip2", "mae"), default="dinov2", help="architecture")
     parser.add_argument("--width", type=int, default=96, help="token width, a multiple of 32 (the width of a head)")
     parser.add_argument("--depth", type=int, default=6, help="transformer layers")
-    parser.add_argument("--grow", type=Path, help="folder of a shallower encoder to start from")
+    parser.add_argument("--grow", type=Path, help="folder of a shallower DINOv2 to start from")
     parser.add_argument("--batch", type=int, default=128, help="images per step, two views each")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--temperature", type=float, default=0.2, help="of the contrastive loss")
@@ -253,7 +285,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--min-area", type=float, default=0.6, help="smallest share of the image in a crop")
     parser.add_argument("--tone", type=float, default=0.28, help="strength of gain and gamma changes")
     parser.add_argument("--erase", type=float, default=0.25, help="share of views with an erased rectangle")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.grow and options.family != "dinov2":
+        parser.error(f"--grow needs layer scales, which {options.family} has not; leave it out")
+    return options
 
 
 def build_optimiser(modules: list[nn.Module], lr: float) -> torch.optim.Optimizer:
@@ -280,8 +315,10 @@ def main() -> None:
     torch.manual_seed(options.seed)
     train, test = load_splits(options.data)
     run = describe_run(options, train.digest)
-    encoder = build_encoder(options.width, options.depth)
+    encoder = build_encoder(options.family, options.width, options.depth)
+    tokens_of = functools.partial(ENCODER_FAMILIES[options.family].load().run, encoder)
     if options.grow:
+        assert isinstance(encoder, Dinov2WithRegistersModel)
         run["grown_from"] = grow(encoder, options.grow)
     objective = Objective(options.width, options.temperature)
     optimiser = build_optimiser([encoder, objective], options.lr)
@@ -296,8 +333,8 @@ def main() -> None:
         chosen = batch_indices(step, options.batch, len(train.images), options.seed)
         pixels = train.images[chosen, :1] / 255
         (first, first_target), (second, second_target) = (augment(pixels, options, generator) for _ in range(2))
-        tokens = encoder(normalise(torch.cat([first, second]))).last_hidden_state
-        contrast, drawn = objective(tokens, torch.cat([first_target, second_target]))
+        patches, whole = tokens_of(normalise(torch.cat([first, second])))
+        contrast, drawn = objective(patches, whole, torch.cat([first_target, second_target]))
         optimiser.zero_grad()
         (contrast + options.pixel_weight * drawn).backward()
         nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
@@ -306,14 +343,14 @@ def main() -> None:
         if done % 50 == 0:
             progress.print(done, contrast=contrast.item(), pixels=drawn.item())
         if done % options.evaluate_every == 0 and done < options.steps:
-            print("  " + json.dumps(evaluate(encoder, train, test)), flush=True)
+            print("  " + json.dumps(evaluate(tokens_of, train, test)), flush=True)
         if done % options.checkpoint_every == 0:
             save_checkpoint(checkpoint, run, done, progress.seconds(), **parts)
 
     minutes = round(progress.seconds() / 60, 1)
     # The weights are stored as float16, so evaluate them after rounding.
     encoder.half().float()
-    measures = {**evaluate(encoder, train, test), **evaluate_pixels(train, test)}
+    measures = {**evaluate(tokens_of, train, test), **evaluate_pixels(train, test)}
     metadata = {"script": "tools/pretrain_encoder.py", **run, "measures": measures, "minutes": minutes}
     publish(encoder, options.out, metadata)
     checkpoint.unlink(missing_ok=True)

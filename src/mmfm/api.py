@@ -114,7 +114,9 @@ class Model:
     @cached_property
     def _encoder(self) -> rae.RAE:
         section, folder = self._found.encoder, self._found.encoder_folder()
-        encoder = load_encoder(section.family, folder, section.input_size, self.device)
+        encoder = load_encoder(
+            section.family, folder, section.input_size, self.device, section.precision, section.norm_affine
+        )
         return rae.RAE(encoder, None, *rae.load_statistics(self._found.file("stats"), self.latent_shape))
 
     def encode(self, images: ImageInput) -> Encoded:

@@ -1,7 +1,9 @@
 """The embedded demo: what is committed is whole, documented, and loads through the pipeline's own code."""
 
+import dataclasses
 import gzip
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -9,11 +11,13 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from mmfm import config
 from mmfm.autoencoder.decoder import load_decoder
 from mmfm.autoencoder.encoders import load_encoder
 from mmfm.data.fashion_mnist import CLASSES, pad_to_rgb, read_idx, sha256, unpack
 from mmfm.evaluation.detector import load_detector
-from support.places import DEMO
+from mmfm.workflow import checks
+from support.places import DEFAULTS, DEMO, ROOT
 
 
 def images(n=8):
@@ -29,7 +33,9 @@ def test_the_readme_lists_every_file_with_its_digest():
     assert sum(p.stat().st_size for p in files.values()) < 25e6
 
 
-@pytest.mark.parametrize("name", ["encoder/model", "detector/detector", "decoder/decoder"])
+@pytest.mark.parametrize(
+    "name", ["encoder/model", "siglip2/model", "mae/model", "detector/detector", "decoder/decoder"]
+)
 def test_weights_say_how_they_were_made(name):
     with safe_open(DEMO / f"{name}.safetensors", "pt") as file:
         metadata = file.metadata()
@@ -39,12 +45,33 @@ def test_weights_say_how_they_were_made(name):
     assert re.search("tools/|train_decoder", text) and re.search("[0-9a-f]{64}", text)
 
 
-def test_encoder():
-    encoder = load_encoder("dinov2", DEMO / "encoder", 32)
-    assert 1e6 <= sum(p.numel() for p in encoder.parameters()) <= 2e6
+@pytest.mark.parametrize(("family", "folder"), [("dinov2", "encoder"), ("siglip2", "siglip2"), ("mae", "mae")])
+def test_encoder(family, folder):
+    encoder = load_encoder(family, DEMO / folder, 32)
+    assert 4e5 <= sum(p.numel() for p in encoder.parameters()) <= 2e6
     latent, token = encoder(images().float() / 255)
     assert latent.shape == (8, 96, 4, 4) and token.shape == (8, 96)
     assert latent.isfinite().all() and token.std(0).min() > 1e-3
+    blank = encoder(torch.full((1, 3, 32, 32), 0.5)).latent
+    assert blank.flatten(2).std(2).mean() > 1e-2, "equal patches differ by their positions"
+
+
+def test_three_encoders_are_a_configuration_of_their_own():
+    """Results of the first cost the same with the others: the same parameters but for the decoder's."""
+    own, all_three = (config.load([DEFAULTS, *files]) for files in ([], [ROOT / "config" / "demo-encoders.yaml"]))
+    assert list(own.encoders) == ["dinov2"] and list(all_three.encoders) == ["dinov2", "siglip2", "mae"]
+    assert dataclasses.replace(all_three, encoders=own.encoders, decoder=own.decoder) == own
+    for name, about in all_three.encoders.items():
+        checks.encoder(name, about)
+
+
+def test_all_that_is_committed_stays_small():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    if not files:
+        pytest.skip("no checkout of git")
+    binary = (path for path in files if path.suffix in (".safetensors", ".gz", ".png", ".ipynb", ".zarr", ".npz"))
+    assert sum(path.stat().st_size for path in binary if path.exists()) < 30e6
 
 
 def test_decoder_draws_what_the_encoder_saw():

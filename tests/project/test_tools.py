@@ -35,6 +35,18 @@ def test_pretrain_encoder_and_grow(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["siglip2", "mae"])
+def test_pretrain_other_architectures(family, tmp_path):
+    from mmfm.autoencoder.encoders import load_encoder
+
+    run("pretrain_encoder.py", "--family", family, "--width", 32, "--batch", 16, "--steps", 3, "--depth", 1,
+        "--out", tmp_path / "made")  # fmt: skip
+    latent, token = load_encoder(family, tmp_path / "made", 32)(torch.full((1, 3, 32, 32), 0.5))
+    assert latent.shape == (1, 32, 4, 4) and token.shape == (1, 32)
+    assert latent.flatten(2).std(2).mean() > 1e-2, "equal patches differ by their positions"
+
+
+@pytest.mark.slow
 def test_train_detector(tmp_path):
     from mmfm.evaluation.detector import load_detector
 

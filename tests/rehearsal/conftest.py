@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -11,6 +12,8 @@ import mmfm.infra.torchvision_ops  # noqa: F401  (before transformers is importe
 from mmfm import config
 from mmfm.autoencoder.decoder import Decoder, DecoderConfig
 from mmfm.autoencoder.encoders import Encoder
+from mmfm.autoencoder.families import dinov2
+from mmfm.autoencoder.family import Backbone
 from mmfm.autoencoder.rae import RAE
 from mmfm.config import Config
 from mmfm.config.choices import SETTINGS
@@ -103,5 +106,6 @@ def autoencoder(full: Config) -> RAE:
     sizes = DecoderConfig(SHAPE[0], d.hidden_size, d.intermediate_size, d.num_heads, d.num_layers, 16, 256)
     with META, mock.patch.object(Decoder, "initialize_weights"):
         model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(image_size=518, patch_size=14))
-        encoder = Encoder("dinov2", model, 224, [0.5] * 3, [0.5] * 3)
+        backbone = Backbone(model, partial(dinov2.FAMILY.run, model), SHAPE[0], 14, [0.5] * 3, [0.5] * 3)
+        encoder = Encoder("dinov2", backbone, 224)
         return RAE(encoder, Decoder(sizes), torch.zeros(SHAPE), torch.ones(SHAPE)).requires_grad_(False).eval()

@@ -20,6 +20,8 @@ OTHER = {
     "encoders.*.family": "mae",
     "encoders.*.weights": "other/encoder",
     "encoders.*.input_size": 40,
+    "encoders.*.precision": "tf32",
+    "encoders.*.norm_affine": True,
     "fid.encoder": "dinov2",
     "decoder.hidden_size": 96,
     "decoder.num_heads": 3,
@@ -58,6 +60,7 @@ OTHER = {
     "guide.interval": [0.1, 0.9],
     "sweep.modes": [16, 64],
     "gpus": 1,
+    "train.gpus": 1,
     "run": "other",
 }
 """Other valid values of the keys that have neither choices nor a number one higher."""

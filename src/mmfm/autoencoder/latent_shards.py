@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,8 @@ class CacheKey:
         input_size: side that the encoder resizes to, pixels.
         device: type of the encoding device; GPUs round differently from CPUs.
         latent_shape: (C, H, W).
+        precision: of the encoder.
+        norm_affine: whether its final norm keeps weight and bias.
     """
 
     encoder_digest: str
@@ -39,10 +41,14 @@ class CacheKey:
     input_size: int
     device: str
     latent_shape: tuple[int, int, int]
+    precision: str = "float32"
+    norm_affine: bool = False
 
     def about(self) -> dict[str, object]:
-        """Return the key as JSON values."""
-        return {**asdict(self), "latent_shape": list(self.latent_shape), "version": _VERSION}
+        """Return the key as JSON values. What is at its default is left out: older caches have neither."""
+        usual = {f.name for f in fields(self) if f.default is not MISSING and getattr(self, f.name) == f.default}
+        values = {name: value for name, value in asdict(self).items() if name not in usual}
+        return {**values, "latent_shape": list(self.latent_shape), "version": _VERSION}
 
     @property
     def digest(self) -> str:

@@ -19,7 +19,7 @@ from mmfm import config
 from mmfm.config.choices import ENCODER_FAMILIES
 from mmfm.data import survey as surveys
 from mmfm.data.survey import Survey
-from mmfm.infra import image_files, store
+from mmfm.infra import image_files, model_folder, store
 from mmfm.infra.pictures import image_grid, save_picture
 from mmfm.workflow import checks, costs, suggestion
 from mmfm.workflow.suggestion import EncoderChoice, Images, Machine, Suggestion
@@ -190,7 +190,9 @@ def _from_folder(folder: Path, reason: str) -> EncoderChoice:
     if not path.is_file():
         raise ValueError(f"'{folder}' has no config.json; give a folder in the Hugging Face layout, or `hf:` and an id")
     choice = _described(str(folder), store.read_json(path), f"'{folder}'", reason)
-    checks.encoder(choice.family, config.Encoder(choice.family, str(folder), choice.patch))
+    checks.encoder(
+        choice.family, config.Encoder(choice.family, str(folder), choice.patch, "float32", norm_affine=False)
+    )
     return choice
 
 
@@ -204,13 +206,13 @@ def hub_config(name: str) -> dict[str, Any]:
     Raises:
         ValueError: no network, no such model, or not all files.
     """
+    place = f"{_HUB}/{name}/resolve/main"
     try:
-        for file in store.MODEL_FILES[1:]:
-            url = f"{_HUB}/{name}/resolve/main/{file}"
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=4).close()
-        with urllib.request.urlopen(f"{_HUB}/{name}/resolve/main/{store.MODEL_FILES[0]}", timeout=4) as answer:
+        with urllib.request.urlopen(f"{place}/{store.MODEL_FILES[0]}", timeout=4) as answer:
             values: dict[str, Any] = json.load(answer)
-            return values
+        for file in store.model_files(store.is_timm(values))[1:]:
+            urllib.request.urlopen(urllib.request.Request(f"{place}/{file}", method="HEAD"), timeout=4).close()
+        return values
     except (OSError, ValueError) as error:
         raise ValueError(
             f"'hf:{name}' can't be looked up ({error}); check the id and the network, or fetch it elsewhere and give "
@@ -219,15 +221,16 @@ def hub_config(name: str) -> dict[str, Any]:
 
 
 def _described(weights: str, values: Any, what: str, reason: str) -> EncoderChoice:
-    kind = values.get("model_type") if isinstance(values, dict) else None
-    family = next((name for name, f in ENCODER_FAMILIES.items() if kind in f.model_types), None)
-    vision = values.get("vision_config", values) if isinstance(values, dict) else {}
-    if family is None or "hidden_size" not in vision:
-        known = ", ".join(kind for f in ENCODER_FAMILIES.values() for kind in f.model_types)
-        raise ValueError(f"{what} is a model of type '{kind}', which can't be an encoder; give one of type {known}")
-    patch = int(vision.get("patch_size", ENCODER_FAMILIES[family].patch))
-    width, depth = int(vision["hidden_size"]), int(vision.get("num_hidden_layers", 12))
-    return EncoderChoice(family, weights, reason, width, depth, patch)
+    values = values if isinstance(values, dict) else {}
+    about = model_folder.describe(values, Path(weights) / "model.safetensors")
+    other = "timm" if about.library == model_folder.TIMM else "hf"
+    family = next((name for name, f in ENCODER_FAMILIES.items() if about.kind in f.model_types), other)
+    if about.width is None:
+        raise ValueError(
+            f"{what} is a model of type '{about.kind}', which can't be an encoder; give a vision transformer"
+        )
+    patch = about.patch_size(what) or ENCODER_FAMILIES[family].patch
+    return EncoderChoice(family, weights, reason, about.width, about.depth or 12, patch)
 
 
 def command(run: str, out: Path) -> str:

@@ -61,16 +61,18 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class EncoderFamily(Choice):
-    """An encoder architecture, implemented by a :class:`mmfm.autoencoder.encoders.Family`.
+    """An encoder architecture, implemented by a :class:`mmfm.autoencoder.family.AnyFamily`.
 
     Attributes:
         patch: patch size of the base model in pixels, for estimates made before its config.json is downloaded.
-        model_types: accepted values of `model_type` in config.json.
+        model_types: accepted values of `model_type` in config.json; empty for all that a library has.
+        timm: whether folders are in timm's layout.
         image_mean, image_std: normalisation of the usual weights.
     """
 
     patch: int = 16
     model_types: tuple[str, ...] = ()
+    timm: bool = False
     image_mean: tuple[float, float, float] = _IMAGENET_MEAN
     image_std: tuple[float, float, float] = _IMAGENET_STD
 
@@ -176,9 +178,16 @@ ENCODER_FAMILIES = Choices(
     {
         "dinov2": EncoderFamily("mmfm.autoencoder.families.dinov2:FAMILY", 14, ("dinov2", "dinov2_with_registers")),
         "siglip2": EncoderFamily(
-            "mmfm.autoencoder.families.siglip2:FAMILY", 16, ("siglip", "siglip_vision_model"), (0.5,) * 3, (0.5,) * 3
+            "mmfm.autoencoder.families.siglip2:FAMILY",
+            16,
+            ("siglip", "siglip_vision_model"),
+            False,
+            (0.5,) * 3,
+            (0.5,) * 3,
         ),
         "mae": EncoderFamily("mmfm.autoencoder.families.mae:FAMILY", 16, ("vit_mae",)),
+        "hf": EncoderFamily("mmfm.autoencoder.families.hf:FAMILY"),
+        "timm": EncoderFamily("mmfm.autoencoder.families.timm:FAMILY", timm=True),
     },
 )
 
@@ -297,6 +306,7 @@ LABEL_DRAWS = Choices(
 )
 
 PRECISIONS = plain("precision", "auto", "float32", "bf16")
+ENCODER_PRECISIONS = plain("precision", "float32", "tf32", "bf16")
 SAMPLING_PRECISIONS = plain("precision", "auto", "float32", "bf16", "reference")
 MEANS_PRECISIONS = plain("precision", "auto", "float32", "bf16", "reference")
 CROPS = plain("crop", "image", "encoder")

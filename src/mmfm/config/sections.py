@@ -73,11 +73,23 @@ class Image:
 class Encoder:
     """A frozen vision encoder."""
 
-    family: str = key("architecture", choices=choices.ENCODER_FAMILIES)
+    family: str = key(
+        "architecture: one of the paper's, or `hf` or `timm` for any vision transformer of these libraries",
+        choices=choices.ENCODER_FAMILIES,
+    )
     weights: str = key(
         "folder in the Hugging Face layout, or `hf:` followed by the id of a model to download", path=True
     )
     input_size: int = key("side of the encoder's input, to which images are resized", unit="pixels", minimum=8)
+    precision: str = key(
+        "of the encoder: `tf32` rounds the factors of products to TF32 on a GPU, `bf16` is autocast; posteriors, EM "
+        "and detectors are exact in any case",
+        choices=choices.ENCODER_PRECISIONS,
+        as_before="float32",
+    )
+    norm_affine: bool = key(
+        "keep weight and bias of the encoder's final norm, which the paper removes", as_before=False
+    )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from mmfm.flow.path import time_grid, time_shift
 from mmfm.flow.source import Source, source_for
 from mmfm.generation import networks
 from mmfm.generation.generator import Generator, Watch, ignore
-from mmfm.infra import store
+from mmfm.infra import model_folder
 from mmfm.infra.precision import resolved
 from mmfm.models.dit import DiT
 from mmfm.models.layers import compile_blocks
@@ -43,11 +43,9 @@ class _Processor(FrozenEncoder):
     def __init__(self, family: str, folder: Path, latent_shape: tuple[int, int, int]) -> None:
         nn.Module.__init__(self)
         self.family, self.hidden_size, self.grid = family, latent_shape[0], latent_shape[1:]
-        values = store.read_json(folder / "preprocessor_config.json")
-        for name in ("image_mean", "image_std"):
-            if name not in values:
-                raise ValueError(f"'{folder}/preprocessor_config.json' has no {name}; fetch the encoder again")
-            self.register_buffer(name, torch.tensor(values[name], dtype=torch.float32))
+        pixels = model_folder.preprocessing(folder)
+        for name, values in (("image_mean", pixels.mean), ("image_std", pixels.std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
 
 
 class Sampler:

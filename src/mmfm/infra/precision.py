@@ -26,18 +26,40 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 def exact_float32(device_type: str) -> Iterator[None]:
     """Compute products and convolutions of float32 tensors in full precision in the block, whatever the caller allows.
 
-    That is, without autocast, TF32 or bfloat16. Used wherever posteriors, EM, latents or a detector's features are
-    computed. PyTorch's older switches (``allow_tf32``) can't be read in the block, and are unchanged after it.
+    That is, without autocast, TF32 or bfloat16. Used wherever posteriors, EM or a detector's features are computed, and
+    latents by default. PyTorch's older switches (``allow_tf32``) can't be read in the block, and are unchanged after
+    it.
     """
+    with _products("ieee"), torch.autocast(device_type, enabled=False):
+        yield
+
+
+@contextmanager
+def encoding(precision: str, device_type: str) -> Iterator[None]:
+    """Compute with an encoder's precision in the block, whatever the caller allows.
+
+    Args:
+        precision: ``float32``, full; ``tf32``, float32 with products and convolutions in TF32 on a GPU that has it
+            (elsewhere full); or ``bf16``, autocast.
+    """
+    with (
+        _products("tf32" if precision == "tf32" and device_type == "cuda" else "ieee"),
+        torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        yield
+
+
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
+    """Set how products and convolutions of float32 tensors are computed in the block: ``ieee`` or ``tf32``."""
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
     # These attributes are set at run time.
     backends = (torch.backends.cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device_type, enabled=False):
-            yield
+            backend.fp32_precision = precision
+        yield
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision

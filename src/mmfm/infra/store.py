@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from mmfm.infra import disk
 
 MODEL_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
-"""The files of a model in the Hugging Face layout."""
+"""The files of a model in the Hugging Face layout; timm's has no preprocessor_config.json."""
 
 _METADATA = "mmfm"
 """The only metadata key in our safetensors files."""
@@ -58,13 +58,27 @@ def file_digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_timm(config: Mapping[str, Any]) -> bool:
+    """Whether the contents of a config.json are timm's."""
+    return "architecture" in config and "model_type" not in config
+
+
+def model_files(timm: bool) -> tuple[str, ...]:
+    """Return the names of the files of a model in the layout of transformers or of timm."""
+    return (MODEL_FILES[0], MODEL_FILES[2]) if timm else MODEL_FILES
+
+
 def folder_digest(folder: str | Path) -> str:
-    """Return the SHA-256 of a model in the Hugging Face layout, over :data:`MODEL_FILES`; other files do not count.
+    """Return the SHA-256 of a model in the Hugging Face layout, over :func:`model_files`; other files do not count.
 
     Raises:
         FileNotFoundError: one of the files is missing.
     """
-    files = {name: Path(folder) / name for name in MODEL_FILES}
+    config = Path(folder) / MODEL_FILES[0]
+    values: dict[str, Any] = {}
+    with suppress(ValueError):  # what loads a damaged file reports it
+        values = read_json(config) if config.is_file() else {}
+    files = {name: Path(folder) / name for name in model_files(is_timm(values))}
     for path in files.values():
         if not path.is_file():
             raise FileNotFoundError(f"'{path}' is missing; the folder must be a model in the Hugging Face layout")

@@ -24,8 +24,17 @@ INSTEAD = "train it, with --configfile config/imagenet256.yaml"
 FOLDERS = ("checkpoints", "decoders", "fid_reference", "gmm", "normalization_stats")
 
 
-def _encoder(family: str) -> str:
+def _require(family: str) -> None:
     ENCODER_FAMILIES.require(family)
+    if family not in _ENCODERS:
+        raise ValueError(
+            f"nothing is published for encoders of the family {family}, only for {', '.join(_ENCODERS)}; make it "
+            "yourself: `train`, `fit` or `compute` instead of `published`"
+        )
+
+
+def _encoder(family: str) -> str:
+    _require(family)
     return _ENCODERS[family]
 
 
@@ -51,7 +60,7 @@ def spatial_mixture(family: str) -> str:
 
 def steps(family: str) -> tuple[int, ...]:
     """Return the steps of the published checkpoints, the largest first."""
-    ENCODER_FAMILIES.require(family)
+    _require(family)
     return _STEPS[family]
 
 

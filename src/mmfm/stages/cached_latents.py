@@ -52,7 +52,8 @@ def open_cache(
     def describe() -> LatentCache | None:
         shape = (encoder.hidden_size, *encoder.grid)
         digest, size = store.folder_digest(encoder_weights), crop_size(config, crop)
-        key = CacheKey(digest, size, encoder.input_size, ranks.device.type, shape)
+        how = config.encoder.precision, config.encoder.norm_affine
+        key = CacheKey(digest, size, encoder.input_size, ranks.device.type, shape, *how)
         cache = LatentCache(config.latents.folder, encoder.family, key)
 
         def missing() -> int:

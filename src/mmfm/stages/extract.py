@@ -62,7 +62,14 @@ class _Extraction:
     def encoder(self) -> Encoder:
         """The encoder, loaded on first use: a finished run does not need it."""
         section = self.config.encoder
-        return load_encoder(section.family, self.encoder_weights, section.input_size, self.device)
+        return load_encoder(
+            section.family,
+            self.encoder_weights,
+            section.input_size,
+            self.device,
+            section.precision,
+            section.norm_affine,
+        )
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

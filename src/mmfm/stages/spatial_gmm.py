@@ -87,7 +87,14 @@ def spatial_gmm(config: StageConfig, files: SpatialFiles, out: Path, ranks: Rank
 
     def open_encoder() -> Autoencoder:
         section = config.encoder
-        encoder = load_encoder(section.family, files.encoder_weights, section.input_size, ranks.device)
+        encoder = load_encoder(
+            section.family,
+            files.encoder_weights,
+            section.input_size,
+            ranks.device,
+            section.precision,
+            section.norm_affine,
+        )
         latent_shape = (encoder.hidden_size, *encoder.grid)
         rae = RAE(encoder, None, *load_statistics(files.stats, latent_shape))
         crop, workers = config.spatial_gmm.crop, config.spatial_gmm.workers

@@ -196,7 +196,14 @@ class _Training:
     def load(self) -> None:
         """Load the autoencoder and build the loss, with its source, and the model."""
         section, device, decoder_path = self.config.encoder, self.ranks.device, self.files.decoder
-        encoder = load_encoder(section.family, self.files.encoder_weights, section.input_size, device)
+        encoder = load_encoder(
+            section.family,
+            self.files.encoder_weights,
+            section.input_size,
+            device,
+            section.precision,
+            section.norm_affine,
+        )
         self.latent_shape = (encoder.hidden_size, *encoder.grid)
         decoder = load_decoder(decoder_path, device, latent_dim=encoder.hidden_size) if decoder_path else None
         self.autoencoder = rae.RAE(encoder, decoder, *rae.load_statistics(self.files.stats, self.latent_shape))

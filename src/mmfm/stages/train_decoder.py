@@ -88,7 +88,10 @@ def _train(context: Context, listing: Path, encoder_weights: Path) -> None:
     budget = {"step": section.steps}
     if runner.restore(context, budget):
         return
-    encoder = load_encoder(config.encoder.family, encoder_weights, config.encoder.input_size, ranks.device)
+    about = config.encoder
+    encoder = load_encoder(
+        about.family, encoder_weights, about.input_size, ranks.device, about.precision, about.norm_affine
+    )
     plan = latents.BatchPlan(section.seed, n_images, section.global_batch, ranks.rank, ranks.world, section.micro_batch)
     generator = torch.Generator().manual_seed(rng.derive_seed(section.seed, "decoder/init"))
     model = Decoder(_decoder_config(section, encoder, size), generator=generator).to(ranks.device)

@@ -14,6 +14,7 @@ from typing import Any
 
 from mmfm.config import Config, Encoder
 from mmfm.config.choices import DETECTORS, ENCODER_FAMILIES
+from mmfm.infra import model_folder
 
 PROCESSOR = "preprocessor_config.json"
 
@@ -30,7 +31,8 @@ def encoder(name: str, about: Encoder) -> None:
     """Check an encoder's local folder against its entry in the configuration.
 
     Raises:
-        ValueError: another family, an input size that is no multiple of the patch size, or a file that is missing.
+        ValueError: another family, a model without square patches, an input size that is no multiple of the patch size,
+            or a file that is missing.
     """
     folder, key = Path(about.weights), f"encoders.{name}"
     if not folder.is_dir():
@@ -38,23 +40,16 @@ def encoder(name: str, about: Encoder) -> None:
             f"'{key}.weights' is '{folder}', but there is no such folder; set it to a folder with config.json, "
             f"{PROCESSOR} and model.safetensors, or to `hf:` and a model id"
         )
-    found = _read_json(folder / "config.json", f"'{key}.weights' is '{folder}'")
-    kind, family = found.get("model_type"), ENCODER_FAMILIES[about.family]
-    if kind not in family.model_types:
-        owner = next((other for other, f in ENCODER_FAMILIES.items() if kind in f.model_types), None)
-        remedy = (
-            f"set '{key}.family' to {owner}"
-            if owner
-            else f"no family reads that; give weights of {' or '.join(family.model_types)}"
-        )
-        raise ValueError(f"'{key}.weights' holds a '{kind}' model, which is not of the family {about.family}; {remedy}")
-    patch = found.get("patch_size") or found.get("vision_config", {}).get("patch_size")
+    found, family = _read_json(folder / "config.json", f"'{key}.weights' is '{folder}'"), ENCODER_FAMILIES[about.family]
+    model = model_folder.describe(found, folder / "model.safetensors")
+    _check_family(key, about.family, model)
+    patch = model.patch_size(f"'{key}.weights'")
     if patch and about.input_size % patch:
         raise ValueError(
             f"'{key}.input_size' is {about.input_size}, no multiple of the encoder's patch size {patch}; take "
             f"{nearest_multiples(about.input_size, patch)}"
         )
-    if not (folder / PROCESSOR).is_file():
+    if not family.timm and not (folder / PROCESSOR).is_file():
         numbers = json.dumps({"image_mean": family.image_mean, "image_std": family.image_std})
         raise ValueError(
             f"'{folder}' has no {PROCESSOR}, the encoder's normalisation; fetch it, or write it "
@@ -64,6 +59,23 @@ def encoder(name: str, about: Encoder) -> None:
         raise ValueError(f"'{folder}' has no model.safetensors; fetch it, or convert the weights to safetensors")
 
 
+def _check_family(key: str, name: str, model: model_folder.VisionModel) -> None:
+    """Raise ValueError if a model is of another family than its entry says."""
+    family, other = ENCODER_FAMILIES[name], model.library == model_folder.TIMM
+    if family.model_types:
+        fits = not other and model.kind in family.model_types
+    else:
+        fits = family.timm == other
+    if fits:
+        return
+    owner = next((own for own, f in ENCODER_FAMILIES.items() if model.kind in f.model_types), "timm" if other else "hf")
+    raise ValueError(
+        f"'{key}.weights' holds a '{model.kind}' model of {model.library}, which is not of the family {name}; set "
+        f"'{key}.family' to {owner}"
+        + (f", or give weights of {' or '.join(family.model_types)}" if family.model_types else "")
+    )
+
+
 def nearest_multiples(size: int, patch: int) -> str:
     """Return the multiples of a patch size around a size, as text: ``224 or 238``."""
     below = size // patch * patch
@@ -71,14 +83,15 @@ def nearest_multiples(size: int, patch: int) -> str:
 
 
 def _latent_shape(about: Encoder) -> tuple[int, int, int] | None:
-    """Return the shape (C, H, W) of an encoder's latents by its folder's config.json; None without one."""
-    file = Path(about.weights) / "config.json"
-    if not file.is_file():
+    """Return the shape (C, H, W) of an encoder's latents by its folder; None if that does not say."""
+    if not (Path(about.weights) / "config.json").is_file():
         return None
-    found = _read_json(file, about.weights)
-    found = found.get("vision_config", found)
-    side = about.input_size // found["patch_size"]
-    return found["hidden_size"], side, side
+    found = _read_json(Path(about.weights) / "config.json", about.weights)
+    model = model_folder.describe(found, Path(about.weights) / "model.safetensors")
+    patch = model.patch_size(f"'{about.weights}'")
+    if patch is None or model.width is None:
+        return None
+    return model.width, about.input_size // patch, about.input_size // patch
 
 
 def decoder(name: str, config: Config, path: Path) -> None:

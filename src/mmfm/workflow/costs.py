@@ -7,7 +7,6 @@ multiplication and an addition count as two operations.
 """
 
 import contextlib
-import json
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from mmfm.config import Decoder, Model
 from mmfm.config.choices import CARDS, Card, known_card
+from mmfm.infra import model_folder
 from mmfm.models.flops import transformer_flops
 
 FLOAT, DOUBLE = 4, 8
@@ -107,15 +107,23 @@ class EncoderSize:
         return transformer_flops(self.width, self.depth, self.tokens, 4 * self.width)
 
 
-def encoder_size(weights: str, input_size: int, patch: int) -> EncoderSize:
-    """Return the sizes in a local folder's config.json; without one, those of a base model (width 768, 12 layers)."""
-    path, values = Path(weights) / "config.json", {}
-    if path.is_file():
-        with contextlib.suppress(ValueError):  # the stage that reads a damaged file reports it
-            values = json.loads(path.read_text())
-            values = values.get("vision_config", values)
-    grid = input_size // int(values.get("patch_size", patch))
-    return EncoderSize(int(values.get("hidden_size", 768)), int(values.get("num_hidden_layers", 12)), grid**2 + 5, grid)
+def encoder_size(weights: str, input_size: int, patch: int, fetched: str = "published") -> EncoderSize:
+    """Return the sizes in a folder's config.json; without one, those of a base model (width 768, 12 layers).
+
+    Args:
+        weights: the key's value: a folder, or `hf:` and the id of a model.
+        patch: side of a patch in pixels, where the folder does not say.
+        fetched: folder of fetched files, which models are below.
+    """
+    folder = Path(fetched) / "models" / weights[3:] if weights.startswith("hf:") else Path(weights)
+    width, depth = 768, 12
+    # The stage that reads a damaged file reports it.
+    with contextlib.suppress(OSError, ValueError):
+        about = model_folder.read(folder)
+        width, depth = about.width or width, about.depth or depth
+        patch = about.patch_size(str(folder)) or patch
+    grid = input_size // patch
+    return EncoderSize(width, depth, grid**2 + 5, grid)
 
 
 def dit_parameters(model: Model, channels: int, labels: int = 0) -> float:

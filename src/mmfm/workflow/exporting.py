@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from mmfm.autoencoder.decoder import load_decoder
+from mmfm.config import keys_of_kind
 from mmfm.generation.sampler import trained_means
-from mmfm.infra import disk, store
+from mmfm.infra import disk, model_folder, store
 from mmfm.mixture.gaussian import Mixture
 from mmfm.mixture.mapped_rows import MappedRows
 from mmfm.mixture.spatial import SpatialMixture
@@ -58,7 +59,7 @@ def export(target: Path, out: Path, layout: str, licence: str) -> list[Path]:
         "layout": layout,
         "names": {**found.names, "training": "*", "modes": "*"},
         "sample": asdict(found.sample),
-        "encoder": asdict(found.encoder),
+        "encoder": keys_of_kind(found.encoder, "identity"),
         "image_size": found.image_size,
         "seed": found.seed,
         "model": weights["model"],
@@ -68,7 +69,12 @@ def export(target: Path, out: Path, layout: str, licence: str) -> list[Path]:
         "decoder_heads": load_decoder(parts["decoder"]).config.num_heads,
     }
     store.write_json(partial / ABOUT, about)
-    shutil.copyfile(files.encoder_weights / "preprocessor_config.json", partial / "preprocessor_config.json")
+    processor = files.encoder_weights / "preprocessor_config.json"
+    if processor.is_file():
+        shutil.copyfile(processor, partial / processor.name)
+    else:  # timm's models have it in their config.json
+        pixels = model_folder.preprocessing(files.encoder_weights)
+        store.write_json(partial / processor.name, {"image_mean": pixels.mean, "image_std": pixels.std})
     result, grid = _result(found), _grid(found)
     if grid is not None:
         shutil.copyfile(grid, partial / "grid.png")

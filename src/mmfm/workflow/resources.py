@@ -37,7 +37,9 @@ class Estimator:
         self.config, self.processes, self.on_gpu = config, max(1, processes), on_gpu
         entry = config.encoders[encoder]
         patch = ENCODER_FAMILIES[entry.family].patch
-        self.encoder = facts.encoder or costs.encoder_size(entry.weights, entry.input_size, patch)
+        self.encoder = facts.encoder or costs.encoder_size(
+            entry.weights, entry.input_size, patch, config.published.folder
+        )
         self.n, self.image_bytes = facts.n_images, facts.image_bytes
         self.card = costs.card_of(config.card)[1] if on_gpu else None
         usual = costs.CPU if self.card is None else costs.gpu_rates(self.card)
@@ -56,7 +58,7 @@ class Estimator:
         patch = ENCODER_FAMILIES[entry.family].patch
         # Images are resized to about their own size, between 8 and 16 patches per side.
         side = patch * feature_patches(config.image.size, patch)
-        size = costs.encoder_size(entry.weights, side, patch)
+        size = costs.encoder_size(entry.weights, side, patch, config.published.folder)
         return replace(kind, features=size.width, flops=size.flops, weight_bytes=size.parameters * FLOAT)
 
     def stages(self) -> dict[str, Resources]:

@@ -166,3 +166,17 @@ def test_dinov2_with_and_without_registers_gives_the_tokens_of_the_library(tmp_p
         expected = model((images - mean) / std).last_hidden_state
     assert_parity(token, expected[:, 0])
     assert_parity(latent.flatten(2).transpose(1, 2), expected[:, 1 + registers :])
+
+
+def test_a_precision_is_the_networks_alone(tmp_path):
+    """In bf16, tokens are rounded but float32, and images are resized exactly; TF32 is full precision on a CPU."""
+    folder, images = encoder_folder(tmp_path, "dinov2"), torch.rand(4, 3, 40, 40)
+    exact, tf32, rounded = (
+        load_encoder("dinov2", folder, 16, precision=name)(images) for name in ("float32", "tf32", "bf16")
+    )
+    assert torch.equal(exact.latent, tf32.latent) and torch.equal(exact.global_token, tf32.global_token)
+    for found, expected in zip(rounded, exact, strict=True):
+        error = (found - expected).abs().max() / expected.abs().max()
+        assert found.dtype == torch.float32 and 1e-4 < error < 3e-2
+    with pytest.raises(ValueError, match=r"unknown precision 'tf23' \(did you mean 'tf32'\?\)"):
+        load_encoder("dinov2", folder, 16, precision="tf23")

@@ -55,7 +55,7 @@ def sections(batch, cache):
     return config.StageConfig(
         "extract",
         image=config.Image(16),
-        encoder=config.Encoder("dinov2", "none", 16),
+        encoder=config.Encoder("dinov2", "none", 16, "float32", norm_affine=False),
         latents=config.Latents("on" if cache else "off", str(cache)),
         extract=config.Extract(shard_size=SHARD, batch_size=batch, workers=0, crop="image"),
     )

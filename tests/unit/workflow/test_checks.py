@@ -117,7 +117,7 @@ def test_a_model_that_is_not_configured():
 
 def test_every_family_knows_what_it_can_load():
     for family in ENCODER_FAMILIES.values():
-        assert set(family.model_types) == set(family.load().model_classes)
+        assert set(family.model_types) == set(getattr(family.load(), "model_classes", ()))
 
 
 def test_statistics_of_another_shape_are_refused_without_pytorch(folder, tmp_path):

@@ -1,6 +1,7 @@
 """The estimated resources against what they describe, and the document against what the code prints."""
 
 import dataclasses
+import json
 import re
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from mmfm.autoencoder import latent_cache
 from mmfm.autoencoder.decoder import Decoder, DecoderConfig
 from mmfm.cli.__main__ import main
 from mmfm.config.choices import CARDS
+from mmfm.flow.path import time_shift
 from mmfm.mixture import groups, initial, kmeans, split_merge
 from mmfm.models.dit import DiT, DiTConfig
 from mmfm.models.flops import dit_flops
@@ -253,3 +255,50 @@ def test_means_in_pinned_memory_are_counted_on_the_host(stage, precision, size):
     device, host = need("device", True), need("host", True)
     assert host.host - device.host == size * 2**31 and device.device - host.device == 8192 * 768 * 256 * size
     assert need("host", False).mem_mb(8, False) == need("device", False).mem_mb(8, False)
+
+
+@pytest.mark.parametrize(
+    ("about", "size", "expected"),
+    [
+        ({"model_type": "dinov2", "hidden_size": 384, "num_hidden_layers": 12, "patch_size": 14}, 224, (384, 12, 16)),
+        ({"vision_config": {"hidden_size": 1024, "num_hidden_layers": 24, "patch_size": 14}}, 196, (1024, 24, 14)),
+        ({"architecture": "vit_giant_patch14_dinov2", "num_features": 1536}, 448, (1536, 40, 32)),
+        ({"architecture": "vit_large_patch16_dinov3", "num_features": 1024}, 512, (1024, 24, 32)),
+        (
+            {"architecture": "vit_base_patch16_224", "num_features": 768, "model_args": {"patch_size": 8, "depth": 3}},
+            224,
+            (768, 3, 28),
+        ),
+    ],
+)
+def test_sizes_are_those_of_the_encoders_folder(about, size, expected, tmp_path):
+    """Given, or fetched by an earlier run; of an id that is not fetched yet, those of a base model."""
+    folder = tmp_path / "fetched" / "models" / "some" / "model"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(about))
+    for weights in (str(folder), "hf:some/model"):
+        found = costs.encoder_size(weights, size, 16, str(tmp_path / "fetched"))
+        assert (found.width, found.depth, found.grid) == expected
+    assert costs.encoder_size("hf:other/model", 256, 16, str(tmp_path / "fetched")).width == 768
+
+
+@pytest.mark.parametrize("shape", [(384, 16, 16), (1024, 14, 14), (1536, 32, 32)])
+def test_latents_of_every_size_have_models_decoders_and_memory(shape, tmp_path):
+    channels, side, _ = shape
+    assert time_shift(shape) == pytest.approx((channels * side**2 / 4096) ** 0.5)
+    with torch.device("meta"):
+        sizes = DecoderConfig(channels, 32, 64, 2, 1, patch_size=8, num_patches=side**2)
+        assert Decoder(sizes)(torch.empty(1, side**2, channels)).shape == (1, 3, 8 * side, 8 * side)
+        model = DiT(DiTConfig(side, 1, channels, (64, 64), (1, 1), (2, 2), 0, 0.0))
+        assert model(torch.empty(1, *shape), torch.empty(1)).shape == (1, *shape)
+    about = {"model_type": "dinov2", "hidden_size": channels, "num_hidden_layers": 12, "patch_size": 14}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    entry = dataclasses.replace(FULL.encoders["dinov2"], weights=str(tmp_path), input_size=14 * side)
+    found, usual = (
+        Estimator(dataclasses.replace(FULL, encoders={"dinov2": each}), "dinov2", 1, True)
+        for each in (entry, FULL.encoders["dinov2"])
+    )
+    ratio = channels * side**2 / (768 * 16**2)
+    assert found.means == pytest.approx(ratio * usual.means)
+    assert found.spatial_gmm().disk == pytest.approx(ratio * usual.spatial_gmm().disk, rel=0.01)
+    assert (found.train().device > usual.train().device) == (side > 16)
