@@ -21,6 +21,7 @@ OTHER = {
     "encoders.*.weights": "other/encoder",
     "encoders.*.input_size": 40,
     "fid.encoder": "dinov2",
+    "fid.metrics": ["frechet", "kid"],
     "decoder.hidden_size": 96,
     "decoder.num_heads": 3,
     "decoder.weights": "other/decoder.safetensors",
@@ -37,6 +38,7 @@ OTHER = {
     "train.initial_phase.epochs": 2,
     "train.milestone_steps": [60],
     "train.deterministic": True,
+    "train.gpus": 1,
     "train.profile": [3, 5],
     "sample.compile": True,
     "card": "H100",
@@ -65,6 +67,7 @@ OTHER = {
 WITH = {
     "encoders.*.family": {"encoders": {"dinov2": {"weights": "other/mae"}}},
     "image.size": {"fid": {"detector": "inception"}},
+    "fid.reference_images": {"fid": {"metrics": ["frechet", "kid"]}},
     "train.initial_phase.epochs": {"guide": {"steps": 5}},
     "gmm.weights": {"spatial_gmm": {"weights": "other/spatial_gmm.zarr"}},
     "recipes.*.settings": {"recipes": {"one": {"train": {"lr": 0.5}}}},
