@@ -2,8 +2,8 @@
 
     snakemake results/fid/dinov2_mode.txt
 
-Targets: results/fid/{encoder}_{setting}[_ag][.seedN][.MODEL][.kN][.stepN][.tN][.gN].txt; parts that are left out are
-taken from the configuration.
+Targets: results/fid/{encoder}_{setting}[_ag][.seedN][.MODEL][.kN][.stepN][.tN][.gN].txt; with .seedsN in the place of
+.seedN, mean and range of N seeds. Parts that are left out are taken from the configuration.
 """
 
 from pathlib import Path

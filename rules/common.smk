@@ -197,6 +197,8 @@ wildcard_constraints:
 
 # A result's name: encoder, setting, autoguidance, and a variant of which any part may be missing.
 NAME = rf"{targets.any_of(ENCODERS)}_{targets.any_of(SETTINGS)}(_ag)?({targets.variant_pattern(C.models)})"
+# That of several seeds, which has the number of seeds first.
+SEVERAL = rf"{targets.any_of(ENCODERS)}_{targets.any_of(SETTINGS)}(_ag)?({targets.seeds_pattern(C.models)})"
 COMPLETE_NAME = rf"{targets.any_of(ENCODERS)}_{targets.complete_pattern(C)}"
 
 
@@ -339,12 +341,13 @@ def demanded_steps(wildcards):
     steps = set()
     for name in named:
         try:
-            target = targets.parse_target(name, C)
+            named = targets.parse_targets(name, C)
         except ValueError:
             continue  # another kind of file, or a name that the rules refuse
-        training = str(replace(target.variant, t=None, g=None, step=None))
-        if (target.encoder, target.setting, training) == (wildcards.encoder, wildcards.setting, wildcards.training):
-            steps.add(target.variant.step)
+        for target in named:
+            training = str(replace(target.variant, t=None, g=None, step=None))
+            if (target.encoder, target.setting, training) == (wildcards.encoder, wildcards.setting, wildcards.training):
+                steps.add(target.variant.step)
     return steps - {None}
 
 
@@ -447,6 +450,13 @@ def complete_name(wildcards, kind):
     encoder, setting, ag, text = re.fullmatch(NAME, wildcards.request).group(1, 2, 3, 4)
     complete = checked(targets.parse_variant, text, setting, C, ag is not None, document=targets.DOCUMENT)
     return f"{RESULTS}/fid/{encoder}_{setting}{ag or ''}.{complete}.{kind}"
+
+
+def of_seeds(wildcards):
+    """Return the results of the seeds that a name stands for."""
+    encoder, setting, ag, text = re.fullmatch(SEVERAL, wildcards.several).group(1, 2, 3, 4)
+    found = checked(targets.parse_seeds, text, setting, C, ag is not None, document=targets.DOCUMENT)
+    return [f"{RESULTS}/fid/{encoder}_{setting}{ag or ''}.{complete}.json" for complete in found]
 
 
 def compared(template):

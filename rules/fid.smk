@@ -111,6 +111,35 @@ rule short_name:
         "(cp {input.text:q} {output.text:q} && cp {input.json:q} {output.json:q} && cat {output.text:q}) 2>&1 | tee {log:q}"
 
 
+# Mean and range of several seeds: results/fid/dinov2_mode.seeds5.txt has those of the seeds 0 to 4.
+rule seeds:
+    input:
+        of_seeds,
+    output:
+        text=report(
+            "<results>/fid/{several}.txt",
+            caption="../workflow/report/seeds.rst",
+            category="Frechet distance",
+            labels={"result": "{several}"},
+        ),
+        json="<results>/fid/{several}.json",
+    log:
+        "<logs>/seeds.{several}.log",
+    benchmark:
+        "<benchmarks>/seeds.{several}.tsv"
+    wildcard_constraints:
+        several=SEVERAL,
+    localrule: True
+    conda:
+        "../envs/mmfm.yaml"
+    threads: 1
+    resources:
+        mem_mb=100,
+        runtime=1,
+    shell:
+        "python -m mmfm.cli seeds {input:q} --out-txt {output.text:q} --out-json {output.json:q} 2>&1 | tee {log:q}"
+
+
 rule unknown_target:
     input:
         unknown_target,
@@ -119,7 +148,7 @@ rule unknown_target:
     log:
         "<logs>/unknown_target.{name}.log",
     wildcard_constraints:
-        name=rf"(?!{NAME}\.(txt|json)$)[^/]+",
+        name=rf"(?!({NAME}|{SEVERAL})\.(txt|json)$)[^/]+",
     conda:
         "../envs/mmfm.yaml"
     shell:

@@ -17,14 +17,16 @@ from support.places import DEMO, DETECTOR
 SETTINGS = {"fid": {"detector": "fashion", "weights": "unused", "reference": "train", "batch_size": 32, "workers": 0}}
 
 
-def write_reference(path: Path, images: np.ndarray, **changes: object) -> Path:
+def write_reference(path: Path, images: np.ndarray, *, bank: bool = False, **changes: object) -> Path:
     detector = load_detector("fashion", DETECTOR)
-    moments = CovarianceMoments.zeros(64).update(detector.features(torch.from_numpy(images).permute(0, 3, 1, 2)))
+    features = detector.features(torch.from_numpy(images).permute(0, 3, 1, 2))
+    moments = CovarianceMoments.zeros(64).update(features)
     about = {
         "detector": detector.name, "detector_digest": detector.digest, "source": "the 300 training images",
         "n_images": 300, "image_size": 32, "floor": 0.25, "floor_n_images": 70, "listing_digest": "0", "version": 1,
     }  # fmt: skip
     arrays = {"mu": moments.mean.numpy(), "sigma": moments.covariance().numpy()}
+    arrays |= {"bank": features.numpy()} if bank else {}
     store.write_arrays(path, arrays, {**about, **changes})
     return path
 
@@ -57,14 +59,16 @@ def reference(garments: np.ndarray, tmp_path_factory: pytest.TempPathFactory) ->
     return write_reference(tmp_path_factory.mktemp("reference") / "reference.safetensors", garments[:300])
 
 
-def arguments(samples: Path, reference: Path, out: Path) -> list[str]:
+def arguments(samples: Path, reference: Path, out: Path, **keys: object) -> list[str]:
+    """Return the command line; ``keys`` are those of the section ``fid``."""
+    settings = json.dumps({"fid": {**SETTINGS["fid"], **keys}})
     return [
-        "fid", "--settings", json.dumps(SETTINGS), "--images", str(samples / "images.npz"), "--samples",
+        "fid", "--settings", settings, "--images", str(samples / "images.npz"), "--samples",
         str(samples / "samples.json"), "--reference", str(reference), "--detector-weights", str(DETECTOR), "--out-txt",
         str(out / "fid.txt"), "--out-json", str(out / "fid.json"),
     ]  # fmt: skip
 
 
-def run(samples: Path, reference: Path, out: Path) -> tuple[str, dict]:
-    assert main(arguments(samples, reference, out)) == 0
+def run(samples: Path, reference: Path, out: Path, **keys: object) -> tuple[str, dict]:
+    assert main(arguments(samples, reference, out, **keys)) == 0
     return (out / "fid.txt").read_text(), store.read_json(out / "fid.json")

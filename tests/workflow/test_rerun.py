@@ -23,6 +23,7 @@ OTHER = {
     "encoders.*.precision": "tf32",
     "encoders.*.norm_affine": True,
     "fid.encoder": "dinov2",
+    "fid.metrics": ["frechet", "kid"],
     "decoder.hidden_size": 96,
     "decoder.num_heads": 3,
     "decoder.weights": "other/decoder.safetensors",
@@ -39,6 +40,7 @@ OTHER = {
     "train.initial_phase.epochs": 2,
     "train.milestone_steps": [60],
     "train.deterministic": True,
+    "train.gpus": 1,
     "train.profile": [3, 5],
     "sample.compile": True,
     "card": "H100",
@@ -68,6 +70,7 @@ OTHER = {
 WITH = {
     "encoders.*.family": {"encoders": {"dinov2": {"weights": "other/mae"}}},
     "image.size": {"fid": {"detector": "inception"}},
+    "fid.reference_images": {"fid": {"metrics": ["frechet", "kid"]}},
     "train.initial_phase.epochs": {"guide": {"steps": 5}},
     "gmm.weights": {"spatial_gmm": {"weights": "other/spatial_gmm.zarr"}},
     "recipes.*.settings": {"recipes": {"one": {"train": {"lr": 0.5}}}},

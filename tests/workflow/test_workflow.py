@@ -183,6 +183,15 @@ def test_a_variant_reuses_what_it_shares(finished):
     assert finished.jobs("results/fid/dinov2_uncond.txt") == FROM_TRAIN
 
 
+def test_several_seeds_are_a_target_of_their_own(finished):
+    """Its first seed is there; one name still trains one model."""
+    plan = finished.run("results/fid/dinov2_mode.seeds3.txt", "-n").stdout
+    counts = dict(re.findall(r"^(\w+) +(\d+)$", plan, re.M))
+    assert counts == {"train": "2", "sample": "2", "fid": "2", "seeds": "1", "total": "7"}
+    result = finished.run("results/fid/dinov2_mode.seeds1.txt", "-n")
+    assert result.returncode != 0 and "'.seeds1' has no range" in result.stdout + result.stderr
+
+
 def test_a_sweep_reuses_the_tokens_and_the_fit_that_is_there(finished):
     sweep = "results/gmm/dinov2/sweep.png"
     assert finished.jobs(sweep) == {"fit_gmm", "spatial_gmm", "sweep"}

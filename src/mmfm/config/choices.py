@@ -88,6 +88,7 @@ class DetectorKind(Choice):
         remedy: how to get the weights, for error messages.
         size: side of the images it takes, in pixels; 0 for any.
         cpu_rate: images per second and CPU core, measured, if that is slow; 0 if it is not.
+        classifies: whether it has spatial features and logits, for sFID and the Inception Score.
     """
 
     features: int = 0
@@ -96,17 +97,24 @@ class DetectorKind(Choice):
     remedy: str = ""
     size: int = 0
     cpu_rate: float = 0.0
+    classifies: bool = False
 
 
 @dataclass(frozen=True)
 class Metric(Choice):
-    """A quality metric of generated images, implemented by (moments of their features, reference) -> float.
+    """A quality metric of generated images.
+
+    It is implemented by (generated, reference, device) -> values by name, of which its own and ``NAME_std`` are used;
+    generated and reference are :class:`mmfm.evaluation.collected.Statistics`. Metrics with the same implementation are
+    computed together.
 
     Attributes:
         title: its name in results.
+        needs: kind of statistics, of ``mmfm.evaluation.collected.KINDS``.
     """
 
     title: str = ""
+    needs: str = "gaussian"
 
 
 @dataclass(frozen=True)
@@ -211,12 +219,27 @@ DETECTORS = Choices(
             0.1e9,
             f"set fid.weights to fetch, or to the file, from {INCEPTION_URL} (95.7 MB)",
             cpu_rate=1.4,
+            classifies=True,
         ),
     },
 )
 
-METRICS = Choices("metric", {"frechet": Metric("mmfm.evaluation.frechet:from_moments", "Frechet distance")})
-"""`fid` computes all of them; the first is the headline number."""
+_MANIFOLD = "mmfm.evaluation.scores:manifold_scores"
+
+METRICS = Choices(
+    "metric",
+    {
+        "frechet": Metric("mmfm.evaluation.scores:frechet", "Frechet distance"),
+        "sfid": Metric("mmfm.evaluation.scores:sfid", "sFID", "spatial"),
+        "inception_score": Metric("mmfm.evaluation.scores:inception_score", "Inception Score", "logits"),
+        "precision": Metric(_MANIFOLD, "precision", "bank"),
+        "recall": Metric(_MANIFOLD, "recall", "bank"),
+        "density": Metric(_MANIFOLD, "density", "bank"),
+        "coverage": Metric(_MANIFOLD, "coverage", "bank"),
+        "kid": Metric("mmfm.evaluation.scores:kid", "KID", "bank"),
+    },
+)
+"""Metrics of generated images. The first is the headline number, by which results are compared."""
 
 MIN_PATCHES, MAX_PATCHES = 8, 16
 """Patches per side for the detector `encoder`: small images are enlarged, and 16 patches of 14 pixels are 224."""

@@ -2,7 +2,7 @@
 
 # ruff: noqa: RUF009 - `nested` returns a field
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mmfm.config import choices
 from mmfm.config.keys import budget, key, nested, operation, share
@@ -11,6 +11,9 @@ _CROP = (
     "what images are cropped to: `image`, `image.size`, and then resized to the encoder's input, as in training; or "
     "`encoder`, the encoder's input size itself"
 )
+
+_BANK_IMAGES = 10_000
+"""As many as in ADM's reference files."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Fid:
-    """Frechet distance between generated and real images."""
+    """Frechet distance between generated and real images, and other metrics."""
 
     detector: str = key("feature network", choices=choices.DETECTORS)
     weights: str = key(
@@ -239,9 +242,42 @@ class Fid:
         "run's own encoder, which favours its own mixture",
         as_before="",
     )
+    metrics: tuple[str, ...] = key(
+        "what to compute of the generated images, in one pass; `frechet` must be among them",
+        choices=choices.METRICS,
+        as_before=("frechet",),
+    )
+    reference_images: int = key(
+        "real images whose features are kept for metrics that compare single images (precision, recall, density, "
+        "coverage, kid): evenly spaced in the listing or in `arr_0` of the .npz; 8 kB each with Inception",
+        unit="images",
+        minimum=10,
+        as_before=_BANK_IMAGES,
+    )
+
+    def read_by(self, stage: str) -> "Fid":
+        """Return the section with the keys that a stage ignores at fixed values.
+
+        The reference depends on the kinds of statistics that the metrics need, not on the metrics themselves.
+        """
+        if stage != "fid_reference":
+            return self
+        needed = {choices.METRICS[name].needs for name in self.metrics}
+        kept = [name for name, kind in (("sfid", "spatial"), ("kid", "bank")) if kind in needed]
+        most = self.reference_images if "bank" in needed else _BANK_IMAGES
+        return replace(self, metrics=("frechet", *kept), reference_images=most)
 
     def check(self, where: str) -> None:
         """Raise ValueError if keys contradict each other."""
+        if "frechet" not in self.metrics:
+            raise ValueError(f"'{where}.metrics' lacks frechet, by which results are compared; add it")
+        if not choices.DETECTORS[self.detector].classifies:
+            for name in self.metrics:
+                if choices.METRICS[name].needs in ("spatial", "logits"):
+                    raise ValueError(
+                        f"'{where}.metrics' has {name}, which the detector {self.detector} can't give; leave it out, "
+                        f"or set '{where}.detector' to inception"
+                    )
         if self.detector != "encoder" and not self.weights:
             remedy = choices.DETECTORS[self.detector].remedy
             raise ValueError(f"'{where}.weights' is empty, but the detector {self.detector} has weights: {remedy}")

@@ -86,12 +86,13 @@ class StageConfig:
     def values(self, *kinds: str) -> dict[str, Any]:
         """Return the keys of the given kinds by section, as plain JSON values.
 
-        Keys that the setting ignores have a fixed value, so changing them reruns nothing. Sections without such keys
-        are left out.
+        Keys that the setting or the stage ignores have a fixed value, so changing them reruns nothing. Sections without
+        such keys are left out.
         """
+        read = {name: effective(getattr(self, name), self.setting) for name in STAGES[self.stage].sections}
         found = {
-            name: keys_of_kind(effective(getattr(self, name), self.setting), *kinds)
-            for name in STAGES[self.stage].sections
+            name: keys_of_kind(section.read_by(self.stage) if hasattr(section, "read_by") else section, *kinds)
+            for name, section in read.items()
         }
         return {name: keys for name, keys in found.items() if keys}
 

@@ -1,6 +1,6 @@
 """What metrics need to know of a set of images, collected in one pass over them.
 
-Each metric needs one kind of statistics (:data:`mmfm.evaluation.scores.NEEDS`):
+Each metric needs one kind of statistics (:data:`mmfm.config.choices.METRICS`):
 
 * ``gaussian``: mean and covariance of the features, 34 MB for 2048;
 * ``spatial``: those of the spatial features, 33 MB;
@@ -95,6 +95,16 @@ class Collected:
         self.count = stop
         return self
 
+    @property
+    def needs_features_only(self) -> bool:
+        """Whether neither spatial features nor logits are wanted."""
+        return self.spatial is None and self.score is None
+
+    def see(self, images: Tensor, detector: Detector) -> Self:
+        """Run the detector over the next images (B, 3, S, S) uint8, and return self."""
+        only = self.needs_features_only
+        return self.update(Outputs(detector.features(images)) if only else detector.outputs(images))
+
     def statistics(self) -> Statistics:
         """Return the statistics of all images.
 
@@ -168,7 +178,6 @@ def _gaussian(moments: CovarianceMoments | None) -> Gaussian | None:
 def collect(batches: Iterable[Tensor], kinds: Iterable[str], rows: range, detector: Detector) -> Collected:
     """Run a detector once over batches of images (B, 3, S, S) uint8, the images ``rows``."""
     collected = Collected(kinds, rows, detector)
-    everything = collected.spatial is not None or collected.score is not None
     for batch in batches:
-        collected.update(detector.outputs(batch) if everything else Outputs(detector.features(batch)))
+        collected.see(batch, detector)
     return collected

@@ -1,14 +1,15 @@
 """Detector features of generated images, read from the output of `sample` or computed."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from mmfm import data
-from mmfm.data.moments import CovarianceMoments
-from mmfm.evaluation.detector import Detector
-from mmfm.evaluation.moments import merged, own_part
+from mmfm.evaluation.collected import Collected
+from mmfm.evaluation.detector import Detector, Outputs
+from mmfm.evaluation.moments import own_part
 from mmfm.infra import store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
@@ -24,24 +25,36 @@ def sampled_features(images_path: str | Path, images_digest: str, detector: Dete
     return arrays["features"] if made_from == (detector.digest, images_digest) else None
 
 
-def image_moments(
-    images: np.ndarray, detector: Detector, batch_size: int, ranks: Ranks, features: np.ndarray | None = None
-) -> CovarianceMoments:
-    """Return the feature moments of images (n, S, S, 3) uint8, on every process.
+def image_statistics(
+    images: np.ndarray,
+    kinds: Iterable[str],
+    detector: Detector,
+    batch_size: int,
+    ranks: Ranks,
+    features: np.ndarray | None = None,
+    chosen: np.ndarray | None = None,
+    name: str = "fid",
+) -> Collected:
+    """Return this process's part of the statistics of images (n, S, S, 3) uint8.
 
-    Each process handles a contiguous part; the parts are merged in order.
+    Each process handles a contiguous part; :meth:`Collected.of_all` merges them in order.
 
     Args:
-        features: (n, D), if already computed by this detector for these images.
+        kinds: which of :data:`mmfm.evaluation.collected.KINDS`.
+        features: (n, D), if already computed by this detector for these images; used if they suffice.
+        chosen: (m,) int64, the images to see; None for all.
+        name: of the progress bar.
     """
-    n, own = len(images), own_part(len(images), ranks)
-    moments = CovarianceMoments.zeros(detector.dimension, ranks.device)
-    with Progress("fid", n, "images", enabled=ranks.is_main) as progress:
+    n = len(images if chosen is None else chosen)
+    own = own_part(n, ranks)
+    part = Collected(kinds, own, detector)
+    known = features if part.needs_features_only else None
+    with Progress(name, n, "images", enabled=ranks.is_main) as progress:
         for rows in data.ranges(own.start, own.stop, batch_size):
-            if features is None:
-                batch = torch.from_numpy(np.array(images[rows.start : rows.stop])).permute(0, 3, 1, 2)
-                moments.update(detector.features(batch))
+            if known is not None:
+                part.update(Outputs(torch.from_numpy(np.array(known[rows.start : rows.stop])).to(ranks.device)))
             else:
-                moments.update(torch.from_numpy(np.array(features[rows.start : rows.stop])).to(ranks.device))
+                part_of = slice(rows.start, rows.stop) if chosen is None else chosen[rows.start : rows.stop]
+                part.see(torch.from_numpy(np.array(images[part_of])).permute(0, 3, 1, 2), detector)
             progress.advance(min(len(rows) * ranks.world, n - progress.done))
-    return merged(moments, ranks)
+    return part

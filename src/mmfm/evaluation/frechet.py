@@ -6,9 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmfm.data.moments import CovarianceMoments
-from mmfm.evaluation.reference import Reference
-
 
 def frechet_distance(
     mean_a: np.ndarray | Tensor, cov_a: np.ndarray | Tensor, mean_b: np.ndarray | Tensor, cov_b: np.ndarray | Tensor
@@ -43,11 +40,6 @@ def frechet_distance(
     cross = torch.linalg.svdvals(_factor(cov_a).T @ _factor(cov_b)).sum()
     distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return max(0.0, distance.item())
-
-
-def from_moments(moments: CovarianceMoments, reference: Reference) -> float:
-    """Return the squared Fréchet distance of generated images from the reference, the metric ``frechet``."""
-    return frechet_distance(moments.mean, moments.covariance(), reference.mu, reference.sigma)
 
 
 def mean_ratio(distances: Mapping[str, float], floors: Mapping[str, float]) -> float:

@@ -1,28 +1,27 @@
 """The metrics by name, computed from statistics of generated and real images."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
-from mmfm.evaluation.collected import Gaussian, Statistics
+from mmfm.config.choices import METRICS
+from mmfm.evaluation.collected import Statistics
 from mmfm.evaluation.frechet import frechet_distance
-from mmfm.evaluation.kid import kernel_distance
-from mmfm.evaluation.manifold import manifold
+from mmfm.evaluation.inception_score import SPLIT_SIZE
+from mmfm.evaluation.kid import SEED, SUBSET_SIZE, SUBSETS, kernel_distance
+from mmfm.evaluation.manifold import DENSITY_NEIGHBOURS, NEIGHBOURS, manifold
 
-NEEDS = {
-    "frechet": "gaussian",
-    "sfid": "spatial",
-    "inception_score": "logits",
-    "precision": "bank",
-    "recall": "bank",
-    "density": "bank",
-    "coverage": "bank",
-    "kid": "bank",
-}
-"""Kind of statistics that each metric needs (:data:`mmfm.evaluation.collected.KINDS`)."""
-
-_OF_MANIFOLD = frozenset({"precision", "recall", "density", "coverage"})
 PUBLISHED_IMAGES = 50_000
+"""Number of generated images in published numbers."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "inception_score": {"split_size": SPLIT_SIZE},
+    "precision and recall": {"neighbours": NEIGHBOURS},
+    "density and coverage": {"neighbours": DENSITY_NEIGHBOURS},
+    "kid": {"subsets": SUBSETS, "subset_size": SUBSET_SIZE, "seed": SEED},
+}
+"""What the numbers depend on, for records of results."""
 
 
 def kinds(metrics: Iterable[str]) -> frozenset[str]:
@@ -31,16 +30,25 @@ def kinds(metrics: Iterable[str]) -> frozenset[str]:
     Raises:
         ValueError: an unknown metric.
     """
-    wanted = list(metrics)
-    for name in wanted:
-        if name not in NEEDS:
-            raise ValueError(f"unknown metric '{name}'; it must be one of {', '.join(NEEDS)}")
-    return frozenset(NEEDS[name] for name in wanted)
+    return frozenset(METRICS[name].needs for name in metrics)
 
 
 def reference_kinds(metrics: Iterable[str]) -> frozenset[str]:
     """Return the kinds that metrics need of the reference; the Inception Score needs none."""
     return kinds(metrics) - {"logits"}
+
+
+def require(metrics: Iterable[str], found: Statistics, noun: str) -> None:
+    """Raise ValueError unless a reference, or a generated set, has what metrics need of it."""
+    for name in metrics:
+        need = METRICS[name].needs
+        if need == "bank" and found.bank is None:
+            raise ValueError(
+                f"{name} compares features of single images, but the {noun} has only their moments; give a reference "
+                "with images (arr_0), or leave the metric out"
+            )
+        if need in ("gaussian", "spatial") and getattr(found, need) is None:
+            raise ValueError(f"the {noun} lacks the moments that {name} needs; use one that has them, or its images")
 
 
 def scores(
@@ -52,52 +60,67 @@ def scores(
         ValueError: a metric is unknown, or its statistics are missing or don't fit each other.
     """
     wanted = list(dict.fromkeys(metrics))
-    kinds(wanted)
+    require(wanted, reference, "reference")
+    require(wanted, generated, "generated set")
+    computed: dict[str, dict[str, float]] = {}
     found: dict[str, float] = {}
     for name in wanted:
-        if name == "frechet":
-            found[name] = _frechet(name, generated.gaussian, reference.gaussian)
-        elif name == "sfid":
-            found[name] = _frechet(name, generated.spatial, reference.spatial)
-        elif name == "inception_score":
-            if generated.inception_score is None:
-                raise ValueError("inception_score needs the logits of the generated images; collect `logits`")
-            found[name], found[f"{name}_std"] = generated.inception_score
-        elif generated.bank is None or reference.bank is None:
-            raise ValueError(
-                f"{name} compares features of single images, but the "
-                f"{'reference' if reference.bank is None else 'generated set'} has only their moments; "
-                "give a reference with images (arr_0), or leave the metric out"
-            )
-        elif name == "kid":
-            found[name], found[f"{name}_std"] = kernel_distance(generated.bank, reference.bank, device=device)
-        elif name not in found:
-            of_manifold = vars(manifold(generated.bank, reference.bank, device=device))
-            found.update({name: of_manifold[name] for name in wanted if name in _OF_MANIFOLD})
+        metric = METRICS[name]
+        if metric.implementation not in computed:
+            computed[metric.implementation] = metric.load()(generated, reference, device)
+        values = computed[metric.implementation]
+        found |= {key: values[key] for key in (name, f"{name}_std") if key in values}
     return found
+
+
+def frechet(generated: Statistics, reference: Statistics, device: torch.device | str) -> dict[str, float]:
+    """Return the Fréchet distance of the features."""
+    assert generated.gaussian is not None and reference.gaussian is not None  # see require
+    return {"frechet": frechet_distance(*generated.gaussian, *reference.gaussian)}
+
+
+def sfid(generated: Statistics, reference: Statistics, device: torch.device | str) -> dict[str, float]:
+    """Return the Fréchet distance of the spatial features."""
+    assert generated.spatial is not None and reference.spatial is not None  # see require
+    return {"sfid": frechet_distance(*generated.spatial, *reference.spatial)}
+
+
+def inception_score(generated: Statistics, reference: Statistics, device: torch.device | str) -> dict[str, float]:
+    """Return the Inception Score; it needs no reference."""
+    if generated.inception_score is None:
+        raise ValueError("inception_score needs the logits of the generated images; collect `logits`")
+    mean, deviation = generated.inception_score
+    return {"inception_score": mean, "inception_score_std": deviation}
+
+
+def manifold_scores(generated: Statistics, reference: Statistics, device: torch.device | str) -> dict[str, float]:
+    """Return precision, recall, density and coverage, which share their distances."""
+    assert generated.bank is not None and reference.bank is not None  # see require
+    return dict(vars(manifold(generated.bank, reference.bank, device=device)))
+
+
+def kid(generated: Statistics, reference: Statistics, device: torch.device | str) -> dict[str, float]:
+    """Return the kernel distance."""
+    assert generated.bank is not None and reference.bank is not None  # see require
+    mean, deviation = kernel_distance(generated.bank, reference.bank, device=device)
+    return {"kid": mean, "kid_std": deviation}
 
 
 def cautions(metrics: Iterable[str], generated: Statistics) -> list[str]:
     """Return what a reader must know to judge the numbers: a sentence each."""
-    wanted, lines = frozenset(metrics), []
+    wanted, lines, count = frozenset(metrics), [], generated.count
     for name, moments in (("frechet", generated.gaussian), ("sfid", generated.spatial)):
-        if name in wanted and moments is not None and generated.count is not None:
+        if name in wanted and moments is not None and count is not None:
             dimension = len(moments.mean)
-            if generated.count <= dimension:
+            if count <= dimension:
                 lines.append(
-                    f"{name}: {generated.count:,} images are too few for {dimension:,} features: the covariance is "
-                    "singular and the distance far too large. Score more images."
+                    f"{name}: {count:,} images are too few for {dimension:,} features: the covariance is singular and "
+                    "the distance far too large. Score more images (sample.n_images)."
                 )
-    if generated.count is not None and generated.count < PUBLISHED_IMAGES:
+    if count is not None and count < PUBLISHED_IMAGES:
+        score = " and a smaller Inception Score" if "inception_score" in wanted else ""
         lines.append(
-            f"Published numbers use {PUBLISHED_IMAGES:,} images; {generated.count:,} give larger Frechet distances and "
-            "a smaller Inception Score."
+            f"Published numbers use {PUBLISHED_IMAGES:,} images; {count:,} give larger Frechet distances{score}, so "
+            "compare only results of equally many."
         )
     return lines
-
-
-def _frechet(name: str, generated: Gaussian | None, reference: Gaussian | None) -> float:
-    if generated is None or reference is None:
-        which = "reference" if reference is None else "generated set"
-        raise ValueError(f"the {which} lacks the moments that {name} needs; use one that has them, or its images")
-    return frechet_distance(*generated, *reference)

@@ -8,18 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from mmfm.config.choices import did_you_mean
+from mmfm.config.choices import METRICS, did_you_mean
 from mmfm.evaluation.adm import AdmFile
-from mmfm.evaluation.collected import Gaussian, Statistics, collect
+from mmfm.evaluation.collected import Statistics, collect
 from mmfm.evaluation.detector import Detector
 from mmfm.evaluation.image_sets import ImageSet
-from mmfm.evaluation.inception_score import SPLIT_SIZE
-from mmfm.evaluation.kid import SEED, SUBSET_SIZE, SUBSETS
-from mmfm.evaluation.manifold import DENSITY_NEIGHBOURS, NEIGHBOURS
 from mmfm.evaluation.moments import own_part
 from mmfm.evaluation.reconstruction import psnr, ssim
 from mmfm.evaluation.reference import Reference
-from mmfm.evaluation.scores import NEEDS, cautions, kinds, reference_kinds, scores
+from mmfm.evaluation.scores import SETTINGS, cautions, kinds, reference_kinds, scores
 from mmfm.infra import store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
@@ -30,18 +27,7 @@ ADM_METRICS = ("frechet", "sfid", "inception_score", "precision", "recall")
 PAIRED = {"psnr": psnr, "ssim": ssim}
 """Metrics of decoded images, each against its own original: (originals, decoded) -> (B,)."""
 
-TITLES = {
-    "frechet": "Frechet distance",
-    "sfid": "sFID",
-    "inception_score": "Inception Score",
-    "precision": "precision",
-    "recall": "recall",
-    "density": "density",
-    "coverage": "coverage",
-    "kid": "KID",
-    "psnr": "PSNR in dB",
-    "ssim": "SSIM",
-}
+TITLES = {**{name: metric.title for name, metric in METRICS.items()}, "psnr": "PSNR in dB", "ssim": "SSIM"}
 """Names of the metrics in results."""
 
 
@@ -52,7 +38,7 @@ class _Reference:
         self.path, self.images = path, None
         if path.suffix == ".safetensors":
             reference = Reference.open(path)
-            self.known = Statistics(reference.about["n_images"], Gaussian(reference.mu, reference.sigma))
+            self.known = reference.statistics()
             self.source, side = reference.about["source"], reference.about["image_size"]
             if reference.about["detector_digest"] != detector.digest:
                 raise ValueError(
@@ -83,7 +69,7 @@ class _Reference:
 
     def missing(self, wanted: Iterable[str]) -> frozenset[str]:
         """Return the kinds that the file lacks."""
-        has = {"gaussian": self.known.gaussian, "spatial": self.known.spatial}
+        has = {"gaussian": self.known.gaussian, "spatial": self.known.spatial, "bank": self.known.bank}
         return frozenset(kind for kind in wanted if has.get(kind) is None)
 
     def digest(self) -> str:
@@ -111,7 +97,7 @@ def evaluate(
         samples: see :meth:`mmfm.evaluation.image_sets.ImageSet.open`.
         reference: an ``.npz`` for the ADM evaluator, a ``reference.safetensors``, or images. Moments in the file are
             used as they are, and what they can't serve is computed from its images.
-        metrics: of :data:`mmfm.evaluation.scores.NEEDS` and :data:`PAIRED`, and ``fid`` for ``frechet``; none: the ADM
+        metrics: of :data:`mmfm.config.choices.METRICS` and :data:`PAIRED`, and ``fid`` for ``frechet``; none: the ADM
             evaluator's, as far as detector and reference can serve them. The paired ones need the originals in the same
             order as reference.
         batch_size: images per call of the detector.
@@ -128,7 +114,7 @@ def evaluate(
     wanted = list(dict.fromkeys("frechet" if name == "fid" else name for name in metrics)) or [
         name
         for name in ADM_METRICS
-        if real.can_serve(name) and (detector.spatial_dimension or NEEDS[name] not in ("spatial", "logits"))
+        if real.can_serve(name) and (detector.spatial_dimension or METRICS[name].needs not in ("spatial", "logits"))
     ]
     for name in wanted:
         if name not in TITLES:
@@ -154,7 +140,7 @@ def evaluate(
         computed = _collected(real.images, missing, detector, ranks, batch_size, "reference")
         known = replace(
             known,
-            bank=computed.bank if computed else None,
+            bank=known.bank if known.bank is not None else computed.bank if computed else None,
             gaussian=known.gaussian or (computed.gaussian if computed else None),
             spatial=known.spatial or (computed.spatial if computed else None),
         )
@@ -175,12 +161,7 @@ def evaluate(
                 "n_images": len(real.images) if real.images is not None else real.known.count,
             },
             "detector": {"name": detector.name, "digest": detector.digest, "standard": detector.standard},
-            "settings": {
-                "inception_score": {"split_size": SPLIT_SIZE},
-                "precision and recall": {"neighbours": NEIGHBOURS},
-                "density and coverage": {"neighbours": DENSITY_NEIGHBOURS},
-                "kid": {"subsets": SUBSETS, "subset_size": SUBSET_SIZE, "seed": SEED},
-            },
+            "settings": SETTINGS,
             "versions": {name: importlib.metadata.version(name) for name in ("mmfm", "torch", "torch-fidelity")},
         }  # fmt: skip
 

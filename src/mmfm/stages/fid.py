@@ -1,4 +1,4 @@
-"""``fid``: measure the Frechet distance of generated images from the reference.
+"""``fid``: measure the Frechet distance of generated images from the reference, and the other metrics asked for.
 
 Reads: ``images.npz`` (memory-mapped), ``samples.json``, the detector and the reference.
 Writes: the result as text (``.txt``) and as JSON (``.json``), with all that is needed to interpret it.
@@ -11,17 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from mmfm.config import STAGES, StageConfig
+from mmfm.config import STAGES, Fid, StageConfig
 from mmfm.config.choices import METRICS
+from mmfm.config.keys import keys_of_kind
+from mmfm.evaluation import scores
 from mmfm.evaluation.detector import Detector
-from mmfm.evaluation.features import image_moments, sampled_features
+from mmfm.evaluation.features import image_statistics, sampled_features
 from mmfm.evaluation.reference import Reference
-from mmfm.infra import npz, store
+from mmfm.infra import npz, store, versions
 from mmfm.infra.distributed import Ranks
 from mmfm.stages import provenance
-
-PUBLISHED_IMAGES = 50_000
-"""Number of generated images in published FIDs."""
 
 
 def fid(
@@ -29,54 +28,75 @@ def fid(
     out_json: Path, ranks: Ranks,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure generated images, write the result and return it on every process; see :func:`measure`."""
-    result = measure(images, samples, reference, detector, config.fid.batch_size, ranks)
+    result = measure(images, samples, reference, detector, config.fid, ranks)
     ranks.from_main(lambda: write_result(result, out_txt, out_json))
     return result
 
 
 def measure(
-    images_path: Path, samples_path: Path, reference_path: Path, detector: Detector, batch_size: int, ranks: Ranks
+    images_path: Path, samples_path: Path, reference_path: Path, detector: Detector, section: Fid, ranks: Ranks
 ) -> dict[str, Any]:
-    """Return the distance and how it was measured as JSON values, the same on every process.
+    """Return the metrics and how they were measured as JSON values, the same on every process.
 
     Args:
         images_path: ``images.npz`` from sample, (n, S, S, 3) uint8.
         samples_path: ``samples.json`` from sample, which describes these images.
         reference_path: reference from fid_reference.
-        batch_size: images per call of the detector.
+        section: says which metrics, and the images per call of the detector.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the reference was made with another detector or image size, ``samples.json`` describes other images,
-            or there are fewer than two images.
+        ValueError: the reference was made with another detector or image size, or lacks what a metric needs;
+            ``samples.json`` describes other images; or there are fewer than two images, or all are alike.
     """
     images, samples = npz.map_array(images_path), store.read_json(samples_path)
     _check(images, images_path, samples, samples_path)
     noun = f"the images in '{images_path}'"
     reference = provenance.reference_for(reference_path, detector, images.shape[1], noun)
+    scores.require(section.metrics, reference.statistics(), "reference")
     digest = ranks.from_main(lambda: store.array_digest(images))
     if samples.get("images_digest") != digest:
         raise ValueError(f"'{samples_path}' does not describe the images in '{images_path}'; run sample again")
     features = sampled_features(images_path, digest, detector)
-    moments = image_moments(images, detector, batch_size, ranks, features)
-    values = ranks.from_main(lambda: {name: metric.load()(moments, reference) for name, metric in METRICS.items()})
+    kinds = scores.kinds(section.metrics)
+    part = image_statistics(images, kinds, detector, section.batch_size, ranks, features)
+    taken = features is not None and part.needs_features_only
+    statistics = part.of_all(ranks)
+
+    def computed() -> tuple[dict[str, float], list[str]]:
+        assert statistics is not None  # on the main process
+        values = scores.scores(section.metrics, statistics, reference.statistics(), ranks.device)
+        warnings = _warnings(detector, reference, samples) + scores.cautions(section.metrics, statistics)
+        return values, warnings
+
+    values, warnings = ranks.from_main(computed)
     n, distance = len(images), values.pop("frechet")
     return {
         "stage": "fid",
         "version": STAGES["fid"].version,
         "measure": _measure_name(detector, n),
         "frechet_distance": distance,
-        **({"metrics": values} if values else {}),
-        "published_protocol": detector.standard and reference.about["n_images"] is None and n == PUBLISHED_IMAGES,
-        "warnings": _warnings(detector, reference, n, samples),
+        **({"metrics": values, "settings": scores.SETTINGS} if values else {}),
+        "published_protocol": detector.standard
+        and reference.about["n_images"] is None
+        and n == scores.PUBLISHED_IMAGES,
+        "warnings": warnings,
         "n_images": n,
         "floor": reference.about["floor"],
         "floor_n_images": reference.about["floor_n_images"],
-        "features": "computed" if features is None else "from sample",
+        "features": "from sample" if taken else "computed",
         "detector": {"name": detector.name, "digest": detector.digest, "dimension": detector.dimension},
         "reference": {name: reference.about[name] for name in ("source", "n_images", "image_size", "digest")},
         "samples": samples,
+        "configuration_digest": _configuration(section, samples),
+        "versions": versions.installed(),
     }
+
+
+def _configuration(section: Fid, samples: dict[str, Any]) -> str:
+    """Return a digest of all that determines the numbers: equal ones are repetitions of the same measurement."""
+    described = {name: value for name, value in samples.items() if name != "seconds"}
+    return store.fingerprint([keys_of_kind(section, "identity"), described])
 
 
 def _check(images: np.ndarray, images_path: Path, samples: Any, samples_path: Path) -> None:
@@ -95,10 +115,10 @@ def _measure_name(detector: Detector, n: int) -> str:
         return "Frechet distance of encoder tokens (not an FID)"
     if not detector.standard:
         return "Frechet distance (not an FID)"
-    return "FID-50K" if n == PUBLISHED_IMAGES else f"FID with {n:,} images"
+    return "FID-50K" if n == scores.PUBLISHED_IMAGES else f"FID with {n:,} images"
 
 
-def _warnings(detector: Detector, reference: Reference, n: int, samples: dict[str, Any]) -> list[str]:
+def _warnings(detector: Detector, reference: Reference, samples: dict[str, Any]) -> list[str]:
     lines = []
     if detector.encoder_digest is not None and detector.encoder_digest == samples.get("inputs", {}).get("encoder"):
         lines.append(
@@ -114,13 +134,6 @@ def _warnings(detector: Detector, reference: Reference, n: int, samples: dict[st
         lines.append(
             f"The reference is {reference.about['source']}. Published FIDs on ImageNet use ADM's "
             "VIRTUAL_imagenet256_labeled.npz; set fid.reference to that file to compare."
-        )
-    if detector.standard and n != PUBLISHED_IMAGES:
-        lines.append(f"Published FIDs use {PUBLISHED_IMAGES:,} images; with {n:,} the distance is larger or noisier.")
-    if n <= detector.dimension:
-        lines.append(
-            f"{n:,} images are too few for {detector.dimension:,} features: the covariance is singular and the "
-            "distance far too large. Raise sample.n_images."
         )
     return lines
 
@@ -138,7 +151,7 @@ def render(result: dict[str, Any]) -> str:
     lines = [f"{result['measure']}: {result['frechet_distance']:.4f}", f"detector: {detector['name']}"]
     lines += [f"WARNING: {warning}" for warning in result["warnings"]]
     rows = {
-        **{METRICS[name].title: f"{value:.4f}" for name, value in result.get("metrics", {}).items()},
+        **_metric_rows(result.get("metrics", {})),
         "floor": _floor(result),
         "reference": result["reference"]["source"],
         "images": f"{result['n_images']:,} of {samples['image_size']} x {samples['image_size']} pixels",
@@ -153,9 +166,21 @@ def render(result: dict[str, Any]) -> str:
         "detector weights": f"sha256 {detector['digest']}",
         "images digest": f"sha256 {samples['images_digest']}",
         "reference digest": f"sha256 {result['reference']['digest']}",
+        "configuration": f"digest {result['configuration_digest']}",
+        "versions": ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
     }
     width = max(map(len, rows)) + 2
     return "\n".join([*lines, "", *(f"{name:<{width}}{value}" for name, value in rows.items())]) + "\n"
+
+
+def _metric_rows(metrics: dict[str, float]) -> dict[str, str]:
+    """Return a line for each metric; a deviation stands behind its mean."""
+    rows = {}
+    for name, value in metrics.items():
+        if name in METRICS:
+            spread = f" +- {metrics[f'{name}_std']:.4g}" if f"{name}_std" in metrics else ""
+            rows[METRICS[name].title] = f"{value:.4f}{spread}"
+    return rows
 
 
 def _floor(result: dict[str, Any]) -> str:
@@ -171,7 +196,7 @@ def _sampler(samples: dict[str, Any]) -> str:
     return (
         f"{samples['solver']}, {samples['time_points']} time points from t = {samples['first_time']:g} to "
         f"{samples['last_time']:.4f}, {samples['function_evaluations']:g} function evaluations, network in "
-        f"{samples['precision']} on {samples['device']}"
+        f"{samples['precision']} on {samples['device']}" + (f", {how}" if (how := samples.get("quantisation")) else "")
     )
 
 

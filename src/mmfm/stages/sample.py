@@ -294,6 +294,7 @@ class _Shards:
             "precision": sampler.precision,
             "means_precision": sampler.means_precision,
             "device": sampler.device.type,
+            "quantisation": "truncated to 8 bits",
             "weights": _weights(sampler.weights),
             "guidance": None if source_only else _guidance(sampler),
             "inputs": self.context.inputs.digests,

@@ -56,6 +56,9 @@ def _files(place: Path) -> list[Path]:
         raise FileNotFoundError(f"no '{place}'; make it: {snakemake_command(made)}")
     if path.suffix != ".json":
         raise ValueError(f"'{place}' is not a result; give FOLDER/fid/NAME.txt, or a results folder")
+    record = store.read_json(path)
+    if isinstance(record, dict) and record.get("stage") == "seeds":
+        return [path.with_name(f"{name}.json") for name in record["results"]]
     return [path]
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from mmfm.config import SETTINGS, STAGES, Config
-from mmfm.config.choices import DETECTORS, ENCODER_FAMILIES, SOLVERS, STARTS, DetectorKind, feature_patches
+from mmfm.config.choices import DETECTORS, ENCODER_FAMILIES, METRICS, SOLVERS, STARTS, DetectorKind, feature_patches
 from mmfm.infra.disk import of_checkpoints
 from mmfm.models.flops import decoder_flops, dit_flops
 from mmfm.workflow import costs
@@ -325,21 +325,36 @@ class Estimator:
         fid, detector = self.config.fid, self.detector
         moments = detector.features * (detector.features + 1) * DOUBLE
         root = 60 * detector.features**3  # matrix square root
+        bank = self._bank(fid.reference_images)
         if fid.reference != "train":
-            work = Work(moments + detector.weight_bytes, moments, root)
-            return self._resources(work, disk=moments, device=0, host=8 * moments)
-        written = (min(128, -(-self.n // 1000)) + 1) * moments
+            seen = fid.reference_images if bank else 0
+            pixels = seen * self.config.image.size**2 * 3
+            work = Work(moments + detector.weight_bytes + pixels, moments + bank, root + seen * detector.flops)
+            device = self._detecting(fid.batch_size) if bank else 0
+            return self._resources(work, disk=moments + bank, device=device, host=8 * moments + 2 * bank)
+        if any(METRICS[name].needs == "spatial" for name in fid.metrics):
+            moments *= 2  # spatial features are about as many
+        bank = min(bank, self._bank(self.n))
+        written = (min(128, -(-self.n // 1000)) + 1) * moments + 2 * bank
         flops = self.n * detector.flops + root
         work = Work(self.n * self.image_bytes, written, flops, images=self.n, workers=fid.workers)
-        return self._resources(work, disk=written, device=self._detecting(fid.batch_size), host=8 * moments)
+        return self._resources(work, disk=written, device=self._detecting(fid.batch_size), host=8 * moments + bank)
 
     def fid(self) -> Resources:
-        """The detector on the generated images, and one distance."""
+        """The detector on the generated images, and their metrics; processes' features are joined in memory."""
         detector, n = self.detector, self.config.sample.n_images
         moments = detector.features * (detector.features + 1) * DOUBLE
-        flops = n * detector.flops + 60 * detector.features**3
+        bank, others = self._bank(n), min(self.config.fid.reference_images, self.n)
+        pairs = (n + others) ** 2 if bank else 0
+        flops = n * detector.flops + 60 * detector.features**3 + 2 * pairs * detector.features
         work = Work(2 * n * self.config.image.size**2 * 3, 1e4, flops)
-        return self._resources(work, disk=1e4, device=self._detecting(self.config.fid.batch_size), host=8 * moments)
+        host = 8 * moments + 2 * bank + self._bank(others)
+        return self._resources(work, disk=1e4, device=self._detecting(self.config.fid.batch_size), host=host)
+
+    def _bank(self, n: int) -> int:
+        """Bytes of the features of images; 0 if no metric needs them one by one."""
+        needed = any(METRICS[name].needs == "bank" for name in self.config.fid.metrics)
+        return n * self.detector.features * FLOAT if needed else 0
 
     def _detecting(self, batch: int) -> float:
         """Memory of the detector on a batch."""

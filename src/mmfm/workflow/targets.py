@@ -70,6 +70,11 @@ def variant_pattern(models: Iterable[str]) -> str:
     return rf"(\.seed\d+)?(\.{any_of(models)})?(\.k\d+)?(\.step\d+)?(\.t\d+)?({_GUIDANCE})?"
 
 
+def seeds_pattern(models: Iterable[str]) -> str:
+    """Return a regular expression for the variants of several seeds: the number of seeds, then as for one."""
+    return rf"\.seeds\d+(\.{any_of(models)})?(\.k\d+)?(\.step\d+)?(\.t\d+)?({_GUIDANCE})?"
+
+
 def complete_pattern(configuration: config.Config) -> str:
     """Return a regular expression for ``SETTING[_ag].VARIANT`` with no part missing."""
     whole = []
@@ -118,6 +123,21 @@ def parse_variant(text: str, setting: str, configuration: config.Config, guided:
     )
 
 
+def parse_seeds(text: str, setting: str, configuration: config.Config, guided: bool = False) -> list[Variant]:
+    """Complete the variants of several seeds: those of ``.seeds5.k512`` are ``.seed0.k512`` to ``.seed4.k512``.
+
+    Raises:
+        ValueError: there are fewer than two seeds; also see :func:`parse_variant`.
+    """
+    number = re.match(r"\.seeds(\d+)", text)
+    if number is None:
+        raise ValueError(f"'{text}' is not a variant of several seeds such as .seeds5.k512")
+    if int(number[1]) < 2:
+        raise ValueError(f"'{number[0]}' has no range; name two seeds or more (.seeds2), or one by itself (.seed0)")
+    rest = text[number.end() :]
+    return [parse_variant(f".seed{i}{rest}", setting, configuration, guided) for i in range(int(number[1]))]
+
+
 def _check_step(step: int, steps: int) -> None:
     """Raise ValueError if a training of ``steps`` steps has no such step; 0: it may end at any step."""
     if step == 0:
@@ -156,13 +176,27 @@ def parse_target(name: str, configuration: config.Config) -> Target:
     if folder and folder != own:
         raise ValueError(f"'{name}' is not in '{own}', the folder of this configuration's results")
     encoders, models = configuration.encoders, configuration.models
-    parts = rf"{any_of(encoders)}_{any_of(SETTINGS)}(_ag)?({variant_pattern(models)})\.(txt|json)"
+    head = rf"{any_of(encoders)}_{any_of(SETTINGS)}(_ag)?"
+    parts = rf"{head}({variant_pattern(models)})\.(txt|json)"
     match = re.fullmatch(parts, last)
+    if match is None and re.fullmatch(rf"{head}{seeds_pattern(models)}\.(txt|json)", last):
+        raise ValueError(f"'{last}' sums up the results of several seeds; name one of them, with .seed0 in its place")
     if match is None:
         valid = [f"{encoder}_{setting}.txt" for encoder in encoders for setting in SETTINGS]
         raise ValueError(f"'{last}' is not a result{config.did_you_mean(last, valid)}; there are {', '.join(valid)}")
     encoder, setting, guided, text = match.group(1, 2, 3, 4)
     return Target(encoder, setting, guided is not None, parse_variant(text, setting, configuration, guided is not None))
+
+
+def parse_targets(name: str, configuration: config.Config) -> list[Target]:
+    """Parse a result's name like :func:`parse_target`, or that of several seeds, which stands for all of them."""
+    folder, _, last = name.rpartition("/")
+    number = re.search(r"\.seeds(\d+)(?=\.)", last)
+    if number is None:
+        return [parse_target(name, configuration)]
+    one = last[: number.start()], last[number.end() :]
+    place = f"{folder}/" if folder else ""
+    return [parse_target(f"{place}{one[0]}.seed{i}{one[1]}", configuration) for i in range(int(number[1]))]
 
 
 def guidance_of(scale: float | None, guided: bool, configuration: config.Config) -> config.Guidance:
@@ -216,7 +250,7 @@ def explain_unknown(target: str, results: str, configuration: config.Config) -> 
     return (
         f"no target '{target}'{hint}: {'; '.join(wrong)}.\n"
         f"Targets are {results}/fid/{heads}[_ag][.seedN][.MODEL][.kN][.stepN][.tN][.gN].txt, "
-        f"with MODEL one of {', '.join(configuration.models)} (see {DOCUMENT})"
+        f"or .seedsN for the range of N seeds, with MODEL one of {', '.join(configuration.models)} (see {DOCUMENT})"
     )
 
 
@@ -247,8 +281,9 @@ def _corrected(name: str, configuration: config.Config) -> tuple[list[str], str]
     if match is None:
         return wrong, ""
     text = "".join(part for _, part in sorted(zip(places, parts, strict=True)))
+    parse = parse_seeds if text.startswith(".seeds") else parse_variant
     try:
-        parse_variant(text, match[2], configuration, match[3] is not None)
+        parse(text, match[2], configuration, match[3] is not None)
     except ValueError as error:
         return [*wrong, str(error)], ""
     return wrong, f"{meant}{text}{ending}"
@@ -273,5 +308,5 @@ def _corrected_head(head: str, configuration: config.Config) -> tuple[list[str],
 
 def _place(part: str, configuration: config.Config) -> int | None:
     """Return a part's place in a name; None if it is no part."""
-    kinds = (r"\.seed\d+", rf"\.{any_of(configuration.models)}", r"\.k\d+", r"\.step\d+", r"\.t\d+", _GUIDANCE)
+    kinds = (r"\.seeds?\d+", rf"\.{any_of(configuration.models)}", r"\.k\d+", r"\.step\d+", r"\.t\d+", _GUIDANCE)
     return next((place for place, kind in enumerate(kinds) if re.fullmatch(kind, part)), None)

@@ -160,14 +160,15 @@ def test_a_new_solver(module, monkeypatch, files: Pipeline, weights, tmp_path):
 
 
 METRIC = """
-def new(moments, reference):
-    return float((moments.mean.numpy() - reference.mu).__abs__().max())
+def new(generated, reference, device):
+    return {"largest_gap": float((generated.gaussian.mean.numpy() - reference.gaussian.mean).__abs__().max())}
 """
 
 
 def test_a_new_metric(module, monkeypatch, garments, reference, tmp_path):
     monkeypatch.setitem(choices.METRICS, "largest_gap", choices.Metric(module(METRIC), "largest gap of a mean"))
-    text, result = run_fid(write_samples(tmp_path / "same", garments[:300]), reference, tmp_path)
+    asked = {"metrics": ["frechet", "largest_gap"]}
+    text, result = run_fid(write_samples(tmp_path / "same", garments[:300]), reference, tmp_path, **asked)
     assert result["metrics"]["largest_gap"] == pytest.approx(0, abs=1e-6) and "largest gap of a mean  0.0000" in text
-    _, other = run_fid(write_samples(tmp_path / "other", 255 - garments[:300]), reference, tmp_path)
+    _, other = run_fid(write_samples(tmp_path / "other", 255 - garments[:300]), reference, tmp_path, **asked)
     assert other["metrics"]["largest_gap"] > 0.1 and other["frechet_distance"] > 1

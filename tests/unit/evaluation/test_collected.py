@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmfm.config.choices import METRICS
 from mmfm.data.moments import CovarianceMoments
 from mmfm.evaluation.collected import KINDS, Collected, Gaussian, Statistics, collect
 from mmfm.evaluation.detector import Detector, Outputs
@@ -13,7 +14,7 @@ from mmfm.evaluation.frechet import frechet_distance
 from mmfm.evaluation.inception_score import inception_score
 from mmfm.evaluation.kid import kernel_distance
 from mmfm.evaluation.manifold import manifold
-from mmfm.evaluation.scores import NEEDS, cautions, kinds, reference_kinds, scores
+from mmfm.evaluation.scores import cautions, kinds, reference_kinds, scores
 
 CPU = torch.device("cpu")
 
@@ -42,7 +43,7 @@ def of(pictures: torch.Tensor, wanted=KINDS, detector: Detector = DETECTOR, batc
 
 
 def everything(generated: Statistics, real: Statistics) -> dict[str, float]:
-    return scores([name for name in NEEDS if name != "kid"], generated, real)
+    return scores([name for name in METRICS if name != "kid"], generated, real)
 
 
 def test_every_metric_from_one_pass():
@@ -53,7 +54,7 @@ def test_every_metric_from_one_pass():
         "counted", "0", 12, False, PLAIN.run, CPU, run_all=lambda x: (calls.append(len(x)), network(x))[1],
         spatial_dimension=27,
     )  # fmt: skip
-    found = scores(NEEDS, of(a, kinds(NEEDS), counting), of(b))
+    found = scores(METRICS, of(a, kinds(METRICS), counting), of(b))
     assert sum(calls) == len(a)
     first, second = network(a), network(b)
 
@@ -117,7 +118,7 @@ def test_what_lacks_a_metrics_statistics_is_named():
         ("sfid", "the reference lacks the moments that sfid needs"),
         ("precision", "precision compares features of single images, but the reference has only their moments"),
         ("kid", "kid compares .* the reference"),
-        ("fid", "unknown metric 'fid'; it must be one of frechet, sfid"),
+        ("fid", r"unknown metric 'fid' \(did you mean 'sfid'\?\); it must be one of frechet, sfid"),
     ):
         with pytest.raises(ValueError, match=message):
             scores([metric], a, moments)

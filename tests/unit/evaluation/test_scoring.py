@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 
 from mmfm.cli.__main__ import main
+from mmfm.config.choices import METRICS
 from mmfm.data.fashion_mnist import pad_to_rgb, read_idx
 from mmfm.evaluation import self_test
 from mmfm.evaluation.collected import Gaussian, collect
 from mmfm.evaluation.detector import Detector, Outputs, load_detector
 from mmfm.evaluation.image_sets import ImageSet
 from mmfm.evaluation.reconstruction import psnr, ssim
-from mmfm.evaluation.scores import NEEDS, scores
+from mmfm.evaluation.scores import scores
 from mmfm.evaluation.scoring import evaluate, render
 from mmfm.infra import store
 from mmfm.infra.distributed import Ranks
@@ -161,7 +162,7 @@ def command(garments: tuple[Path, Path], *more: str) -> list[str]:
 
 
 def test_any_number_of_processes_and_batch_size_gives_the_same(garments, tmp_path):
-    metrics = [name for name in NEEDS if NEEDS[name] in ("gaussian", "bank") and name != "kid"]
+    metrics = [name for name in METRICS if METRICS[name].needs in ("gaussian", "bank") and name != "kid"]
     found = []
     for world, batch in ((1, 64), (1, 7), (2, 64), (3, 10)):
         out = tmp_path / f"{world}-{batch}.json"
@@ -200,6 +201,10 @@ def test_the_reference_of_fid_reference(garments, tmp_path, capsys):
             assert status == 2 and captured.err.count("error:") == 1 and re.search(message, captured.err)
         else:
             assert status == 0 and "made here" in captured.out
+    bank = np.random.default_rng(0).normal(size=(20, 64)).astype(np.float32)
+    store.write_arrays(tmp_path / "reference.safetensors", {**arrays, "bank": bank}, about)
+    assert main(command((garments[0], tmp_path / "reference.safetensors"), "--metrics", "precision", "coverage")) == 0
+    assert "coverage" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,34 @@ import pytest
 import torch
 
 from mmfm.cli.__main__ import main
+from mmfm.config import Fid, StageConfig
+from mmfm.evaluation import scores
+from mmfm.evaluation.collected import Collected
 from mmfm.evaluation.detector import Detector, load_detector
+from mmfm.evaluation.features import image_statistics
 from mmfm.evaluation.frechet import frechet_distance
+from mmfm.evaluation.manifold import manifold
 from mmfm.evaluation.reference import Reference
 from mmfm.infra import npz, store
 from mmfm.infra.distributed import Ranks
 from mmfm.stages import fid
 from mmfm.stages.fid_reference import import_npz
-from support.fid_runs import arguments, garments, reference, run, write_reference, write_samples  # noqa: F401 (fixtures)
+from support.fid_runs import (
+    SETTINGS,
+    arguments,
+    garments,  # noqa: F401 (fixture)
+    reference,  # noqa: F401 (fixture)
+    run,
+    write_reference,
+    write_samples,
+)
 from support.places import DETECTOR
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def section() -> Fid:
+    return StageConfig.build("fid", SETTINGS).fid
 
 
 def test_distance_of_the_same_images_is_zero_and_grows_with_corruption(garments, reference, tmp_path):
@@ -99,7 +116,7 @@ def test_guidance_and_source_are_told(garments, reference, tmp_path):
 
 def test_too_few_images_are_a_warning(garments, reference, tmp_path):
     text, result = run(write_samples(tmp_path, garments[300:364]), reference, tmp_path)
-    assert "64 images are too few for 64 features" in text and len(result["warnings"]) == 2
+    assert "64 images are too few for 64 features" in text and len(result["warnings"]) == 3
     text, _ = run(write_samples(tmp_path, garments[300:365]), reference, tmp_path)
     assert "too few" not in text
 
@@ -110,7 +127,7 @@ def standard_detector(reference_n: int | None, tmp_path: Path) -> tuple[Detector
     detector = Detector("Inception v3 of 2015-12-05", demo.digest, 64, True, demo.run, demo.device)
     if reference_n is None:
         np.savez(tmp_path / "VIRTUAL.npz", mu=np.zeros(64), sigma=np.eye(64))
-        import_npz(tmp_path / "VIRTUAL.npz", detector, tmp_path / "standard.safetensors")
+        import_npz(tmp_path / "VIRTUAL.npz", detector, tmp_path / "standard.safetensors", section(), 32, ALONE)
         return detector, tmp_path / "standard.safetensors"
     return detector, write_reference(
         tmp_path / "standard.safetensors", np.zeros((70, 32, 32, 3), np.uint8), n_images=reference_n
@@ -121,10 +138,10 @@ def standard_detector(reference_n: int | None, tmp_path: Path) -> tuple[Detector
     "reference_n, images, name", [(None, 80, "FID-50K"), (300, 80, "FID-50K"), (None, 70, "FID with 70")]
 )
 def test_names_of_inception_results(reference_n, images, name, garments, tmp_path, monkeypatch):
-    monkeypatch.setattr(fid, "PUBLISHED_IMAGES", 80)
+    monkeypatch.setattr(scores, "PUBLISHED_IMAGES", 80)
     detector, standard = standard_detector(reference_n, tmp_path)
     samples = write_samples(tmp_path, garments[:images])
-    result = fid.measure(samples / "images.npz", samples / "samples.json", standard, detector, 32, ALONE)
+    result = fid.measure(samples / "images.npz", samples / "samples.json", standard, detector, section(), ALONE)
     published = reference_n is None and images == 80
     assert fid.render(result).startswith(name) and result["published_protocol"] == published
     assert bool(result["warnings"]) != published
@@ -150,18 +167,67 @@ def test_refuses_what_does_not_belong_together(garments, reference, tmp_path, ca
 
 
 def test_processes_share_the_images(garments, reference):
-    """Parts of three processes, gathered by hand, are the moments of all."""
-    detector, images = load_detector("fashion", DETECTOR), garments[:100]
-
-    class Part(Ranks):
-        def gather(self, value):
-            return [value]
-
-    whole = fid.image_moments(images, detector, 16, ALONE)
-    parts = [fid.image_moments(images, detector, 16, Part(rank, 3, torch.device("cpu"))) for rank in range(3)]
+    """Parts of three processes, merged by hand, are the statistics of all."""
+    detector, images, kinds = load_detector("fashion", DETECTOR), garments[:100], ("gaussian", "bank")
+    whole = image_statistics(images, kinds, detector, 16, ALONE).statistics()
+    parts = [image_statistics(images, kinds, detector, 16, Ranks(rank, 3, ALONE.device)) for rank in range(3)]
     assert [part.count for part in parts] == [33, 33, 34]
-    merged = parts[0].merge(parts[1]).merge(parts[2])
-    assert merged.count == 100 and torch.allclose(merged.covariance(), whole.covariance(), rtol=1e-5, atol=1e-7)
+    merged = Collected.merged(parts).statistics()
+    assert merged.count == 100 and np.allclose(merged.bank, whole.bank, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(merged.gaussian.covariance, whole.gaussian.covariance, rtol=1e-5, atol=1e-7)
+
+
+def test_all_metrics_asked_for_in_one_pass(garments, tmp_path, monkeypatch):
+    """Of the features of sample, too, and without any new number for the distance."""
+    known = write_reference(tmp_path / "bank.safetensors", garments[:300], bank=True)
+    samples = write_samples(tmp_path, garments[300:])
+    _, alone = run(samples, known, tmp_path)
+    seen = []
+    features = Detector.features
+    with monkeypatch.context() as patch:
+        patch.setattr(Detector, "features", lambda self, batch: (seen.append(len(batch)), features(self, batch))[1])
+        text, result = run(samples, known, tmp_path, metrics=["frechet", "recall", "coverage", "precision"])
+    assert sum(seen) == 300 and result["frechet_distance"] == alone["frechet_distance"]
+    assert "metrics" not in alone and set(result["metrics"]) == {"recall", "coverage", "precision"}
+    rows = load_detector("fashion", DETECTOR).features(torch.from_numpy(garments[300:]).permute(0, 3, 1, 2))
+    expected = manifold(rows.numpy(), Reference.open(known).bank)
+    assert result["metrics"]["precision"] == pytest.approx(expected.precision) and 0 < expected.precision < 1
+    assert result["metrics"]["recall"] == pytest.approx(expected.recall) != expected.precision
+    assert f"{expected.precision:.4f}" in next(line for line in text.splitlines() if line.startswith("precision "))
+    assert result["settings"]["precision and recall"] == {"neighbours": 3}
+
+
+def test_a_metric_that_reference_or_detector_cant_serve(garments, reference, tmp_path, capsys):
+    samples = write_samples(tmp_path, garments[300:])
+    for metrics, message in (
+        (["frechet", "precision"], "but the reference has only their moments"),
+        (["frechet", "sfid"], "'fid.metrics' has sfid, which the detector fashion can't give; leave it out"),
+        (["recall"], "'fid.metrics' lacks frechet"),
+        (["frechet", "precison"], "did you mean 'precision'?"),
+    ):
+        assert main(arguments(samples, reference, tmp_path / "out", metrics=metrics)) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error and len(error.splitlines()) == 1, error
+    assert not (tmp_path / "out").exists()
+
+
+def test_equal_measurements_have_equal_configurations(garments, reference, tmp_path):
+    """Time and batch size are none of it; another seed is."""
+    digests = [
+        run(write_samples(tmp_path / name, garments[300:], **changes), reference, tmp_path, **keys)[1][
+            "configuration_digest"
+        ]
+        for name, changes, keys in (
+            ("a", {}, {}), ("b", {"seconds": 1.0}, {"batch_size": 7}), ("c", {"seed": 6}, {}),
+        )
+    ]  # fmt: skip
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_constant_images_are_refused(garments, reference, tmp_path, capsys):
+    samples = write_samples(tmp_path, np.repeat(garments[:1], 80, axis=0))
+    assert main(arguments(samples, reference, tmp_path / "out")) == 2
+    assert "all 80 images have the same features" in capsys.readouterr().err
 
 
 def test_a_set_larger_than_memory_can_be_mapped(tmp_path):

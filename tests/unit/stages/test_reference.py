@@ -11,7 +11,7 @@ import torch
 from mmfm import config, data
 from mmfm.cli.__main__ import main
 from mmfm.data import Listing
-from mmfm.evaluation.detector import load_detector
+from mmfm.evaluation.detector import Detector, Outputs, load_detector
 from mmfm.evaluation.frechet import frechet_distance
 from mmfm.evaluation.reference import Reference
 from mmfm.infra.distributed import Ranks
@@ -124,11 +124,95 @@ def write_npz(path: Path, d: int = 64, **other: np.ndarray) -> Path:
 
 def test_import_of_an_npz(tmp_path):
     """Like ADM's file: more arrays than needed, no listing, no floor."""
-    path = write_npz(tmp_path / "VIRTUAL.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8), mu_s=np.zeros(5))
+    path = write_npz(
+        tmp_path / "VIRTUAL.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8), mu_s=np.zeros(5), sigma_s=np.eye(5)
+    )
     found = make((), tmp_path / "reference.safetensors", reference=str(path))
     with np.load(path) as archive:
         assert np.array_equal(found.mu, archive["mu"]) and np.array_equal(found.sigma, archive["sigma"])
     assert found.about["floor"] is None and found.about["n_images"] is None and "VIRTUAL.npz" in found.about["source"]
+
+
+def test_features_of_single_images_are_kept_if_a_metric_needs_them(listings, tmp_path):
+    """Every third of 40 images and no others; the moments stay those of all."""
+    plain = make(listings, tmp_path / "plain" / "reference.safetensors")
+    asked = {"metrics": ["frechet", "kid", "precision"], "reference_images": 13}
+    found = make(listings, tmp_path / "bank" / "reference.safetensors", **asked)
+    assert plain.bank is None and found.bank.dtype == np.float32 and found.spatial is None
+    assert np.array_equal(found.mu, plain.mu) and np.array_equal(found.sigma, plain.sigma)
+    assert np.allclose(found.bank, features(listings[0])[[i * 40 // 13 for i in range(13)]], rtol=1e-4, atol=1e-5)
+    assert len(make(listings, tmp_path / "all" / "r.safetensors", metrics=["frechet", "recall"]).bank) == 40
+
+
+def test_metrics_that_need_the_same_of_the_reference_share_it():
+    def identity(**keys: object) -> dict:
+        values = {"image": {"size": 32}, "fid": {**FID, "detector": "inception", **keys}}
+        return config.StageConfig.build("fid_reference", values).identity()
+
+    before = identity()
+    assert "metrics" not in before["fid"] and "reference_images" not in before["fid"]
+    assert identity(metrics=["frechet", "inception_score"], reference_images=50) == before
+    kid, recall = (identity(metrics=["frechet", name], reference_images=50) for name in ("kid", "recall"))
+    assert kid == recall != before and identity(metrics=["frechet", "sfid"]) != before
+    assert identity(metrics=["frechet", "kid"], reference_images=51) != kid
+
+
+def network(images: torch.Tensor) -> Outputs:
+    """Means of coarse and of fine cells, standing for features and spatial ones."""
+    coarse, fine = (torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, n).flatten(1) for n in (2, 3))
+    return Outputs(coarse, fine)
+
+
+CELLS = Detector(
+    "cells", "c" * 64, 12, False, lambda images: network(images).features, torch.device("cpu"), run_all=network,
+    spatial_dimension=27,
+)  # fmt: skip
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def section(**keys: object) -> config.Fid:
+    values = {"image": {"size": 32}, "fid": {**FID, "detector": "inception", **keys}}
+    return config.StageConfig.build("fid_reference", values).fid
+
+
+def test_spatial_moments_of_the_training_images(listings, tmp_path):
+    keys = {**FID, "detector": "inception", "metrics": ["frechet", "sfid", "kid"], "reference_images": 10}
+    sections = config.StageConfig.build("fid_reference", {"image": {"size": 32}, "fid": keys})
+    stage.fid_reference(sections, CELLS, *listings, tmp_path / "reference.safetensors", ALONE)
+    found = Reference.open(tmp_path / "reference.safetensors")
+    images = next(data.image_batches(listings[0], 32, [range(40)]))[1]
+    fine = network(images).spatial.double().numpy()
+    assert np.allclose(found.spatial.mean, fine.mean(0)) and found.bank.shape == (10, 12)
+    assert np.allclose(found.spatial.covariance, np.cov(fine, rowvar=False), rtol=1e-5, atol=1e-8)
+
+
+def test_an_npz_serves_every_metric_that_it_can(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
+    outputs = network(torch.from_numpy(images).permute(0, 3, 1, 2))
+    moments = {"mu": np.full(12, 0.5), "sigma": np.eye(12)}
+    spatial = {"mu_s": np.full(27, 0.25), "sigma_s": 2 * np.eye(27)}
+    out = tmp_path / "r.safetensors"
+
+    def read(arrays: dict, *metrics: str, images_kept: int = 10) -> Reference:
+        np.savez(tmp_path / "real.npz", **arrays)
+        asked = section(metrics=["frechet", *metrics], reference_images=images_kept)
+        stage.import_npz(tmp_path / "real.npz", CELLS, out, asked, 32, ALONE)
+        return Reference.open(out)
+
+    whole = read({**moments, **spatial, "arr_0": images}, "sfid", "kid", "inception_score")
+    assert np.array_equal(whole.mu, moments["mu"]) and np.array_equal(whole.spatial.covariance, spatial["sigma_s"])
+    assert np.allclose(whole.bank, outputs.features[[i * 24 // 10 for i in range(10)]]) and len(whole.bank) == 10
+    assert whole.about["n_images"] is None and whole.about["image_size"] == 32
+    alone = read({"arr_0": images}, "sfid", "recall", images_kept=30)
+    assert np.allclose(alone.mu, outputs.features.mean(0)) and alone.about["n_images"] == 24
+    assert np.allclose(alone.spatial.mean, outputs.spatial.mean(0)) and len(alone.bank) == 24
+    assert read({**moments, **spatial, "arr_0": images}).bank is None
+    with pytest.raises(ValueError, match=r"can't serve sfid, kid: it lacks the images \(arr_0\).*out of fid.metrics"):
+        read(moments, "sfid", "kid", "inception_score")
+    with pytest.raises(ValueError, match=r"has images of 16 x 16 pixels, but image\.size is 32"):
+        read({**moments, "arr_0": images[:, :16, :16]}, "kid")
+    with pytest.raises(ValueError, match=r"has mu_s \(5,\), but the detector has 27 features"):
+        read({**moments, "mu_s": np.zeros(5), "sigma_s": np.eye(5)}, "sfid")
 
 
 @pytest.mark.parametrize(
@@ -138,6 +222,7 @@ def test_import_of_an_npz(tmp_path):
         ({"sigma": -np.eye(64)}, "is not a covariance"),
         ({"mu": np.full(64, np.nan)}, "NaN"),
         ({"sigma": np.array([{}], dtype=object)}, "can't be read"),
+        ({"arr_0": np.zeros((3, 8, 8, 3), np.float32)}, "holds float32"),
     ],
 )
 def test_refuses_an_npz_that_does_not_fit(content, message, tmp_path, capsys):
@@ -149,7 +234,8 @@ def test_refuses_an_npz_that_does_not_fit(content, message, tmp_path, capsys):
 def test_refuses_missing_inputs(tmp_path, capsys):
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     (tmp_path / "text.npz").write_text("no archive")
-    for name, message in (("none.npz", "no file"), ("other.npz", "lacks mu"), ("text.npz", "can't be read")):
+    cases = {"none.npz": "no file", "other.npz": "neither mu and sigma nor", "text.npz": "not an .npz"}
+    for name, message in cases.items():
         assert main(arguments((), tmp_path / "r.safetensors", reference=str(tmp_path / name))) == 2
         assert message in capsys.readouterr().err
     assert main(arguments((), tmp_path / "r.safetensors")) == 2

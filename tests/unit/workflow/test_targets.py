@@ -30,6 +30,10 @@ DEMO = config.load([DEFAULTS])
         ("dinov2_mode.t4.t5.txt", None, "twice"),
         ("dinov2_uncond.t4.k4.txt", None, "has no mixture"),
         ("readme", None, "no encoder with a setting"),
+        ("dinov2_moed.seeds5.txt", "dinov2_mode.seeds5.txt", "'moed' is no setting"),
+        ("dinov2_mode.k9.seeds5.txt", "dinov2_mode.seeds5.k9.txt", "wrong order"),
+        ("dinov2_mode.t4.seeds1.txt", None, "'.seeds1' has no range"),
+        ("dinov2_mode.seed1.seeds5.txt", None, "twice"),
     ],
 )
 def test_a_wrong_name_is_explained_and_corrected(typed, meant, why):
@@ -52,6 +56,19 @@ def test_results_of_another_run_are_said_to_be_so(run, typed, said):
     results = f"results/{run}" if run else "results"
     message = targets.explain_unknown(typed, results, replace(DEMO, run=run))
     assert said in message and f"did you mean '{typed}'" not in message
+
+
+def test_a_name_of_several_seeds_stands_for_their_results():
+    complete = [str(variant) for variant in targets.parse_seeds(".seeds3.k9.step60", "mode", DEMO)]
+    assert complete == [f"seed{i}.tiny.k9.step60.t25" for i in range(3)]
+    found = targets.parse_targets("results/fid/dinov2_mode_ag.seeds2.t4.txt", DEMO)
+    assert [(target.guided, target.variant.seed, target.variant.t) for target in found] == [(True, 0, 4), (True, 1, 4)]
+    (one,) = targets.parse_targets("results/fid/dinov2_mode.seed3.txt", DEMO)
+    assert one.variant.seed == 3
+    with pytest.raises(ValueError, match=r"sums up the results of several seeds; name one of them"):
+        targets.parse_target("results/fid/dinov2_mode.seeds2.txt", DEMO)
+    with pytest.raises(ValueError, match=r"has no mixture; leave out '\.k4'"):
+        targets.parse_seeds(".seeds2.k4", "uncond", DEMO)
 
 
 def test_the_documents_of_errors_exist():

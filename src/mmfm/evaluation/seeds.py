@@ -1,0 +1,113 @@
+"""One setting with several seeds: mean and range of its metrics.
+
+Nothing here imports PyTorch.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmfm.config.choices import METRICS
+
+_OF_A_SEED = ("seed", "seconds", "images_digest", "function_evaluations", "inputs", "device")
+"""What differs between seeds in ``samples.json``, and so do the weights."""
+
+
+def summarise(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return mean and range of the metrics of results that differ in nothing but their seed, as JSON values.
+
+    Args:
+        records: at least two results of the stage `fid`, by the names of their files without ending.
+
+    Raises:
+        ValueError: a record is no such result, a seed is there twice, or the results differ in more than their seed.
+    """
+    try:
+        settings = {name: _setting(record) for name, record in records.items()}
+        first, *others = settings
+        for name in others:
+            for what in {**settings[first], **settings[name]}:
+                one, other = (settings[each].get(what) for each in (name, first))
+                if one != other:
+                    raise ValueError(
+                        f"'{name}' and '{first}' differ in more than their seed: {what} is {one} and {other}; make "
+                        "both with one configuration"
+                    )
+        seeds = [_seed(record) for record in records.values()]
+        if len(seeds) < 2 or len(set(seeds)) < len(seeds):
+            raise ValueError(
+                f"the results have the seeds {', '.join(map(str, seeds))}; give two or more different ones"
+            )
+        values = {"frechet": [float(record["frechet_distance"]) for record in records.values()]}
+        for name in METRICS:
+            if all(name in record.get("metrics", {}) for record in records.values()):
+                values[name] = [float(record["metrics"][name]) for record in records.values()]
+        record = records[first]
+        return {
+            "stage": "seeds",
+            "measure": record["measure"],
+            "results": list(records),
+            "seeds": seeds,
+            "trained": len({each["samples"]["weights"]["digest"] for each in records.values()}) > 1,
+            "metrics": {name: _spread(of_seeds) for name, of_seeds in values.items()},
+            "warnings": list(dict.fromkeys(line for each in records.values() for line in each["warnings"])),
+            **{name: record[name] for name in ("n_images", "floor", "detector", "reference")},
+            "configuration_digests": [each.get("configuration_digest") for each in records.values()],
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"a file is not a result of fid ({error!r}); make it again") from error
+
+
+def _seed(record: Mapping[str, Any]) -> int:
+    return int(record["samples"]["seed"])
+
+
+def _setting(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the results of several seeds must have in common."""
+    samples = record["samples"]
+    about = {name: value for name, value in samples.items() if name not in (*_OF_A_SEED, "weights", "guidance")}
+    guidance = samples["guidance"] or {}
+    return {
+        **about,
+        "detector": record["detector"]["digest"],
+        "reference": record["reference"]["digest"],
+        "step": samples["weights"]["step"],
+        "model": samples["weights"]["model"],
+        **{f"guidance {name}": value for name, value in guidance.items() if name != "guide"},
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    return {
+        "mean": statistics.fmean(values),
+        "min": min(values),
+        "max": max(values),
+        "std": statistics.stdev(values),
+        "values": list(values),
+    }
+
+
+def render(summary: Mapping[str, Any]) -> str:
+    """Return the result of :func:`summarise` as text."""
+    seeds, metrics = summary["seeds"], summary["metrics"]
+    distance = metrics["frechet"]
+    what = "training and sampling" if summary["trained"] else "sampling, of the same weights"
+    lines = [
+        f"{summary['measure']}, {len(seeds)} seeds: {distance['mean']:.4f} "
+        f"({distance['min']:.4f} to {distance['max']:.4f})",
+        f"detector: {summary['detector']['name']}",
+        *(f"WARNING: {warning}" for warning in summary["warnings"]),
+        "",
+    ]
+    rows = {
+        METRICS[name].title: f"{spread['mean']:.4f}, {spread['min']:.4f} to {spread['max']:.4f}, standard deviation "
+        f"{spread['std']:.4f}"
+        for name, spread in metrics.items()
+    }
+    rows["seeds"] = f"{', '.join(map(str, seeds))}, of {what}"
+    rows["images"] = f"{summary['n_images']:,} for each seed"
+    rows["reference"] = summary["reference"]["source"]
+    for name, value in zip(summary["results"], distance["values"], strict=True):
+        rows[name] = f"{value:.4f}"
+    width = max(map(len, rows)) + 2
+    return "\n".join([*lines, *(f"{name:<{width}}{value}" for name, value in rows.items())]) + "\n"
