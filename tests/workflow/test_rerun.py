@@ -62,7 +62,6 @@ OTHER = {
     "guide.interval": [0.1, 0.9],
     "sweep.modes": [16, 64],
     "gpus": 1,
-    "train.gpus": 1,
     "run": "other",
 }
 """Other valid values of the keys that have neither choices nor a number one higher."""
