@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -42,11 +44,13 @@ SMALL = {
 }  # fmt: skip
 
 
-def snakemake(folder: Path, *words: str, input_size: int = 32) -> subprocess.CompletedProcess:
+def snakemake(
+    folder: Path, *words: str, input_size: int = 32, files: Sequence[str] = ("mine.yaml",)
+) -> subprocess.CompletedProcess:
     eva = {**SMALL["encoders"]["eva"], "input_size": input_size}
     keys = {**SMALL, "encoders": {**SMALL["encoders"], "eva": eva}}
     (folder / "mine.yaml").write_text(yaml.safe_dump(keys))
-    line = [sys.executable, "-m", "snakemake", *words, "--cores", "1", "--configfile", "mine.yaml"]
+    line = [sys.executable, "-m", "snakemake", *words, "--cores", "1", "--configfile", *files]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{os.environ.get('PYTHONPATH', '')}"}
     return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
 
@@ -83,6 +87,22 @@ def test_a_dry_run_says_what_is_no_encoder(tmp_path):
     ):
         done = snakemake(tmp_path, f"results/fid/{name}_mode.txt", "-n", input_size=36)
         assert done.returncode and said in done.stdout + done.stderr
+
+
+def test_models_of_the_hub_are_fetched_with_the_files_that_their_library_has(tmp_path):
+    write_images(link_workflow(tmp_path) / "images", 4)
+    wanted = {"msn": ("hf", "some/vit", 3), "eva": ("timm", "timm/eva02.some", 2)}
+    keys = {
+        **SMALL,
+        "encoders": {n: {"family": f, "weights": f"hf:{i}", "input_size": 48} for n, (f, i, _) in wanted.items()},
+    }
+    (tmp_path / "hub.yaml").write_text(yaml.safe_dump(keys))
+    for name, (family, model, files) in wanted.items():
+        done = snakemake(tmp_path, f"results/latent_stats/{name}/stats.pt", "-n", files=["hub.yaml"])
+        assert done.returncode == 0, done.stdout + done.stderr
+        rule = {"hf": "fetch_encoder", "timm": "fetch_timm_encoder"}[family]
+        (made,) = re.findall(rf"rule {rule}:\n\s+output: (.*)", done.stdout)
+        assert len(made.split(", ")) == files and f"published/models/{model}/config.json" in made
 
 
 @pytest.mark.slow

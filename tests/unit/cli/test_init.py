@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from mmfm import config
 from mmfm.cli import init
 from mmfm.cli.__main__ import main
 from mmfm.workflow import checks
+from support.encoders import write_timm
 from support.places import DEFAULTS, DEMO, ROOT
 
 
@@ -136,3 +138,13 @@ def test_elsewhere_than_in_the_checkout(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(photos) == 2
     assert "run it in the folder of the Snakefile" in capsys.readouterr().err
+
+
+def test_any_vision_transformer_is_taken_with_its_librarys_family(tmp_path):
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
+    found = init.choose_encoder(str(write_timm(tmp_path / "timm", "vit_small_patch16_224", **sizes)))
+    assert (found.family, found.width, found.depth, found.patch) == ("timm", 32, 2, 8)
+    about = {"model_type": "dinov3_vit", "hidden_size": 48, "num_hidden_layers": 3, "patch_size": 16}
+    with mock.patch.object(init, "hub_config", return_value=about):
+        found = init.choose_encoder("hf:some/model")
+    assert (found.family, found.width, found.depth, found.patch) == ("hf", 48, 3, 16)
