@@ -25,6 +25,9 @@ MODULE = "docs/deployment.md"
 PUBLISHED = "docs/published.md"
 """The document that explains published files."""
 
+MIXTURE = "docs/diagnostics.md#choosing-k"
+"""The document that explains how to judge a mixture."""
+
 CONFIGURATION, IMAGES, RUNS = "config/README.md", "docs/your-own-data.md", "README.md#changing-stopping-resuming"
 """The documents that explain errors of the configuration, of the images and of runs."""
 
@@ -450,6 +453,13 @@ def complete_name(wildcards, kind):
     encoder, setting, ag, text = re.fullmatch(NAME, wildcards.request).group(1, 2, 3, 4)
     complete = checked(targets.parse_variant, text, setting, C, ag is not None, document=targets.DOCUMENT)
     return f"{RESULTS}/fid/{encoder}_{setting}{ag or ''}.{complete}.{kind}"
+
+
+def held_out(wildcards):
+    """Return the listing of the held-out images; fail if there are none."""
+    if not C.data.holdout:
+        raise refusal(f"'data.holdout' is 0, so no images are kept aside to judge a mixture by; set it (see {MIXTURE})")
+    return HELDOUT.replace("<results>", RESULTS)
 
 
 def of_seeds(wildcards):

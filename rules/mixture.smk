@@ -161,3 +161,85 @@ else:
         shell:
             "python -m mmfm.cli import spatial {input.source:q} --out {output.mixture:q} --stats {input.stats:q}"
             " --gmm {input.gmm:q} 2>&1 | tee {log:q}"
+
+
+# The same command as in the rule `extract`, on the images that `data.holdout` keeps aside.
+rule extract_heldout:
+    input:
+        encoder=encoder_files,
+        listing=held_out,
+    output:
+        tokens=directory("<results>/cls_tokens/{encoder}/heldout/cls_tokens.zarr"),
+        moments="<results>/cls_tokens/{encoder}/heldout/latent_moments.safetensors",
+    log:
+        "<logs>/extract.{encoder}.heldout.log",
+    benchmark:
+        "<benchmarks>/extract.{encoder}.heldout.tsv"
+    conda:
+        "../envs/mmfm.yaml"
+    threads: THREADS["extract"]
+    resources:
+        operation=OPERATION["extract"],
+        gpu=GPUS["extract"],
+        nodes=NODES["extract"],
+        processes=C.processes,
+        mem_mb=MEM_MB["extract"],
+        runtime=RESOURCES["extract"].minutes,
+        disk_mb=RESOURCES["extract"].disk_mb,
+    params:
+        settings=parameter("extract"),
+    shell:
+        "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
+        " --nodes {resources.nodes} -- extract --settings {params.settings:q}"
+        ' --listing {input.listing:q} --encoder-weights "$(dirname {input.encoder[0]:q})" --out-tokens {output.tokens:q}'
+        " --out-moments {output.moments:q} {resources.operation} 2>&1 | tee {log:q}"
+
+
+rule heldout:
+    input:
+        gmm=GMM,
+        train=rules.extract.output.tokens,
+        heldout=rules.extract_heldout.output.tokens,
+    output:
+        "<results>/gmm/{encoder}/k{k}/heldout.json",
+    log:
+        "<logs>/heldout.{encoder}.k{k}.log",
+    benchmark:
+        "<benchmarks>/heldout.{encoder}.k{k}.tsv"
+    conda:
+        "../envs/mmfm.yaml"
+    threads: THREADS["fit_gmm"]
+    resources:
+        mem_mb=MEM_MB["fit_gmm"],
+        runtime=RESOURCES["fit_gmm"].minutes,
+    shell:
+        "python -m mmfm.cli heldout --gmm {input.gmm:q} --train {input.train:q} --heldout {input.heldout:q}"
+        " --out-json {output:q} 2>&1 | tee {log:q}"
+
+
+rule heldout_sweep:
+    input:
+        gmm=expand(GMM, k=C.sweep.modes, allow_missing=True),
+        train=rules.extract.output.tokens,
+        heldout=rules.extract_heldout.output.tokens,
+    output:
+        picture=report(
+            "<results>/gmm/{encoder}/heldout.png",
+            caption="../workflow/report/heldout.rst",
+            category="Mixture",
+            labels={"encoder": "{encoder}", "modes": "all", "picture": "held-out likelihood"},
+        ),
+        table="<results>/gmm/{encoder}/heldout.json",
+    log:
+        "<logs>/heldout_sweep.{encoder}.log",
+    benchmark:
+        "<benchmarks>/heldout_sweep.{encoder}.tsv"
+    conda:
+        "../envs/mmfm.yaml"
+    threads: THREADS["fit_gmm"]
+    resources:
+        mem_mb=MEM_MB["fit_gmm"],
+        runtime=RESOURCES["fit_gmm"].minutes,
+    shell:
+        "python -m mmfm.cli heldout --gmm {input.gmm:q} --train {input.train:q} --heldout {input.heldout:q}"
+        " --out-json {output.table:q} --out-png {output.picture:q} 2>&1 | tee {log:q}"
