@@ -85,10 +85,10 @@ def test_on_cpus_a_job_takes_a_node_or_half_of_one(checkout):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([*SLURM, "--config", "gpus=16"], "'gpus' is 16, but a node has 8"),
+        ([*SLURM, "--config", "gpus=16"], "'gpus' is 16, but only 8 are available"),
         (
             [*SLURM, "--set-resources", "train:gpu=9"],
-            "'gpu' of 'train' in set-resources is 9, but a node has 8",
+            "'gpu' of 'train' in set-resources is 9, but only 8 are available",
         ),
         ([*NODES, "--set-resources", "train:nodes=2", "train:gpu=7"], "is 7, which 2 nodes can't share evenly"),
     ],

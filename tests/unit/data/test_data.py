@@ -245,9 +245,26 @@ def test_a_small_shared_memory_is_named_before_workers_start(folder, tmp_path, m
     write(folder, tmp_path / "l.safetensors")
     monkeypatch.setattr(loader, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(loader.disk, "free", lambda path: 64 << 20)
+    monkeypatch.setattr(loader.cores, "given", lambda: 16)
     batches = [list(range(40))] * 2
     with pytest.raises(
         ValueError, match=r"16 image-reading processes read up to 0\.4 GB ahead .* 0\.1 GB are free; lower"
     ):
         data.image_batches(tmp_path / "l.safetensors", 224, batches, workers=16)
     assert len(list(data.image_batches(tmp_path / "l.safetensors", 8, [[0], [1]], workers=0))) == 2
+
+
+def test_no_more_reading_processes_than_the_job_has_cores(folder, tmp_path, monkeypatch):
+    write(folder, tmp_path / "l.safetensors")
+    monkeypatch.setattr(loader.cores, "given", lambda: 3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    asked = []
+    monkeypatch.setattr(loader, "_require_shared_memory", lambda workers, size: asked.append(workers))
+
+    def stand_in(*arguments, num_workers, **keys):
+        asked.append(num_workers)
+        return []
+
+    monkeypatch.setattr(loader.torch.utils.data, "DataLoader", stand_in)
+    data.image_batches(tmp_path / "l.safetensors", 8, [[0], [1]], workers=8)
+    assert asked == [1, 1]

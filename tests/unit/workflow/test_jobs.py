@@ -38,9 +38,9 @@ def test_several_nodes_have_the_gpus_of_each():
 @pytest.mark.parametrize(
     ("wanted", "given", "message"),
     [
-        (16, {}, "'gpus' is 16, but a node has 8 .*gpu_per_node.*; lower it"),
-        (1, {"gpu": 9}, "'gpu' of 'train' in set-resources is 9, but a node has 8"),
-        (1, {"gpu": 18, "nodes": 2}, "is 9 per node, but a node has 8"),
+        (16, {}, "'gpus' is 16, but only 8 are available .*gpu_per_node.*; lower it"),
+        (1, {"gpu": 9}, "'gpu' of 'train' in set-resources is 9, but only 8 are available"),
+        (1, {"gpu": 18, "nodes": 2}, "is 9 per node, but only 8 are available"),
         (1, {"gpu": 5, "nodes": 2}, "is 5, which 2 nodes can't share evenly; take a multiple of 2"),
     ],
 )
