@@ -96,8 +96,8 @@ class Machine:
         each = gpus // nodes
         if self.gpus is not None and each > self.gpus:
             raise ValueError(
-                f"{source} is {each}{' per node' if nodes > 1 else ''}, but only {self.gpus} are available (the limit of "
-                "the resource 'gpu_per_node', or 'gpu', in the profile); lower it, or set it to auto"
+                f"{source} is {each}{' per node' if nodes > 1 else ''}, but only {self.gpus} are available (the limit "
+                "of the resource 'gpu_per_node', or 'gpu', in the profile); lower it, or set it to auto"
             )
         if self.total is not None and gpus > self.total:
             raise ValueError(
