@@ -66,6 +66,7 @@ def _setting(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the results of several seeds must have in common."""
     samples = record["samples"]
     about = {name: value for name, value in samples.items() if name not in (*_OF_A_SEED, "weights", "guidance")}
+    about.setdefault("quantisation", "truncated to 8 bits")  # which older records don't say, and which has not changed
     guidance = samples["guidance"] or {}
     return {
         **about,

@@ -21,6 +21,13 @@ _DEPTHS = {"large": 24, "giant": 40, "gigantic": 48, "so400m": 27, "huge": 32}
 _RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
+_NESTED_DEFAULTS = {
+    kind: {"hidden_size": 768, "num_hidden_layers": 12, "patch_size": patch}
+    for kind, patch in (("siglip", 16), ("siglip2", 16), ("clip", 32))
+}
+"""Sizes of the vision tower that a full model's config.json may lack, by its `model_type`."""
+
+
 @dataclass(frozen=True)
 class VisionModel:
     """A model by its config.json.
@@ -78,7 +85,9 @@ def describe(values: Mapping[str, Any], weights: Path | None = None) -> VisionMo
     if store.is_timm(values):
         return _describe_timm(values, _shapes(weights) if weights else {})
     vision = values.get("vision_config")
-    vision = vision if isinstance(vision, Mapping) else values
+    # transformers leaves a nested configuration's defaults out of the file.
+    nested = _NESTED_DEFAULTS.get(str(values.get("model_type")), {})
+    vision = {**nested, **vision} if isinstance(vision, Mapping) else values
     # Encoders have one width and one patch size; models that change them from layer to layer have lists.
     width, depth = (_whole(vision.get(name)) for name in ("hidden_size", "num_hidden_layers"))
     patch, image = (_pair(vision.get(name)) for name in ("patch_size", "image_size"))

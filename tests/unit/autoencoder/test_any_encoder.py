@@ -178,6 +178,9 @@ def test_models_of_transformers_that_are_no_encoders(tmp_path):
     refused("hf", write_hf(tmp_path / "resnet", resnet), 32, r"'resnet' model without patches; give a vision transf")
     masked = ViTMAEModel(ViTMAEConfig(**SIZES))
     refused("hf", write_hf(tmp_path / "mae", masked), 32, r"'vit_mae' .* gives 5 tokens for 4 x 4 patches")
+    shuffled = ViTMAEModel(ViTMAEConfig(**SIZES, mask_ratio=0.0))
+    message = r"'vit_mae' .* gives other tokens for the same image at every call; .* set the family to mae"
+    refused("hf", write_hf(tmp_path / "shuffled", scramble(shuffled)), 32, message)
     folder = write_hf(
         tmp_path / "siglip", scramble(SiglipVisionModel(SiglipVisionConfig(**SIZES, vision_use_head=False)))
     )

@@ -35,6 +35,15 @@ def test_mean_and_range_of_every_metric(results, tmp_path, capsys):
     assert [result.path for result in compared.find([tmp_path / "fid" / "dinov2_mode.seeds3.txt"])] == results
 
 
+def test_a_seed_of_before_the_quantisation_was_recorded(results):
+    records = {path.stem: store.read_json(path) for path in results}
+    for name, record in records.items():
+        record["samples"].pop("quantisation", None)
+        if name != results[0].stem:
+            record["samples"]["quantisation"] = "truncated to 8 bits"
+    assert summarise(records)["seeds"] == [0, 1, 2]
+
+
 def test_a_metric_that_only_some_have_is_left_out(results):
     records = {path.stem: store.read_json(path) for path in results}
     records[results[1].stem]["samples"]["weights"]["digest"] = "cd" * 32

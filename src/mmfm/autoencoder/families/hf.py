@@ -43,6 +43,13 @@ class _Transformers:
         if tokens.ndim != 3:
             raise ValueError(f"{what} gives no sequence of tokens but {tuple(tokens.shape[1:])}; give a transformer")
         first = tokens.shape[1] - probe.grid_side(tokens.shape[1], input_size, patch, what) ** 2
+        with torch.no_grad():
+            again = model(pixel_values=pixels, **options).last_hidden_state
+        if again.shape != tokens.shape or not torch.allclose(again, tokens.detach(), atol=1e-4, rtol=1e-3):
+            raise ValueError(
+                f"{what} gives other tokens for the same image at every call; give another, or for a masked "
+                "autoencoder set the family to mae"
+            )
         width = tokens.shape[2]
 
         def run(images: Tensor) -> tuple[Tensor, Tensor]:
