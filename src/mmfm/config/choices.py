@@ -226,6 +226,9 @@ DETECTORS = Choices(
 
 _MANIFOLD = "mmfm.evaluation.scores:manifold_scores"
 
+KID_SUBSET = 1000
+"""Images in a subset of KID, as torch-fidelity draws them."""
+
 METRICS = Choices(
     "metric",
     {

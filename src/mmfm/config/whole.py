@@ -71,6 +71,12 @@ class Config:
         if self.fid.encoder:
             self.section("encoder", self.fid.encoder)
         self._check_given()
+        smallest = min(self.fid.reference_images, self.sample.n_images)
+        if "kid" in self.fid.metrics and smallest < choices.KID_SUBSET:
+            raise ValueError(
+                f"'fid.metrics' has kid, which draws subsets of {choices.KID_SUBSET:,} images, but of "
+                f"'fid.reference_images' and 'sample.n_images' one is {smallest:,}; raise it, or leave kid out"
+            )
         for name, recipe in self.recipes.items():
             for model in recipe.models:
                 _named(self.models, model, "models", f"'recipes.{name}.models' names ")

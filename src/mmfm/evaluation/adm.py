@@ -42,10 +42,13 @@ class AdmFile:
         try:
             with zipfile.ZipFile(path) as archive:
                 names = {name.removesuffix(".npy") for name in archive.namelist()}
+                compressed = {m.filename.removesuffix(".npy") for m in archive.infolist() if m.compress_type}
         except zipfile.BadZipFile as error:
             raise ValueError(f"'{path}' is truncated or not an .npz file ({error}); download it again") from error
         pairs = [_moments(path, names, mean, covariance) for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s"))]
-        images = npz.map_array(path) if npz.MEMBER in names else None
+        # Compressed images can't be mapped; the moments serve without them.
+        usable = npz.MEMBER in names and not (npz.MEMBER in compressed and pairs[0])
+        images = npz.map_array(path) if usable else None
         if images is not None and (images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8):
             raise ValueError(f"'{path}' holds {images.dtype} {images.shape}, but images are uint8 (n, S, S, 3)")
         if images is not None and len(images) < 2:

@@ -4,9 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmfm.config.choices import KID_SUBSET
 from mmfm.evaluation.neighbours import Bank, check
 
-SUBSETS, SUBSET_SIZE, SEED = 100, 1000, 2020
+SUBSETS, SUBSET_SIZE, SEED = 100, KID_SUBSET, 2020
 """torch-fidelity's defaults."""
 
 

@@ -209,3 +209,9 @@ def test_other_images_of_an_importing_workflow_inherit_nothing_of_the_demo():
     assert "encoders" not in found and found["data"]["root"] == "pictures"
     assert found["decoder"]["weights"] == "resources/demo/mine", "the user's path stays as it is"
     assert found["models"] == OmegaConf.to_container(OmegaConf.load(files[0]))["models"]
+
+
+def test_kid_needs_as_many_images_as_it_draws():
+    asked = ["fid.metrics=[frechet,kid]", "fid.reference_images=500"]
+    with pytest.raises(ValueError, match=r"kid, which draws subsets of 1,000 images, .* one is 500; raise it"):
+        config.load([DEFAULTS], asked)

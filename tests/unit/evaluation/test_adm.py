@@ -100,3 +100,13 @@ def test_a_file_with_nothing_useful_and_no_file(arrays, tmp_path):
         AdmFile.open(write(tmp_path / "labels.npz", {"labels": np.zeros(3)}))
     with pytest.raises(FileNotFoundError, match=r"no file '.*nowhere"):
         AdmFile.open(tmp_path / "nowhere.npz")
+
+
+def test_compressed_images_are_left_aside_where_there_are_moments(arrays, tmp_path):
+    path = tmp_path / "compressed.npz"
+    np.savez_compressed(path, **arrays)
+    found = AdmFile.open(path)
+    assert found.images is None and np.array_equal(found.gaussian.mean, arrays["mu"])
+    np.savez_compressed(path, arr_0=arrays["arr_0"])
+    with pytest.raises(ValueError, match="compressed"):
+        AdmFile.open(path)
