@@ -239,7 +239,10 @@ def test_nothing_is_written_and_nothing_heavy_imported(tmp_path):
 def test_watching_ends_with_ctrl_c(tmp_path):
     line = [sys.executable, "-m", "mmfm.cli", "status", "--watch", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     assert re.fullmatch(r"\d\d:\d\d:\d\d\n", process.stdout.readline())
     assert "nothing runs" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
