@@ -66,8 +66,9 @@ class Run:
         """Start Snakemake; what it prints goes to :attr:`output`."""
         with open(self.output, "w") as file:
             return subprocess.Popen(
-                self.command(*arguments), cwd=self.folder, env=self.environment, stdout=file, stderr=subprocess.STDOUT
-            )
+                self.command(*arguments), cwd=self.folder, env=self.environment, stdout=file, stderr=subprocess.STDOUT,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+            )  # fmt: skip
 
     def call(self, *arguments: str, expect: int = 0, **environment: str) -> str:
         """Run Snakemake and return what it prints."""
