@@ -38,6 +38,10 @@ def missing() -> str:
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
+class NoCluster(Exception):
+    """This machine has the programs, but they don't make a cluster."""
+
+
 @dataclass
 class Cluster:
     """A running cluster.
@@ -74,7 +78,8 @@ class Cluster:
             if value := condition():
                 return value
             time.sleep(0.2)
-        raise AssertionError(f"no {what} after {seconds:.0f} s; queue: {self.queue()}; completed: {self.completed}")
+        found = subprocess.run(["squeue"], capture_output=True, text=True)
+        raise AssertionError(f"no {what} after {seconds:.0f} s; {found.stdout}{found.stderr}; {self.completed}")
 
     def running(self, rule: str) -> str | None:
         """Return the id of a running job of a rule."""
@@ -101,7 +106,8 @@ class Cluster:
             time.sleep(0.05)
 
     def _responds(self, name: str) -> bool:
-        state = self.run("sinfo", "-h", "-n", name, "-o", "%T").strip()
+        asked = subprocess.run(["sinfo", "-h", "-n", name, "-o", "%T"], capture_output=True, text=True, timeout=60)
+        state = asked.stdout.strip()  # empty before the controller answers
         if state.startswith("down"):  # or no longer: then this fails
             subprocess.run(["scontrol", "update", f"NodeName={name}", "State=RESUME"], capture_output=True)
         return state.startswith(("idle", "mixed", "allocated"))
@@ -225,15 +231,19 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     munge = ["munged", "-F", "--force", f"--key-file={folder}/munge/key", f"--socket={folder}/munge.socket"]
     munge += [f"--pid-file={folder}/munge/pid", f"--log-file={folder}/munge/log", f"--seed-file={folder}/munge/seed"]
     try:
-        made.daemons["munged"] = _start(munge, folder / "munged.out")
-        made.wait_for_socket()
-        made.daemons["slurmctld"] = _start(["slurmctld", "-D"], folder / "slurmctld.out")
-        for node in NODES:
-            made.start_node(node)
+        try:
+            made.daemons["munged"] = _start(munge, folder / "munged.out")
+            made.wait_for_socket()
+            made.daemons["slurmctld"] = _start(["slurmctld", "-D"], folder / "slurmctld.out")
+            for node in NODES:
+                made.start_node(node)
+        except (AssertionError, OSError, subprocess.SubprocessError) as error:
+            raise NoCluster(f"SLURM's daemons do not start on this machine: {error}") from error
         yield made
     finally:
         try:
-            made.clear()
+            if set(NODES) <= set(made.daemons):
+                made.clear()
         finally:
             for name, daemon in reversed(made.daemons.items()):
                 for pid in () if name == "munged" else (*_descendants(daemon.pid), *_steps(name)):
