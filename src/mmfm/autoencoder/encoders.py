@@ -43,11 +43,9 @@ class Encoder(nn.Module):
         super().__init__()
         patch_size = backbone.patch_size
         if input_size % patch_size:
-            below = input_size // patch_size * patch_size
-            nearest = f"{below} or {below + patch_size}" if below else f"{patch_size}"
             raise ValueError(
                 f"input_size {input_size} is not a multiple of the {family} encoder's patch size {patch_size}; "
-                f"use {nearest}"
+                f"use {model_folder.nearest_multiples(input_size, patch_size)}"
             )
         ENCODER_PRECISIONS.require(precision)
         self.family, self.precision = family, precision

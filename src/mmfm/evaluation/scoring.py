@@ -148,6 +148,7 @@ def evaluate(
     means = _means_of_pairs(paired, images, real.images, ranks, batch_size) if paired and real.images else {}
 
     def measure() -> dict[str, Any]:
+        """Return the whole record; called on the main process, which alone has the statistics."""
         assert generated is not None  # on the main process
         return {
             "metrics": {**scores(wanted, generated, known, ranks.device), **means},

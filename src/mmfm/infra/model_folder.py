@@ -75,6 +75,12 @@ class VisionModel:
         return self.image[0] // self.patch[0], self.image[1] // self.patch[1]
 
 
+def nearest_multiples(size: int, patch: int) -> str:
+    """Return the multiples of a patch size around a size, as text: ``224 or 238``."""
+    below = size // patch * patch
+    return f"{below} or {below + patch}" if below else str(patch)
+
+
 def describe(values: Mapping[str, Any], weights: Path | None = None) -> VisionModel:
     """Return what a config.json says.
 

@@ -47,7 +47,7 @@ def encoder(name: str, about: Encoder) -> None:
     if patch and about.input_size % patch:
         raise ValueError(
             f"'{key}.input_size' is {about.input_size}, no multiple of the encoder's patch size {patch}; take "
-            f"{nearest_multiples(about.input_size, patch)}"
+            f"{model_folder.nearest_multiples(about.input_size, patch)}"
         )
     if not family.timm and not (folder / PROCESSOR).is_file():
         numbers = json.dumps({"image_mean": family.image_mean, "image_std": family.image_std})
@@ -74,12 +74,6 @@ def _check_family(key: str, name: str, model: model_folder.VisionModel) -> None:
         f"'{key}.family' to {owner}"
         + (f", or give weights of {' or '.join(family.model_types)}" if family.model_types else "")
     )
-
-
-def nearest_multiples(size: int, patch: int) -> str:
-    """Return the multiples of a patch size around a size, as text: ``224 or 238``."""
-    below = size // patch * patch
-    return f"{below} or {below + patch}" if below else str(patch)
 
 
 def _latent_shape(about: Encoder) -> tuple[int, int, int] | None:

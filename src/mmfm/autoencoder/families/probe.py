@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmfm.infra.model_folder import nearest_multiples
+
 
 def image(size: int) -> Tensor:
     """Return an image that is not symmetric, (1, 3, size, size) float32."""
@@ -28,7 +30,7 @@ def grid_side(tokens: int, input_size: int, patch: int, what: str) -> int:
     if input_size % patch:
         raise ValueError(
             f"input_size {input_size} is not a multiple of the patch size {patch} of {what}; use "
-            f"{_nearest(input_size, patch)}"
+            f"{nearest_multiples(input_size, patch)}"
         )
     side = input_size // patch
     if tokens < side * side:
@@ -39,11 +41,6 @@ def grid_side(tokens: int, input_size: int, patch: int, what: str) -> int:
             "square grid of its patches"
         )
     return side
-
-
-def _nearest(size: int, patch: int) -> str:
-    below = size // patch * patch
-    return f"{below} or {below + patch}" if below else str(patch)
 
 
 @contextmanager
