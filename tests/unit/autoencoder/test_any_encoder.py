@@ -189,7 +189,7 @@ def test_models_of_transformers_that_are_no_encoders(tmp_path):
     refused("hf", folder, 32, r"has no class token, and of pooled features none for tokens of 32; give a model with")
     sizes = {name: value for name, value in SIZES.items() if name != "image_size"}
     packed = Siglip2VisionModel(Siglip2VisionConfig(**sizes, num_patches=16))
-    refused("hf", write_hf(tmp_path / "naflex", packed), 32, r"'siglip2_vision_model' .* does not turn images of 32 pix")
+    refused("hf", write_hf(tmp_path / "naflex", packed), 32, r"'siglip2_vision_model' .* does not turn images of 32")
     folder = write_hf(tmp_path / "vit", vit())
     refused("hf", folder, 35, r"input_size 35 is not a multiple of the patch size 8 .*; use 32 or 40")
     edit(folder, image_size=[32, 64])
