@@ -472,9 +472,7 @@ def of_seeds(wildcards):
 def of_curve(wildcards):
     """Return the results at the points of a curve."""
     found = checked(targets.parse_curve, wildcards.curve, C, document=targets.DOCUMENT)[1]
-    return [
-        f"{RESULTS}/fid/{each.encoder}_{each.setting}{'_ag' * each.guided}.{each.variant}.json" for each in found
-    ]
+    return [f"{RESULTS}/fid/{each.encoder}_{each.setting}{'_ag' * each.guided}.{each.variant}.json" for each in found]
 
 
 def varying(wildcards):
