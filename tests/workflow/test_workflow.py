@@ -201,7 +201,7 @@ def test_a_curve_makes_the_points_that_are_missing(finished):
         "fit_gmm", "spatial_gmm", "train", "sample", "fid", "curve",
     }  # fmt: skip
     result = finished.run("results/curve/dinov2_mode.t4.png", "-n")
-    assert result.returncode != 0 and "'dinov2_mode.t4' is no curve: no part" in result.stdout + result.stderr
+    assert result.returncode != 0 and "'dinov2_mode.t4' does not name a curve: no part" in result.stdout + result.stderr
 
 
 def test_a_sweep_reuses_the_tokens_and_the_fit_that_is_there(finished):

@@ -95,7 +95,7 @@ def measure(
 
 def _configuration(section: Fid, samples: dict[str, Any]) -> str:
     """Return a digest of all that determines the numbers: equal ones are repetitions of the same measurement."""
-    described = {name: value for name, value in samples.items() if name != "seconds"}
+    described = {name: value for name, value in samples.items() if name not in ("seconds", "straightness")}
     return store.fingerprint([keys_of_kind(section, "identity"), described])
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmfm import config
-from mmfm.config.choices import SETTINGS
+from mmfm.config.choices import SETTINGS, SOLVERS
 from mmfm.workflow import curves
 
 _GUIDANCE = r"\.g\d+(\.\d+)?"
@@ -173,7 +173,7 @@ def parse_target(name: str, configuration: config.Config) -> Target:
         ValueError: it is not the name of a result of this run, or the setting has no such variant.
     """
     folder, _, last = name.rpartition("/")
-    own = f"results/{configuration.run}/fid" if configuration.run else "results/fid"
+    own = _folder("fid", configuration)
     if folder and folder != own:
         raise ValueError(f"'{name}' is not in '{own}', the folder of this configuration's results")
     encoders, models = configuration.encoders, configuration.models
@@ -189,6 +189,10 @@ def parse_target(name: str, configuration: config.Config) -> Target:
     return Target(encoder, setting, guided is not None, parse_variant(text, setting, configuration, guided is not None))
 
 
+def _folder(kind: str, configuration: config.Config) -> str:
+    return f"results/{configuration.run}/{kind}" if configuration.run else f"results/{kind}"
+
+
 def parse_curve(name: str, configuration: config.Config) -> tuple[str, list[Target]]:
     """Parse the name of a curve, ``results/[RUN/]curve/NAME.png`` or only ``NAME``.
 
@@ -198,10 +202,17 @@ def parse_curve(name: str, configuration: config.Config) -> tuple[str, list[Targ
     Raises:
         ValueError: it is no such name, or the setting has no such variant.
     """
-    last = re.sub(r"\.(png|txt|json)$", "", name.rpartition("/")[2])
-    part, names = curves.expand(last)
-    found = [parse_target(f"{each}.txt", configuration) for each in names]
-    return part, found
+    folder, _, last = name.rpartition("/")
+    own = _folder("curve", configuration)
+    if folder and folder != own:
+        raise ValueError(f"'{name}' is not in '{own}', the folder of this configuration's curves")
+    part, names = curves.expand(re.sub(r"\.(png|txt|json)$", "", last))
+    if part == "t" and SOLVERS[configuration.sample.solver].adaptive:
+        raise ValueError(
+            f"'{last}' lists time points, but sample.solver is {configuration.sample.solver}, which chooses its own; "
+            "set it to euler or heun"
+        )
+    return part, [parse_target(f"{each}.txt", configuration) for each in names]
 
 
 def parse_targets(name: str, configuration: config.Config) -> list[Target]:
