@@ -159,9 +159,20 @@ class Gmm:
         path=True,
         as_before="fit",
     )
+    shrinkage: float = key(
+        "rows that the variance pooled over all modes counts for in each mode's own; 0 for none, `diag` only",
+        unit="rows",
+        minimum=0,
+        as_before=0.0,
+    )
 
     def check(self, where: str) -> None:
         """Raise ValueError if keys contradict each other."""
+        if self.shrinkage and self.covariance_type != "diag":
+            raise ValueError(
+                f"'{where}.shrinkage' is {self.shrinkage:g}, but covariance_type is {self.covariance_type}, and only "
+                f"diag variances are shrunk; set '{where}.shrinkage' to 0 or '{where}.covariance_type' to diag"
+            )
         if self.e_step == "truncated" and not choices.COVARIANCES[self.covariance_type].truncatable:
             able = " or ".join(name for name, shape in choices.COVARIANCES.items() if shape.truncatable)
             raise ValueError(

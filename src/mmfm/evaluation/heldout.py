@@ -58,7 +58,7 @@ def gap_warnings(mixture: Mixture, training: MeanLikelihood, heldout: MeanLikeli
     if gap > 3 * math.hypot(training.standard_error, heldout.standard_error):
         lines.append(
             f"the mixture is {gap:.1f} nats per image better on its training images than on held-out ones: it "
-            "over-fits; fewer modes, a larger gmm.reg_covar or tied covariances narrow the gap"
+            "over-fits; fewer modes, gmm.shrinkage or tied covariances narrow the gap"
         )
     if training.count < FEW_IMAGES * mixture.n_components:
         lines.append(
