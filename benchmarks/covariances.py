@@ -122,6 +122,13 @@ def distances(keys: dict[str, Any], modes: int, cores: int) -> dict[str, float]:
     return {name: json.loads((ROOT / file).read_text())["frechet_distance"] for name, file in files.items()}
 
 
+def position(label: str) -> tuple[int, int, float]:
+    """Return a row's place in the table: by modes, covariance and shrinkage."""
+    modes, name = label.split("/")
+    covariance, _, rows = name.partition(", ")
+    return int(modes), ("diag", *OTHERS).index(covariance), float(rows.split()[0]) if rows else 0.0
+
+
 def table(found: dict[str, Any]) -> str:
     """Return the measurements as Markdown."""
     lines = [
@@ -130,7 +137,7 @@ def table(found: dict[str, Any]) -> str:
         "| modes | covariances | training | held-out (+-) | gap | BIC | coupling cost | source alone | flow |",
         "|--:|---|--:|--:|--:|--:|--:|--:|--:|",
     ]  # fmt: skip
-    for label, row in sorted(found["fits"].items(), key=lambda item: int(item[0].split("/")[0])):
+    for label, row in sorted(found["fits"].items(), key=lambda item: position(item[0])):
         modes, name = label.split("/")
         measured = found["distances"].get(label, {})
         far = [f"{measured[each]:.2f}" if each in measured else "" for each in ("source", "flow")]

@@ -25,9 +25,6 @@ MODULE = "docs/deployment.md"
 PUBLISHED = "docs/published.md"
 """The document that explains published files."""
 
-MIXTURE = "docs/diagnostics.md#choosing-k"
-"""The document that explains how to judge a mixture."""
-
 CONFIGURATION, IMAGES, RUNS = "config/README.md", "docs/your-own-data.md", "README.md#changing-stopping-resuming"
 """The documents that explain errors of the configuration, of the images and of runs."""
 
@@ -271,11 +268,14 @@ def given(key, path, remedy):
     return path
 
 
-def own_images(wildcards):
-    """Check the folder of images before it is first listed; it is no declared input (see the rule list_images)."""
+def images_to_list(wildcards):
+    """Return the demo's images; folders of the user's are no input (see list_images), but checked before a listing."""
+    demo = C.data.root == "demo"
     if not Path(LISTING.replace("<results>", RESULTS)).exists():
-        checked(checks.images, C.data.root, document=IMAGES)
-    return []
+        if not demo:
+            checked(checks.images, C.data.root, document=IMAGES)
+        checked(checks.heldout_images, C.data.heldout_root, document=IMAGES)
+    return DEMO_IMAGES.replace("<results>", RESULTS) if demo else []
 
 
 def detector_weights(wildcards):
@@ -457,8 +457,11 @@ def complete_name(wildcards, kind):
 
 def held_out(wildcards):
     """Return the listing of the held-out images; fail if there are none."""
-    if not C.data.holdout:
-        raise refusal(f"'data.holdout' is 0, so no images are kept aside to judge a mixture by; set it (see {MIXTURE})")
+    if not C.data.holdout and not C.data.heldout_root:
+        raise refusal(
+            f"there are no held-out images; set 'data.holdout' to a number of the images, or 'data.heldout_root' to a "
+            f"folder of others (see {IMAGES})"
+        )
     return HELDOUT.replace("<results>", RESULTS)
 
 

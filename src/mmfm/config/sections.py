@@ -34,7 +34,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Data:
-    """The images, and how many of them are held out of training."""
+    """The images, and which are held out of training."""
 
     root: str = key(
         "folder of images with one subfolder per class; `demo` for the images in this repository", path=True
@@ -47,6 +47,19 @@ class Data:
     )
     workers: int = operation("processes decoding images for `unreadable: skip`; 0: the stage itself", minimum=0)
     limit: Limit = nested()
+    heldout_root: str = key(
+        "folder of held-out images in the layout of `root`, instead of `holdout`; empty for none",
+        path=True,
+        as_before="",
+    )
+
+    def check(self, where: str) -> None:
+        """Raise ValueError if held-out images are asked for in two ways."""
+        if self.holdout and self.heldout_root:
+            raise ValueError(
+                f"'{where}.holdout' is {self.holdout} and '{where}.heldout_root' is '{self.heldout_root}'; set "
+                f"'{where}.holdout' to 0 to use the folder, or leave the folder empty"
+            )
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def mean_likelihood(mixture: Mixture, tokens: Iterable[Tensor]) -> MeanLikelihoo
             raise ValueError("a token's log-likelihood is NaN or Inf; extract the tokens again")
         moments.update(values)
     if not moments.count:
-        raise ValueError("there are no tokens to take the likelihood of; set data.holdout to keep images aside")
+        raise ValueError("there are no tokens to take the likelihood of; set data.holdout or data.heldout_root")
     error = math.sqrt(moments.unbiased_variance().item() / moments.count) if moments.count > 1 else 0.0
     return MeanLikelihood(moments.mean.item(), error, moments.count)
 
