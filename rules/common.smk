@@ -344,7 +344,7 @@ def demanded_steps(wildcards):
     steps = set()
     for name in named:
         try:
-            named = targets.parse_targets(name, C)
+            named = targets.parse_targets(re.sub(r"/memorisation/(.+)\.png$", r"/fid/\1.json", name), C)
         except ValueError:
             continue  # another kind of file, or a name that the rules refuse
         for target in named:
@@ -448,11 +448,11 @@ def train_operation(wildcards):
     return f"{words} --detector {C.fid.detector} --detector-weights {detector} --fid-reference {reference}"
 
 
-def complete_name(wildcards, kind):
-    """Return the file with the complete name that a short name stands for; `kind` is txt or json."""
+def complete_name(wildcards, kind, folder="fid"):
+    """Return the file with the complete name that a short name stands for; `kind` is its ending."""
     encoder, setting, ag, text = re.fullmatch(NAME, wildcards.request).group(1, 2, 3, 4)
     complete = checked(targets.parse_variant, text, setting, C, ag is not None, document=targets.DOCUMENT)
-    return f"{RESULTS}/fid/{encoder}_{setting}{ag or ''}.{complete}.{kind}"
+    return f"{RESULTS}/{folder}/{encoder}_{setting}{ag or ''}.{complete}.{kind}"
 
 
 def held_out(wildcards):
@@ -489,6 +489,15 @@ def unknown_target(wildcards):
     """Fail with what is wrong with the name; Snakemake would only say that no rule makes it."""
     folder = getattr(wildcards, "folder", RESULTS)
     raise refusal(targets.explain_unknown(f"{folder}/fid/{wildcards.name}", RESULTS, C))
+
+
+def unknown_memorisation(wildcards):
+    """Fail with what the name must be like."""
+    raise refusal(
+        f"no target '{RESULTS}/memorisation/{wildcards.name}'; targets are {RESULTS}/memorisation/ENCODER_SETTING[_ag]"
+        f"[.seedN][.MODEL][.kN][.stepN][.tN][.gN].png, with {', '.join(ENCODERS)} and {', '.join(SETTINGS)}, as for "
+        f"distances (see {targets.DOCUMENT})"
+    )
 
 
 def refuse_start():

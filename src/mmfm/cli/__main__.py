@@ -26,6 +26,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "compare": "compare finished results in a table and a picture",
         "seeds": "mean and range of results that differ in their seed",
         "heldout": "likelihood of held-out images under mixtures",
+        "memorisation": "compare generated images with the training images nearest to them",
         "evaluate": "score images of any system, or check the metrics",
     },
     "Published files": {
@@ -37,7 +38,9 @@ GROUPS: dict[str, dict[str, str]] = {
         "clean": "remove state that no target uses, or latent caches",
     },
 }
-DOCUMENTS = dict.fromkeys(("fetch", "import", "export"), "docs/published.md")
+DOCUMENTS = dict.fromkeys(("fetch", "import", "export"), "docs/published.md") | {
+    "memorisation": "docs/metrics.md#memorisation"
+}
 """The documents that explain the tools' errors."""
 
 COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in commands.items()}
