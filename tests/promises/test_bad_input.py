@@ -536,6 +536,13 @@ def test_workflow(snakemake, overlay, words):
     assert not any("raceback" in line or "  File " in line or "WorkflowError" in line for line in said), said
 
 
+@pytest.mark.parametrize("target", ["memorisation/dinov2_mode.png", "gmm/dinov2/k64/heldout.json"])
+def test_what_needs_held_out_images_names_both_keys(snakemake, target):
+    said = snakemake("data: {holdout: 0}", f"results/{target}", "-n")
+    (error,) = (line for line in said if line.startswith("Error: "))
+    assert "there are no held-out images" in error and "'data.holdout'" in error and "'data.heldout_root'" in error
+
+
 def test_a_stages_mistake_is_one_line_through_snakemake(snakemake):
     said = snakemake("data: {holdout: 20000}", "results/list_images/listing.train.safetensors")
     assert sum("list_images: error: data.holdout is 20000, but " in line for line in said) == 1, said
