@@ -25,9 +25,6 @@ MODULE = "docs/deployment.md"
 PUBLISHED = "docs/published.md"
 """The document that explains published files."""
 
-MIXTURE = "docs/diagnostics.md#choosing-k"
-"""The document that explains how to judge a mixture."""
-
 CONFIGURATION, IMAGES, RUNS = "config/README.md", "docs/your-own-data.md", "README.md#changing-stopping-resuming"
 """The documents that explain errors of the configuration, of the images and of runs."""
 
@@ -271,11 +268,14 @@ def given(key, path, remedy):
     return path
 
 
-def own_images(wildcards):
-    """Check the folder of images before it is first listed; it is no declared input (see the rule list_images)."""
+def images_to_list(wildcards):
+    """Return the demo's images; folders of the user's are no input (see list_images), but checked before a listing."""
+    demo = C.data.root == "demo"
     if not Path(LISTING.replace("<results>", RESULTS)).exists():
-        checked(checks.images, C.data.root, document=IMAGES)
-    return []
+        if not demo:
+            checked(checks.images, C.data.root, document=IMAGES)
+        checked(checks.heldout_images, C.data.heldout_root, document=IMAGES)
+    return DEMO_IMAGES.replace("<results>", RESULTS) if demo else []
 
 
 def detector_weights(wildcards):
@@ -344,7 +344,7 @@ def demanded_steps(wildcards):
     steps = set()
     for name in named:
         try:
-            named = targets.parse_targets(name, C)
+            named = targets.parse_targets(re.sub(r"/memorisation/(.+)\.png$", r"/fid/\1.json", name), C)
         except ValueError:
             continue  # another kind of file, or a name that the rules refuse
         for target in named:
@@ -448,17 +448,20 @@ def train_operation(wildcards):
     return f"{words} --detector {C.fid.detector} --detector-weights {detector} --fid-reference {reference}"
 
 
-def complete_name(wildcards, kind):
-    """Return the file with the complete name that a short name stands for; `kind` is txt or json."""
+def complete_name(wildcards, kind, folder="fid"):
+    """Return the file with the complete name that a short name stands for; `kind` is its ending."""
     encoder, setting, ag, text = re.fullmatch(NAME, wildcards.request).group(1, 2, 3, 4)
     complete = checked(targets.parse_variant, text, setting, C, ag is not None, document=targets.DOCUMENT)
-    return f"{RESULTS}/fid/{encoder}_{setting}{ag or ''}.{complete}.{kind}"
+    return f"{RESULTS}/{folder}/{encoder}_{setting}{ag or ''}.{complete}.{kind}"
 
 
 def held_out(wildcards):
     """Return the listing of the held-out images; fail if there are none."""
-    if not C.data.holdout:
-        raise refusal(f"'data.holdout' is 0, so no images are kept aside to judge a mixture by; set it (see {MIXTURE})")
+    if not C.data.holdout and not C.data.heldout_root:
+        raise refusal(
+            f"there are no held-out images; set 'data.holdout' to a number of the images, or 'data.heldout_root' to a "
+            f"folder of others (see {IMAGES})"
+        )
     return HELDOUT.replace("<results>", RESULTS)
 
 
@@ -497,6 +500,15 @@ def unknown_target(wildcards):
     """Fail with what is wrong with the name; Snakemake would only say that no rule makes it."""
     folder = getattr(wildcards, "folder", RESULTS)
     raise refusal(targets.explain_unknown(f"{folder}/fid/{wildcards.name}", RESULTS, C))
+
+
+def unknown_memorisation(wildcards):
+    """Fail with what the name must be like."""
+    raise refusal(
+        f"no target '{RESULTS}/memorisation/{wildcards.name}'; targets are {RESULTS}/memorisation/ENCODER_SETTING[_ag]"
+        f"[.seedN][.MODEL][.kN][.stepN][.tN][.gN].png, with {', '.join(ENCODERS)} and {', '.join(SETTINGS)}, as for "
+        f"distances (see {targets.DOCUMENT})"
+    )
 
 
 def refuse_start():

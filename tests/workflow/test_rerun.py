@@ -15,6 +15,7 @@ from support.places import DEMO, ROOT
 
 OTHER = {
     "data.root": "other/images",
+    "data.heldout_root": "other/heldout",
     "latents.folder": "other/latents",
     "latent_stats.weights": "other/stats.pt",
     "encoders.*.family": "mae",
@@ -67,6 +68,7 @@ OTHER = {
 """Other valid values of the keys that have neither choices nor a number one higher."""
 
 WITH = {
+    "data.heldout_root": {"data": {"holdout": 0}},
     "encoders.*.family": {"encoders": {"dinov2": {"weights": "other/mae"}}},
     "image.size": {"fid": {"detector": "inception"}},
     "fid.reference_images": {"fid": {"metrics": ["frechet", "kid"]}},
