@@ -1,5 +1,9 @@
 """How close decoded images are to their originals, image by image."""
 
+import math
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,6 +56,38 @@ def ssim(originals: Tensor, decoded: Tensor) -> Tensor:
     c1, c2 = (_K1 * _RANGE) ** 2, (_K2 * _RANGE) ** 2
     structure = (2 * covariance + c2) / (var_x + var_y + c2)
     return (structure * (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)).mean((1, 2, 3))
+
+
+PAIRED = {"psnr": psnr, "ssim": ssim}
+"""Metrics of decoded images, each against its own original: (originals, decoded) -> (B,)."""
+
+
+def highest_psnr(size: tuple[int, int]) -> float:
+    """Return the highest finite PSNR of an image of ``size`` (width, height) pixels: a single value is off by one."""
+    return 10 * math.log10(_RANGE**2 * 3 * math.prod(size))
+
+
+def means(values: Mapping[str, np.ndarray], size: tuple[int, int]) -> tuple[dict[str, float], list[str]]:
+    """Return the means over images, and what a reader must know of them: a sentence each.
+
+    The PSNR of an image that equals its original is infinite, and would be the mean of all. It counts as
+    :func:`highest_psnr`, so that the mean is finite and no image lowers it by being exact.
+
+    Args:
+        values: of the metrics :data:`PAIRED`, (n,) each, in the order of the images, so that the sum does not depend on
+            how they were divided.
+        size: width and height of the images, pixels.
+    """
+    found, lines, most = {}, [], highest_psnr(size)
+    for name, each in values.items():
+        found[name] = float(np.minimum(each, most).mean() if name == "psnr" else each.mean())
+        exact = int(np.isinf(each).sum())
+        if exact:
+            lines.append(
+                f"psnr: {exact:,} of {len(each):,} decoded images equal their originals; each counts as {most:.2f} dB, "
+                "as if one value were off by one, instead of infinity."
+            )
+    return found, lines
 
 
 def _blur(images: Tensor) -> Tensor:

@@ -66,7 +66,9 @@ def measure(
     def computed() -> tuple[dict[str, float], list[str]]:
         assert statistics is not None  # on the main process
         values = scores.scores(section.metrics, statistics, reference.statistics(), ranks.device)
-        warnings = _warnings(detector, reference, samples) + scores.cautions(section.metrics, statistics)
+        warnings = _warnings(detector, reference, samples) + scores.cautions(
+            section.metrics, statistics, reference.statistics()
+        )
         return values, warnings
 
     values, warnings = ranks.from_main(computed)
@@ -88,15 +90,15 @@ def measure(
         "detector": {"name": detector.name, "digest": detector.digest, "dimension": detector.dimension},
         "reference": {name: reference.about[name] for name in ("source", "n_images", "image_size", "digest")},
         "samples": samples,
-        "configuration_digest": _configuration(section, samples),
+        "configuration_digest": _configuration(section, samples, detector, reference),
         "versions": versions.installed(),
     }
 
 
-def _configuration(section: Fid, samples: dict[str, Any]) -> str:
+def _configuration(section: Fid, samples: dict[str, Any], detector: Detector, reference: Reference) -> str:
     """Return a digest of all that determines the numbers: equal ones are repetitions of the same measurement."""
     described = {name: value for name, value in samples.items() if name != "seconds"}
-    return store.fingerprint([keys_of_kind(section, "identity"), described])
+    return store.fingerprint([keys_of_kind(section, "identity"), described, detector.digest, reference.about["digest"]])
 
 
 def _check(images: np.ndarray, images_path: Path, samples: Any, samples_path: Path) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mmfm import data
 from mmfm.config import STAGES, Fid, StageConfig
+from mmfm.config.choices import METRICS
 from mmfm.data.moments import CovarianceMoments
 from mmfm.evaluation.adm import AdmFile
 from mmfm.evaluation.collected import Statistics
@@ -287,10 +288,11 @@ def _of_images(
 ) -> Statistics | None:
     """Return statistics of the images in an ``.npz`` on the main process, None on the others."""
     if images is None:
-        wanting = [name for name in section.metrics if reference_kinds([name]) & kinds]
+        # The section says which statistics are needed, not for which of the metrics (Fid.read_by).
+        served = [name for name, metric in METRICS.items() if metric.needs in kinds]
         raise ValueError(
-            f"'{path}' can't serve {', '.join(wanting)}: it lacks the images (arr_0) to compute what they need; set "
-            " fid.reference to a file with images, or leave them out of fid.metrics"
+            f"'{path}' lacks the images (arr_0) from which to compute what {', '.join(served)} need; set fid.reference "
+            "to a file with images, or leave out those of them that fid.metrics has"
         )
     if images.shape[1:3] != (size, size):
         raise ValueError(
