@@ -96,11 +96,12 @@ BELOW = {
     "latent_stats": {"latent_stats"} | FROM_SPATIAL,
     "fit_gmm": FROM_MIXTURE,
     "spatial_gmm": FROM_SPATIAL,
-    "train_decoder": {"train_decoder", "sample", "fid"},
+    "train_decoder": {"train_decoder", "sample", "fid", "reconstruction"},
     "train": FROM_TRAIN,
     "sample": {"sample", "fid"},
     "fid_reference": {"fid_reference", "fid"},
     "fid": {"fid"},
+    "reconstruction": {"reconstruction"},
     "sweep": {"sweep"},
 }
 """A stage and those that read, directly or not, what it makes."""

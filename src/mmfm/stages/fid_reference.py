@@ -116,21 +116,12 @@ def cut(
         most: number of images in the bank.
     """
     n = len(data.Listing.open(listing))
-    spaced, found = evenly(n, most if "bank" in kinds else 0), []
+    spaced, found = data.evenly(n, most if "bank" in kinds else 0), []
     for i, rows in enumerate(data.ranges(0, n, max(_SHARD_IMAGES, math.ceil(n / _MOST_SHARDS)))):
         first, last = np.searchsorted(spaced, (rows.start, rows.stop))
         file = state / f"{name}-{i:05d}.safetensors"
         found.append(_Shard(listing, rows, file, tuple(spaced[first:last].tolist()), kinds))
     return found
-
-
-def evenly(n: int, most: int) -> np.ndarray:
-    """Return at most ``most`` evenly spaced indices below n, (m,) int64, ascending.
-
-    In a listing, which is sorted by class, they take the same share of every class. The choice needs no seed.
-    """
-    m = min(n, most)
-    return np.arange(m, dtype=np.int64) * n // max(m, 1)
 
 
 def _merged(shards: Sequence[_Shard], prefix: str = "") -> CovarianceMoments:
@@ -299,7 +290,7 @@ def _of_images(
             f"'{path}' has images of {images.shape[2]} x {images.shape[1]} pixels, but image.size is {size}; set "
             "fid.reference to a file with images of that size"
         )
-    kept = evenly(len(images), section.reference_images)
+    kept = data.evenly(len(images), section.reference_images)
     chosen = kept if kinds == {"bank"} else None  # moments are those of all images
     part = image_statistics(images, kinds, detector, section.batch_size, ranks, chosen=chosen, name="fid_reference")
     found = part.of_all(ranks)
