@@ -116,7 +116,7 @@ def errors_file(out: Path) -> Path:
 
 
 def arrays(out: Path) -> dict[str, np.ndarray]:
-    """Read every array of every output in a folder, state apart."""
+    """Read every array of every output in a folder, state apart, and the bytes of a reconstruction's."""
     found = {}
     for path in sorted(out.iterdir()):
         if path.suffix == ".zarr":
@@ -131,6 +131,8 @@ def arrays(out: Path) -> dict[str, np.ndarray]:
             import torch
 
             found |= {f"{path.name}/{k}": v.numpy() for k, v in torch.load(path, weights_only=True).items()}
+        elif path.stem == "dinov2":
+            found[path.name] = np.frombuffer(path.read_bytes(), np.uint8)
     return found
 
 
