@@ -28,6 +28,9 @@ PUBLISHED = "docs/published.md"
 MIXTURE = "docs/diagnostics.md#choosing-k"
 """The document that explains how to judge a mixture."""
 
+METRICS = "docs/metrics.md#other-programs"
+"""The document that explains files for other programs."""
+
 CONFIGURATION, IMAGES, RUNS = "config/README.md", "docs/your-own-data.md", "README.md#changing-stopping-resuming"
 """The documents that explain errors of the configuration, of the images and of runs."""
 
@@ -460,6 +463,16 @@ def held_out(wildcards):
     if not C.data.holdout:
         raise refusal(f"'data.holdout' is 0, so no images are kept aside to judge a mixture by; set it (see {MIXTURE})")
     return HELDOUT.replace("<results>", RESULTS)
+
+
+def referenced_images(wildcards):
+    """Return the listing of the images of the reference; fail if the reference is a file already."""
+    if C.fid.reference != "train":
+        raise refusal(
+            f"'fid.reference' is '{C.fid.reference}', so the reference is a file already; give that to other programs "
+            f"(see {METRICS})"
+        )
+    return LISTING.replace("<results>", RESULTS)
 
 
 def of_seeds(wildcards):

@@ -26,6 +26,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "compare": "compare finished results in a table and a picture",
         "seeds": "mean and range of results that differ in their seed",
         "heldout": "likelihood of held-out images under mixtures",
+        "adm_reference": "write real images and their moments for other programs",
         "evaluate": "score images of any system, or check the metrics",
     },
     "Published files": {
