@@ -25,6 +25,9 @@ MODULE = "docs/deployment.md"
 PUBLISHED = "docs/published.md"
 """The document that explains published files."""
 
+METRICS = "docs/metrics.md#other-programs"
+"""The document that explains files for other programs."""
+
 CONFIGURATION, IMAGES, RUNS = "config/README.md", "docs/your-own-data.md", "README.md#changing-stopping-resuming"
 """The documents that explain errors of the configuration, of the images and of runs."""
 
@@ -463,6 +466,16 @@ def held_out(wildcards):
             f"folder of others (see {IMAGES})"
         )
     return HELDOUT.replace("<results>", RESULTS)
+
+
+def referenced_images(wildcards):
+    """Return the listing of the images of the reference; fail if the reference is a file already."""
+    if C.fid.reference != "train":
+        raise refusal(
+            f"'fid.reference' is '{C.fid.reference}', so the reference is a file already; give that to other programs "
+            f"(see {METRICS})"
+        )
+    return LISTING.replace("<results>", RESULTS)
 
 
 def of_seeds(wildcards):

@@ -27,9 +27,11 @@ STAGES = ROOT / "docs" / "stages.md"
 FRONT = ROOT / "README.md"
 SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.json"
 
-NOT_RERUN = {("gmm", key): "sweep" for key in ("n_components", "weights")} | {
-    ("guide", key): "train" for key in ("weights", "scale", "interval")
-}
+NOT_RERUN = (
+    {("gmm", key): "sweep" for key in ("n_components", "weights")}
+    | {("guide", key): "train" for key in ("weights", "scale", "interval")}
+    | {("fid", key): "reconstruction" for key in ("reference", "metrics", "reference_images")}
+)
 """By section and key: a stage that the key does not rerun although the other keys of its section do."""
 
 INTRODUCTION = """\

@@ -98,11 +98,12 @@ BELOW = {
     "latent_stats": {"latent_stats"} | FROM_SPATIAL,
     "fit_gmm": FROM_MIXTURE,
     "spatial_gmm": FROM_SPATIAL,
-    "train_decoder": {"train_decoder", "sample", "fid"},
+    "train_decoder": {"train_decoder", "sample", "fid", "reconstruction"},
     "train": FROM_TRAIN,
     "sample": {"sample", "fid"},
     "fid_reference": {"fid_reference", "fid"},
     "fid": {"fid"},
+    "reconstruction": {"reconstruction"},
     "sweep": {"sweep"},
 }
 """A stage and those that read, directly or not, what it makes."""
@@ -237,7 +238,7 @@ def test_what_measures_distances_during_training_retrains_nothing(checkout):
     measured = {**BASE, "train": {**BASE["train"], "preview": {"fid_every": 50}}}
     other = {**measured, "fid": {"weights": "other/detector.safetensors", "reference": "other/reference.npz"}}
     asked, changed_with = dry_runs(checkout, [{"keys": keys, "targets": TARGETS} for keys in (measured, other)])
-    assert asked == [] and stages(changed_with) == {"fid_reference", "fid"}
+    assert asked == [] and stages(changed_with) == {"fid_reference", "fid", "reconstruction"}
 
 
 def test_the_image_folder_is_listed_again_when_asked(checkout):

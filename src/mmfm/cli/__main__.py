@@ -29,6 +29,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "heldout": "likelihood of held-out images under mixtures",
         "fdr": "distances in several detectors' features, as one number",
         "memorisation": "compare generated images with the training images nearest to them",
+        "adm_reference": "write real images and their moments for other programs",
         "evaluate": "score images of any system, or check the metrics",
     },
     "Published files": {

@@ -283,7 +283,10 @@ class Fid:
         """Return the section with the keys that a stage ignores at fixed values.
 
         The reference depends on the kinds of statistics that the metrics need, not on the metrics themselves.
+        Reconstructions are compared with their originals, by fixed metrics.
         """
+        if stage == "reconstruction":
+            return replace(self, metrics=("frechet",), reference="train", reference_images=_BANK_IMAGES)
         if stage != "fid_reference":
             return self
         needed = {choices.METRICS[name].needs for name in self.metrics}

@@ -65,7 +65,9 @@ def measure(
     def computed() -> tuple[dict[str, float], list[str]]:
         assert statistics is not None  # on the main process
         values = scores.scores(section.metrics, statistics, reference.statistics(), ranks.device)
-        warnings = _warnings(detector, reference, samples) + scores.cautions(section.metrics, statistics)
+        warnings = _warnings(detector, reference, samples) + scores.cautions(
+            section.metrics, statistics, reference.statistics()
+        )
         return values, warnings
 
     values, warnings = ranks.from_main(computed)
@@ -87,15 +89,15 @@ def measure(
         "detector": {"name": detector.name, "digest": detector.digest, "dimension": detector.dimension},
         "reference": {name: reference.about[name] for name in ("source", "n_images", "image_size", "digest")},
         "samples": samples,
-        "configuration_digest": _configuration(section, samples),
+        "configuration_digest": _configuration(section, samples, detector, reference),
         "versions": versions.installed(),
     }
 
 
-def _configuration(section: Fid, samples: dict[str, Any]) -> str:
+def _configuration(section: Fid, samples: dict[str, Any], detector: Detector, reference: Reference) -> str:
     """Return a digest of all that determines the numbers: equal ones are repetitions of the same measurement."""
     described = {name: value for name, value in samples.items() if name not in ("seconds", "straightness")}
-    return store.fingerprint([keys_of_kind(section, "identity"), described])
+    return store.fingerprint([keys_of_kind(section, "identity"), described, detector.digest, reference.about["digest"]])
 
 
 def _measure_name(detector: Detector, n: int) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mmfm.autoencoder.decoder import read_provenance
 from mmfm.data.listing import Listing
 from mmfm.data.tokens import TokenStore
 from mmfm.evaluation.detector import Detector
@@ -117,8 +118,10 @@ def weights(path: Path, name: str = "ema") -> Input:
 
 
 def decoder(path: Path) -> Input:
-    """The decoder."""
-    return Input("decoder", "decoder", path, store.file_digest(path))
+    """The decoder; one that was trained here knows its encoder."""
+    known = read_provenance(path).get("digests", {})
+    about = {"encoder_digest": known["encoder"]} if "encoder" in known else {}
+    return Input("decoder", "decoder", path, store.file_digest(path), "run train_decoder", about, "trained with")
 
 
 @dataclass(frozen=True)
