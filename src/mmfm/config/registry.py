@@ -128,6 +128,14 @@ STAGES: dict[str, Stage] = {
         outputs=(".txt", ".json"),
         document="docs/stages.md#fid",
     ),
+    "mode_quality": Stage(
+        "find the modes whose generated images are poor",
+        version=1,
+        sections=("image", "encoder", "extract"),
+        parents=("list_images", "extract", "fit_gmm", "spatial_gmm", "sample"),
+        outputs=(".json", ".png", ".txt"),
+        document="docs/metrics.md#modes",
+    ),
     "sweep": Stage(
         "compare mixtures with different numbers of modes",
         version=1,
