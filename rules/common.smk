@@ -28,6 +28,9 @@ PUBLISHED = "docs/published.md"
 MIXTURE = "docs/diagnostics.md#choosing-k"
 """The document that explains how to judge a mixture."""
 
+MODES = "docs/metrics.md#modes"
+"""The document that explains how modes are judged by their images."""
+
 CONFIGURATION, IMAGES, RUNS = "config/README.md", "docs/your-own-data.md", "README.md#changing-stopping-resuming"
 """The documents that explain errors of the configuration, of the images and of runs."""
 
@@ -344,7 +347,7 @@ def demanded_steps(wildcards):
     steps = set()
     for name in named:
         try:
-            named = targets.parse_targets(name, C)
+            named = targets.parse_targets(targets.as_distance(name), C)
         except ValueError:
             continue  # another kind of file, or a name that the rules refuse
         for target in named:
@@ -448,11 +451,29 @@ def train_operation(wildcards):
     return f"{words} --detector {C.fid.detector} --detector-weights {detector} --fid-reference {reference}"
 
 
-def complete_name(wildcards, kind):
-    """Return the file with the complete name that a short name stands for; `kind` is txt or json."""
+def fitted_mixture(wildcards):
+    """Return the mixture files that a job judges the modes by; fail without modes or their training images."""
+    setting = wildcards.setting
+    if not mmfm_config.SETTINGS[setting].mixture:
+        mixed = ", ".join(name for name, about in mmfm_config.SETTINGS.items() if about.mixture)
+        raise refusal(
+            f"the setting '{setting}' has a Gaussian source, which has no modes to judge; name one of {mixed} "
+            f"(see {MODES})"
+        )
+    if C.gmm.weights != "fit":
+        raise refusal(
+            f"'gmm.weights' is '{C.gmm.weights}', and a mixture that was not fitted here has no training images to judge "
+            f"its modes by; set it to `fit` (see {MODES})"
+        )
+    found = mixture_inputs(wildcards)
+    return {**found, "assignment": f"{Path(found['gmm']).parent}/assignment.safetensors"}
+
+
+def complete_name(wildcards, kind, folder="fid"):
+    """Return the file with the complete name that a short name stands for; `kind` is its ending."""
     encoder, setting, ag, text = re.fullmatch(NAME, wildcards.request).group(1, 2, 3, 4)
     complete = checked(targets.parse_variant, text, setting, C, ag is not None, document=targets.DOCUMENT)
-    return f"{RESULTS}/fid/{encoder}_{setting}{ag or ''}.{complete}.{kind}"
+    return f"{RESULTS}/{folder}/{encoder}_{setting}{ag or ''}.{complete}.{kind}"
 
 
 def held_out(wildcards):

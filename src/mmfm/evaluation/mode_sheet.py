@@ -79,11 +79,12 @@ def draw(
             own = np.flatnonzero(modes == mode)[:COLUMNS]
             strips.append(_strip(training, [_shrunk(images[i], side) for i in own], returned[own]))
         _show(axes, strips)
-        axes.set_title(_title(name, quality), loc="left", fontsize=10, fontweight="bold", pad=22 if name == "worst" else 8)
+        room = 22 if name == "worst" else 8  # for the words above the columns
+        axes.set_title(_title(name, quality), loc="left", fontsize=10, fontweight="bold", pad=room)
         labels = [_label(mode, quality, classes.get(mode, "")) for mode in rows]
         axes.set_yticks((np.arange(len(rows)) + 0.5) * len(strips[0]), labels, fontsize=8)
-    if groups:
-        _head(panels[0])
+        if name == "worst":
+            _head(axes, strips[0].shape[1])
     with store.whole_file(path) as partial:
         figure.savefig(partial, format="png", bbox_inches="tight", pad_inches=0.15)
 
@@ -114,22 +115,25 @@ def _show(axes: "Axes", strips: list[np.ndarray]) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _head(axes: "Axes") -> None:
-    """Write what the columns are above the first group."""
-    width = axes.get_images()[0].get_array().shape[1]
-    right = (width + _BETWEEN) / 2
-    style = {"fontsize": 8.5, "va": "bottom", "color": "0.25"}
-    axes.text(0, -6, "training images, likeliest first", **style)
-    parts = [("generated from this mode, not selected:  ", "0.25"), ("returned", RETURNED), ("  or  ", "0.25")]
-    parts.append(("in another mode", STRAYED))
-    anchor, place = axes.transData, (right, -6)
-    for text, colour in parts:
-        shade = colour if isinstance(colour, str) else tuple(part / 255 for part in colour)
-        bold = "normal" if isinstance(colour, str) else "bold"
+def _head(axes: "Axes", width: int) -> None:
+    """Write above the first group what its columns are; ``width`` is that of a row in pixels."""
+    axes.text(0, -6, "training images, likeliest first", fontsize=8.5, va="bottom", color="0.25")
+    words = {
+        "generated from this mode, not selected:  ": "0.25",
+        "returned": _hexadecimal(RETURNED),
+        "  or  ": "0.25",
+        "in another mode": _hexadecimal(STRAYED),
+    }
+    written = axes.text((width + _BETWEEN) / 2, -6, "", fontsize=8.5, va="bottom")
+    for word, colour in words.items():
         written = axes.annotate(
-            text, place, xycoords=anchor, fontsize=8.5, va="bottom", ha="left", color=shade, fontweight=bold
-        )
-        anchor, place = written, (1, 0)
+            word, (1, 0), xycoords=written, fontsize=8.5, va="bottom", color=colour,
+            fontweight="bold" if colour.startswith("#") else "normal",
+        )  # fmt: skip
+
+
+def _hexadecimal(colour: tuple[int, int, int]) -> str:
+    return "#" + bytes(colour).hex()
 
 
 def _title(name: str, quality: ModeQuality) -> str:
@@ -143,11 +147,12 @@ def _title(name: str, quality: ModeQuality) -> str:
 
 def _label(mode: int, quality: ModeQuality, common: str) -> str:
     head = f"mode {mode}: {common}" if common else f"mode {mode}"
-    share, expected = quality.share[mode], quality.expected[mode]
-    return (
-        f"{head}\n{quality.returned[mode]} of {quality.n[mode]} return ({share:.0%}; expected {expected:.0%})\n"
-        f"distance {quality.distance[mode]:.2f}, training {quality.training_distance[mode]:.2f}"
-    )
+    returned = f"{quality.returned[mode]} of {quality.n[mode]} return"
+    distance = f"distance {quality.distance[mode]:.2f}"
+    if quality.n_real[mode]:
+        returned += f" (expected {quality.expected[mode]:.0%})"
+        distance += f" (real images {quality.real_distance[mode]:.2f})"
+    return f"{head}\n{returned}\n{distance}"
 
 
 def _say_nothing_is_ranked(axes: "Axes", quality: ModeQuality) -> None:
