@@ -40,6 +40,7 @@ _OUTPUTS = {
     "sample": _FOLDER,
     "fid_reference": {"--out": "reference.safetensors"},
     "fid": {"--out-txt": "fid.txt", "--out-json": "fid.json"},
+    "mode_quality": {"--out-json": "modes.json", "--out-txt": "modes.txt", "--out-png": "modes.png"},
 }
 _UNITS = {
     "extract": "shard-", "fit_gmm": "iteration-", "spatial_gmm": "component-", "train_decoder": "step-",
@@ -160,6 +161,13 @@ def describe(root: Path, encoder: Path, listing: Path, heldout: Path) -> dict[st
         "fid": {
             "--images": root / "sample" / "images.npz", "--samples": root / "sample" / "samples.json",
             "--reference": root / "fid_reference" / "reference.safetensors", **detector,
+        },
+        "mode_quality": {
+            "--images": root / "sample" / "images.npz", "--samples": root / "sample" / "samples.json",
+            "--encoder-weights": encoder, **stats, **decoder, **gmm, **spatial,
+            "--assignment": root / "fit_gmm" / "assignment.safetensors",
+            "--tokens": root / "extract" / "cls_tokens.zarr",
+            "--train-listing": listing, "--heldout-listing": heldout,
         },
     }  # fmt: skip
     return {

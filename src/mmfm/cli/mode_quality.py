@@ -12,8 +12,9 @@ and decoded, say what to expect: held-out ones, or training images if there are 
 
   mmfm mode_quality --config config/config.yaml --config config/demo.yaml --images images.npz --samples samples.json \\
       --encoder-weights resources/demo/encoder --stats stats.pt --decoder resources/demo/decoder/decoder.safetensors \\
-      --gmm gmm.safetensors --assignment assignment.safetensors --spatial-gmm spatial_gmm.zarr --tokens cls_tokens.zarr \\
-      --train-listing listing.train.safetensors --heldout-listing listing.heldout.safetensors \\
+      --gmm gmm.safetensors --assignment assignment.safetensors --spatial-gmm spatial_gmm.zarr \\
+      --tokens cls_tokens.zarr --train-listing listing.train.safetensors \\
+      --heldout-listing listing.heldout.safetensors \\
       --out-json modes.json --out-txt modes.txt --out-png modes.png
 
 writes  modes.json   the numbers of every mode

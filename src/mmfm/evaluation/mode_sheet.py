@@ -10,7 +10,7 @@ from PIL import Image
 from mmfm import data
 from mmfm.data import Listing
 from mmfm.evaluation.contact_sheet import MAX_SIDE, cropped_row
-from mmfm.evaluation.mode_quality import MIN_IMAGES, ModeQuality
+from mmfm.evaluation.mode_quality import MIN_IMAGES, ModeQuality, limits
 from mmfm.infra import store
 
 if TYPE_CHECKING:
@@ -30,10 +30,10 @@ _FRAME, _GAP, _BETWEEN = 4, 3, 36  # pixels
 
 
 def chosen(quality: ModeQuality) -> dict[str, list[int]]:
-    """Return the modes in the picture by group, the worst first; none if no mode is ranked."""
-    ranked = quality.ranking().tolist()
-    worst = ranked[:WORST]
-    best = [mode for mode in ranked[::-1] if mode not in worst][:BEST]
+    """Return the modes in the picture by group: the worst of the ranking, and those of the highest certain share."""
+    worst, rest = quality.ranking()[:WORST].tolist(), quality.ranking()[WORST:]
+    certain = limits(quality.returned[rest], quality.n[rest])[0]
+    best = rest[np.lexsort((quality.distance[rest], -certain))][:BEST].tolist()
     return {name: modes for name, modes in (("worst", worst), ("best", best)) if modes}
 
 
@@ -66,7 +66,7 @@ def draw(
     groups = chosen(quality)
     side = min(MAX_SIDE, images.shape[1])
     heights = [len(rows) for rows in groups.values()] or [1]
-    figure = Figure(figsize=(13, 0.9 + 0.7 * sum(heights) + 0.45 * len(heights)), dpi=130)
+    figure = Figure(figsize=(13, 0.35 + 0.66 * sum(heights) + 0.4 * len(heights)), dpi=130)
     figure.set_layout_engine("constrained", h_pad=0.06)
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(heights), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
