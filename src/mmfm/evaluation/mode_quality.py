@@ -204,7 +204,7 @@ class ModeQuality:
             "distance": float(np.nansum(self.n * self.distance) / n),
             "ranked_modes": len(ranked),
             "poor_modes": int((self.shortfall > 0).sum()),
-            "poor_by_chance": (1 - CONFIDENCE) * len(ranked),
+            "poor_by_chance": round((1 - CONFIDENCE) * len(ranked), 1),
             "modes_without_images": int((self.n == 0).sum()),
         }
 

@@ -14,7 +14,7 @@ Unit of work: none; there is nothing to resume. The images pass through the enco
 After a kill: no output, or some of the three, each whole.
 
 Processes take batches in turn, the same ones whatever their number, so the numbers don't depend on it. In memory are
-encoder and decoder with a batch of ``extract.batch_size``, the mixture (300 MB at K = 8192 and 768 dimensions), the
+encoder and decoder with a batch of ``extract.batch_size``, the mixture (400 MB at K = 8192 and 768 dimensions), the
 batch's posteriors, and on the main process 64 bytes an image (50,000 images: 3 MB) and the sums of each batch's
 posteriors (50,000 images in batches of 64, K = 8192: 51 MB).
 """
