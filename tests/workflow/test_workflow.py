@@ -215,7 +215,7 @@ def test_modes_are_judged_by_the_images_that_are_there(finished):
 @pytest.mark.parametrize(
     ("name", "keys", "said"),
     [
-        ("uncond", {}, "the setting 'uncond' has a Gaussian source, which has no modes to judge; name one of gmm, mode"),
+        ("uncond", {}, "'uncond' has a Gaussian source, which has no modes to judge; name one of gmm, mode, class_gmm"),
         ("class.t4", {}, "the setting 'class' has a Gaussian source"),
         ("mode", {"gmm": {"weights": "g.safetensors"}, "spatial_gmm": {"weights": "s.zarr"}}, "set it to `fit` (see"),
     ],
