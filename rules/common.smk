@@ -490,6 +490,17 @@ def of_seeds(wildcards):
     return [f"{RESULTS}/fid/{encoder}_{setting}{ag or ''}.{complete}.json" for complete in found]
 
 
+def of_curve(wildcards):
+    """Return the results at the points of a curve."""
+    found = checked(targets.parse_curve, wildcards.curve, C, document=targets.DOCUMENT)[1]
+    return [f"{RESULTS}/fid/{each.encoder}_{each.setting}{'_ag' * each.guided}.{each.variant}.json" for each in found]
+
+
+def varying(wildcards):
+    """Return what varies along a curve."""
+    return checked(targets.parse_curve, wildcards.curve, C, document=targets.DOCUMENT)[0]
+
+
 def compared(template):
     """Return a file for every encoder and setting of the comparison; `template` may use the parts of its name."""
     found = []

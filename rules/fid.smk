@@ -140,6 +140,39 @@ rule seeds:
         "python -m mmfm.cli seeds {input:q} --out-txt {output.text:q} --out-json {output.json:q} 2>&1 | tee {log:q}"
 
 
+# Metrics along what varies: results/curve/dinov2_mode.t5,10,25.png, or .step31,62 or .g1,1.5,2 or .k64,256.
+rule curve:
+    input:
+        of_curve,
+    output:
+        picture=report(
+            "<results>/curve/{curve}.png",
+            caption="../workflow/report/metric_curve.rst",
+            category="Curves",
+            labels={"result": "{curve}"},
+        ),
+        text="<results>/curve/{curve}.txt",
+        json="<results>/curve/{curve}.json",
+    log:
+        "<logs>/curve.{curve}.log",
+    benchmark:
+        "<benchmarks>/curve.{curve}.tsv"
+    wildcard_constraints:
+        curve=r"[^/]+",
+    localrule: True
+    conda:
+        "../envs/mmfm.yaml"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=1,
+    params:
+        varies=varying,
+    shell:
+        "python -m mmfm.cli curve {params.varies} {input:q} --out-png {output.picture:q} --out-txt {output.text:q}"
+        " --out-json {output.json:q} 2>&1 | tee {log:q}"
+
+
 rule unknown_target:
     input:
         unknown_target,

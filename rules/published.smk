@@ -1,6 +1,5 @@
 """Fetching: encoders, published files, the detector's weights."""
 
-
 TIMM_MODELS = [
     about.weights.removeprefix("hf:")
     for about in C.encoders.values()

@@ -43,9 +43,6 @@ import mmfm.infra.torchvision_ops  # noqa: F401  # isort: skip  (before transfor
 import transformers
 
 transformers.Dinov2WithRegistersModel  # noqa: B018  (imports it)
-OURS = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "mmfm"}
-for _name in OURS:
-    del sys.modules[_name]
 
 TESTS = {
     "data": "data moments demo extraction", "data/survey": "survey",
@@ -185,6 +182,10 @@ def tests_pass(copy: Path, names: list[str], limit: int, trace: Path | None = No
         os.dup2(1, 2)
         os.chdir(copy)
         os.environ["PYTHONPATH"] = sys.path[0] = str(copy / "src")
+        # The copy's package is imported; what was imported of ours stays referenced, and with it torchvision's operators.
+        ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "mmfm"}
+        for name in ours:
+            del sys.modules[name]
         options = ["-x", "-n0", "-mnot slow and not gpu", "-pno:cacheprovider", f"--basetemp={copy / 'tmp'}"]
         plugin = Trace(copy.resolve() / "src/mmfm")
         status = pytest.main([*options, *names], [plugin] if trace else [])

@@ -59,8 +59,10 @@ def test_mutants_differ_in_one_operator_or_constant(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     monkeypatch.syspath_prepend(ROOT / "tools")
+    loaded = {name: module for name, module in sys.modules.items() if name.startswith("mmfm")}
     import mutants
 
+    assert loaded and loaded.items() <= sys.modules.items()  # other tests patch them
     path = tmp_path / "code.py"
     path.write_text(
         "@dataclass(frozen=True)\n"

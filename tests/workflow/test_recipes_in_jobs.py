@@ -60,8 +60,9 @@ def test_a_step_is_a_milestone_of_the_same_training(checkout):
     kept = {name: flags[folder + name].split("train.milestone_steps=")[1].split()[0] for name in trained}
     assert kept == {TRAIN: "[30,60]", TRAIN.replace("seed0", "seed1"): "[9,30]", GUIDE: "[30]"}
     assert graph["milestone"]["parents"] == ["train"] and "milestone" in graph["sample"]["parents"]
-    several = [{"keys": keys, "targets": ["results/steps/fid/dinov2_mode.seeds2.step9.txt"], "operation": True}]
-    (flags,) = dry_runs(checkout, several)
+    several = ["results/steps/fid/dinov2_mode.seeds2.step9.txt"], ["results/steps/curve/dinov2_mode.step9,20.png"]
+    flags, of_curve = dry_runs(checkout, [{"keys": keys, "targets": asked, "operation": True} for asked in several])
+    assert of_curve[folder + TRAIN].split("steps=")[1].split()[0] == "[9,20,30]"
     kept = [flags[folder + TRAIN.replace("seed0", f"seed{i}")].split("steps=")[1].split()[0] for i in range(2)]
     assert kept == ["[9,30]", "[9,30]"]
     judged = [{"keys": keys, "targets": ["results/steps/mode_quality/dinov2_mode.step9.png"], "operation": True}]

@@ -192,6 +192,18 @@ def test_several_seeds_are_a_target_of_their_own(finished):
     assert result.returncode != 0 and "'.seeds1' has no range" in result.stdout + result.stderr
 
 
+def test_a_curve_makes_the_points_that_are_missing(finished):
+    """Of one training, and of one whose weights at some steps are wanted."""
+    plan = finished.run("results/curve/dinov2_mode.t4,10,25.png", "-n").stdout
+    counts = dict(re.findall(r"^(\w+) +(\d+)$", plan, re.M))
+    assert counts == {"sample": "2", "fid": "2", "curve": "1", "total": "5"}
+    assert finished.jobs("results/curve/dinov2_mode.k64,256.txt") == {
+        "fit_gmm", "spatial_gmm", "train", "sample", "fid", "curve",
+    }  # fmt: skip
+    result = finished.run("results/curve/dinov2_mode.t4.png", "-n")
+    assert result.returncode != 0 and "'dinov2_mode.t4' is no curve: no part" in result.stdout + result.stderr
+
+
 def test_a_sweep_reuses_the_tokens_and_the_fit_that_is_there(finished):
     sweep = "results/gmm/dinov2/sweep.png"
     assert finished.jobs(sweep) == {"fit_gmm", "spatial_gmm", "sweep"}

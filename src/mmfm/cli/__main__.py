@@ -25,7 +25,9 @@ GROUPS: dict[str, dict[str, str]] = {
         "milestone": "write the weights of an earlier step of a training",
         "compare": "compare finished results in a table and a picture",
         "seeds": "mean and range of results that differ in their seed",
+        "curve": "metrics against evaluations, training step, guidance or number of modes",
         "heldout": "likelihood of held-out images under mixtures",
+        "fdr": "distances in several detectors' features, as one number",
         "evaluate": "score images of any system, or check the metrics",
     },
     "Published files": {

@@ -54,7 +54,8 @@ def main(arguments: list[str]) -> int:
             store.write_json(path, comparison.as_json())
         else:
             html = path.suffix == ".html"
-            written = page(comparison, accounts.runs_of(comparison), installed()) if html else text
+            beside = compared.curves(comparison.results), accounts.runs_of(comparison)
+            written = page(comparison, *beside, installed()) if html else text
             with store.whole_file(path) as partial:
                 partial.write_text(written, encoding="utf-8")
     return 0

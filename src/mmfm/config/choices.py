@@ -111,10 +111,12 @@ class Metric(Choice):
     Attributes:
         title: its name in results.
         needs: kind of statistics, of ``mmfm.evaluation.collected.KINDS``.
+        larger: whether larger is better.
     """
 
     title: str = ""
     needs: str = "gaussian"
+    larger: bool = False
 
 
 @dataclass(frozen=True)
@@ -234,11 +236,11 @@ METRICS = Choices(
     {
         "frechet": Metric("mmfm.evaluation.scores:frechet", "Frechet distance"),
         "sfid": Metric("mmfm.evaluation.scores:sfid", "sFID", "spatial"),
-        "inception_score": Metric("mmfm.evaluation.scores:inception_score", "Inception Score", "logits"),
-        "precision": Metric(_MANIFOLD, "precision", "bank"),
-        "recall": Metric(_MANIFOLD, "recall", "bank"),
-        "density": Metric(_MANIFOLD, "density", "bank"),
-        "coverage": Metric(_MANIFOLD, "coverage", "bank"),
+        "inception_score": Metric("mmfm.evaluation.scores:inception_score", "Inception Score", "logits", larger=True),
+        "precision": Metric(_MANIFOLD, "precision", "bank", larger=True),
+        "recall": Metric(_MANIFOLD, "recall", "bank", larger=True),
+        "density": Metric(_MANIFOLD, "density", "bank", larger=True),
+        "coverage": Metric(_MANIFOLD, "coverage", "bank", larger=True),
         "kid": Metric("mmfm.evaluation.scores:kid", "KID", "bank"),
     },
 )

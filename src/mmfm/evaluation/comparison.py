@@ -40,6 +40,8 @@ class Result:
         training: records of the training; None if there are none.
         mixture: folder with the fit of its mixture, its report and its pictures; None if there is none.
         coupling_cost: expected squared distance of paired source and data, per dimension; None if unknown.
+        seeds: the result of `seeds` of which it is one; None if there is none.
+        modes: picture of its modes' quality; None if there is none.
         images: ``images.npz``, (n, S, S, 3) uint8; None if these images no longer exist.
     """
 
@@ -52,6 +54,8 @@ class Result:
     training: Training | None
     mixture: Path | None
     coupling_cost: float | None
+    seeds: dict[str, Any] | None
+    modes: Path | None
     images: Path | None
 
 
@@ -169,10 +173,18 @@ def _row(result: Result) -> Row:
             "guidance": guidance and {"kind": guidance["kind"], "scale": guidance["scale"]},
             "n_modes": samples["n_modes"],
             "coupling_cost": result.coupling_cost,
+            "straightness": (samples.get("straightness") or {}).get("deviation"),
+            "seeds": result.seeds and _range(result.seeds),
             "images_digest": samples["images_digest"],
         }
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"'{result.path}' is not a result of fid ({error!r}); make it again") from error
+
+
+def _range(seeds: dict[str, Any]) -> dict[str, Any]:
+    """Return number, mean and range of the distances of several seeds."""
+    distance = seeds["metrics"]["frechet"]
+    return {"n": len(seeds["seeds"]), **{name: float(distance[name]) for name in ("mean", "min", "max")}}
 
 
 def _order(row: Row) -> tuple:
@@ -214,6 +226,10 @@ def _duration(seconds: float | None) -> str:
     return "" if seconds is None else duration(seconds)
 
 
+def _spread(seeds: dict[str, Any] | None) -> str:
+    return f"{seeds['min']:.4g} to {seeds['max']:.4g} ({seeds['n']})" if seeds else ""
+
+
 def differs(rows: list[Row], name: str) -> bool:
     """Whether a value is not the same in all rows."""
     return len({row[name] for row in rows}) > 1
@@ -224,6 +240,7 @@ _TABLE: dict[str, tuple[Callable[[Row], str], str]] = {
     "encoder": (lambda row: row["encoder"], ""),
     "setting": (lambda row: setting_of(row), ""),
     "distance": (lambda row: f"{row['distance']:.4f}", ""),
+    "range": (lambda row: _spread(row["seeds"]), ""),
     "detector": (lambda row: row["detector"].partition(" (")[0], "detector"),
     "images": (lambda row: f"{row['n_images']:,}", ""),
     "seed": (lambda row: str(row["seed"]), ""),
@@ -236,6 +253,7 @@ _TABLE: dict[str, tuple[Callable[[Row], str], str]] = {
     "guidance": (lambda row: f"{row['guidance']['scale']:g}" if row["guidance"] else "", ""),
     "modes": (lambda row: f"{row['n_modes']:,}" if row["n_modes"] else "", ""),
     "coupling cost": (lambda row: "" if row["coupling_cost"] is None else f"{row['coupling_cost']:.3f}", ""),
+    "straightness": (lambda row: "" if row["straightness"] is None else f"{row['straightness']:.3f}", ""),
 }
 """Columns of the text by title: a row's cell, and the value that must differ for the column to be shown, if any."""
 

@@ -1,4 +1,4 @@
-"""Several trainings' curves in one plot, as SVG that takes its text colour from the page around it."""
+"""Several curves in one plot, as SVG that takes its text colour from the page around it."""
 
 import io
 import re
@@ -15,21 +15,22 @@ _MOST = 200
 
 @dataclass(frozen=True)
 class Curve:
-    """A curve: its label, its colour, and points (step, value)."""
+    """A curve: its label, its colour, and points (x, value)."""
 
     label: str
     colour: str
-    points: list[tuple[int, float]]
+    points: list[tuple[float, float]]
 
 
-def draw_curves(curves: Sequence[Curve], name: str) -> str:
-    """Plot curves over the steps and return an ``<svg>`` element.
+def draw_curves(curves: Sequence[Curve], name: str, x: str = "step") -> str:
+    """Plot curves and return an ``<svg>`` element.
 
     A curve of more than 200 points is shown as the mean of equal parts. Curves of one colour, as those of one setting
     have, differ in their dashes. The axis is logarithmic if the values differ by more than five times.
 
     Args:
         name: of the values, at their axis and for those who can't see the plot.
+        x: what they are plotted against.
     """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -60,7 +61,7 @@ def draw_curves(curves: Sequence[Curve], name: str) -> str:
             axes.set_yscale("log")
             for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
                 which(LogFormatter(minor_thresholds=(2, 0.5)))
-        axes.set(xlabel="step", ylabel=name)
+        axes.set(xlabel=x, ylabel=name)
         axes.grid(alpha=0.2, color=_INK)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9)
@@ -70,13 +71,11 @@ def draw_curves(curves: Sequence[Curve], name: str) -> str:
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
     labels = ", ".join(curve.label for curve in curves)
-    return re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-label="{name} by step of {labels}"', svg, count=1
-    )
+    return re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-label="{name} by {x} of {labels}"', svg, count=1)
 
 
-def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return the points, or the means of equal parts of them, each at its last step."""
+def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points, or the means of equal parts of them, each at its last x."""
     size = -(-len(points) // _MOST)
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]

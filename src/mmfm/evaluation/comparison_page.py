@@ -3,33 +3,18 @@
 The page can be read without JavaScript, in light and dark, on a phone and on paper.
 """
 
-import base64
-import io
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from mmfm.config.choices import SETTINGS
-from mmfm.evaluation.comparison import (
-    WORDS,
-    Comparison,
-    Result,
-    Row,
-    differs,
-    mark_of,
-    place_of,
-    setting_of,
-    table,
-)
-from mmfm.evaluation.comparison_curves import Curve, draw_curves
-from mmfm.evaluation.comparison_picture import caption, grid
-from mmfm.infra import store
+from mmfm.evaluation.comparison import WORDS, Comparison, differs, mark_of, table
+from mmfm.evaluation.comparison_figures import learning_curves, metric_curves, mixtures, modes, samples
+from mmfm.evaluation.comparison_html import name_of, terms
 from mmfm.infra.progress import duration
 
 LARGEST = 1_500_000
@@ -39,7 +24,6 @@ longer than 2 MiB."""
 _SHRINK = (1.0, 0.7, 0.5, 0.35)
 """Factors on the pictures' sides, tried until the page is small enough."""
 
-_COLOURS = {"uncond": "#d1661f", "gmm": "#3b82c4", "mode": "#2f9e6e", "class": "#9a63c4", "class_gmm": "#b08a1e"}
 _MEANINGS = {
     None: "",
     "mode": "; the model is told which mode the noise came from",
@@ -52,6 +36,8 @@ _LEGEND = {
     "sampling": "time of generating all images",
     "modes": "components of the mixture that is the source",
     "coupling cost": "mean squared length of the paths that the model has to learn, per dimension",
+    "straightness": "how far paths are from their chords, in lengths of the chord: 0 is straight at constant speed",
+    "range": "of the distances of several seeds, and their number",
 }
 
 
@@ -87,10 +73,13 @@ class Run:
     configuration: str
 
 
-def page(comparison: Comparison, runs: Iterable[Run], versions: dict[str, str]) -> str:
+def page(
+    comparison: Comparison, curves: Sequence[dict[str, Any]], runs: Iterable[Run], versions: dict[str, str]
+) -> str:
     """Return the page. Pictures are made smaller until it has at most ``LARGEST`` bytes, if that is possible.
 
     Args:
+        curves: finished curves, as :func:`mmfm.workflow.compared.curves` finds them.
         runs: one for each results folder.
         versions: of the software, by name.
 
@@ -99,20 +88,24 @@ def page(comparison: Comparison, runs: Iterable[Run], versions: dict[str, str]) 
     """
     runs = list(runs)
     for factor in _SHRINK:
-        text = _page(comparison, runs, versions, factor)
+        text = _page(comparison, curves, runs, versions, factor)
         if len(text.encode()) <= LARGEST:
             break
     return text
 
 
-def _page(comparison: Comparison, runs: list[Run], versions: dict[str, str], factor: float) -> str:
+def _page(
+    comparison: Comparison, curves: Sequence[dict[str, Any]], runs: list[Run], versions: dict[str, str], factor: float
+) -> str:
     style = resources.files("mmfm.evaluation").joinpath("comparison_page.css").read_text()
     parts = [
         _question(comparison),
         _numbers(comparison),
-        _samples(comparison, factor),
-        _curves(comparison),
-        _mixtures(comparison, factor),
+        samples(comparison, factor),
+        learning_curves(comparison),
+        metric_curves(curves),
+        mixtures(comparison, factor),
+        modes(comparison, factor),
         *map(_costs, runs),
         _circumstances(comparison, runs, versions),
     ]
@@ -143,14 +136,15 @@ def _question(comparison: Comparison) -> str:
         "Gaussian, far from every image. The question here is whether it pays to start nearer: from a mixture that was "
         "fitted to the images, each image paired with noise of its own mode. Everything else should be the same; "
         "the notes below the table say where it is not.</p>\n"
-        f"{_terms(lines)}"
+        f"{terms(lines)}"
     )
 
 
 def _numbers(comparison: Comparison) -> str:
     rows, main = comparison.rows, comparison.main
     columns = table(rows)
-    heads = "".join(f'<th scope="col"{_kind(title)}>{escape(title)}</th>' for title in columns)
+    word = ' class="word"'
+    heads = "".join(f'<th scope="col"{word * (title in WORDS)}>{escape(title)}</th>' for title in columns)
     largest = {row["group"]: max(r["distance"] for r in rows if r["group"] == row["group"]) for row in rows}
     apart = differs(rows, "group")
     body = []
@@ -177,8 +171,8 @@ def _numbers(comparison: Comparison) -> str:
         f"<thead><tr>{heads}{'<td></td>' * apart}</tr></thead>\n"
         f"<tbody>\n{''.join(body)}</tbody></table></div>\n"
         '<p class="quiet">Smaller is better; * is the best of those that can be compared.</p>\n'
-        f"{_terms(facts)}{warnings}{notes}"
-        f"<details><summary>What the columns say</summary>\n{_terms(legend)}</details>\n"
+        f"{terms(facts)}{warnings}{notes}"
+        f"<details><summary>What the columns say</summary>\n{terms(legend)}</details>\n"
     )
 
 
@@ -189,8 +183,8 @@ def _in_short(comparison: Comparison) -> str:
         return "There is one result, and nothing to compare it with yet."
     best, worst = (pick(rows, key=lambda row: row["distance"]) for pick in (min, max))
     short = (
-        f"Of {len(rows)} results that can be compared, <strong>{escape(_name(best, rows))}</strong> has the smallest "
-        f"distance, {best['distance']:.4g}, and {escape(_name(worst, rows))} the largest, {worst['distance']:.4g}."
+        f"Of {len(rows)} results that can be compared, <strong>{escape(name_of(best, rows))}</strong> has the smallest "
+        f"distance, {best['distance']:.4g}, and {escape(name_of(worst, rows))} the largest, {worst['distance']:.4g}."
     )
     if not differs(rows, "seed"):
         short += (
@@ -198,127 +192,6 @@ def _in_short(comparison: Comparison) -> str:
             "<code>.seed2</code> in their names tell."
         )
     return short
-
-
-def _samples(comparison: Comparison, factor: float) -> str:
-    sections = []
-    for place in dict.fromkeys(map(place_of, comparison.rows)):
-        figures = []
-        for result, row in zip(comparison.results, comparison.rows, strict=True):
-            if place_of(row) != place:
-                continue
-            name = escape(_name(row, comparison.rows))
-            text = f"<strong>{name}</strong>, {row['distance']:.4g}{' (not comparable)' * (row['group'] > 0)}"
-            if result.images:
-                picture = _picture(grid(result.images), f"Images generated with {_name(row, comparison.rows)}", factor)
-                figures.append(_figure(picture, text))
-            else:
-                figures.append(f'<p class="quiet">{text}: its images no longer exist.</p>\n')
-        sections.append(f'{_place(place, comparison)}<div class="grids">\n{"".join(figures)}</div>\n')
-    return (
-        f"<h2>Samples</h2>\n<p>{escape(caption(comparison))}</p>\n{''.join(sections)}"
-        "<p><strong>Look for</strong> whole, sharp objects, and for variety. Images in the same place need not show "
-        "the same object: another source makes other noise of the same random numbers.</p>\n"
-        "<p><strong>Bad signs:</strong> the same image again and again (too few modes, or a weak guide), grain or "
-        "mottled patches (too little training or too few evaluations), images between two objects, and a blur that "
-        "all images share (look at the decoder's reconstructions: no setting can be sharper than these).</p>\n"
-    )
-
-
-def _curves(comparison: Comparison) -> str:
-    losses: dict[Path, Curve] = {}
-    distances: dict[Path, Curve] = {}
-    for result, row in zip(comparison.results, comparison.rows, strict=True):
-        training = result.training
-        if training is None:
-            continue
-        # Results that differ only in how they were sampled share a training.
-        label = _name(row, comparison.rows, sampling=False)
-        for curves, lines, value in (
-            (losses, training.history, "loss"),
-            (distances, training.distances, "distance"),
-        ):
-            points = [(line["step"], line[value]) for line in lines if value in line]
-            known = curves.get(training.folder)
-            if points and (known is None or len(known.points) < len(points)):
-                curves[training.folder] = Curve(label, _COLOURS[row["setting"]], points)
-    if not losses:
-        return ""
-    drawn = [("loss", losses, "Training loss by step")]
-    if distances:
-        drawn.append(("distance", distances, "Frechet distance during training by step"))
-    figures = "".join(_figure(draw_curves(list(curves.values()), name), about, "plot") for name, curves, about in drawn)
-    return (
-        f'<h2>Learning curves</h2>\n<div class="wide">\n{figures}</div>\n'
-        "<p><strong>Look for</strong> a steep start that flattens. If a curve still falls at its end, more epochs "
-        "will help. <strong>The height tells nothing about the images</strong>: a nearer source has shorter paths, "
-        "and so a smaller loss from the first step on.</p>\n"
-        "<p><strong>Bad signs:</strong> a loss that rises, or jumps and does not come back (the learning rate is too "
-        "high), or is flat from the start (too low, or the images are all alike).</p>\n"
-    )
-
-
-def _mixtures(comparison: Comparison, factor: float) -> str:
-    fits: dict[Path, Result] = {}
-    for result in comparison.results:
-        if result.mixture:
-            fits.setdefault(result.mixture, result)
-    sections = []
-    for folder, result in fits.items():
-        report = store.read_json(folder / "report.json")
-        pictures = [
-            (
-                "modes.png",
-                "Images of some modes",
-                "The images that are likeliest under some modes: the largest, of median size, the smallest. A good "
-                "mode's images look alike; a bad one is a mixed bag.",
-            ),
-            (
-                "likelihood.png",
-                "Likelihood by iteration",
-                "Mean log-likelihood by iteration of EM. It must rise and become flat; if it was cut off while "
-                "rising, raise gmm.max_iter.",
-            ),
-        ]
-        figures = [
-            _figure(_picture(_opened(folder / name), alt, factor), text, "plot")
-            for name, alt, text in pictures
-            if (folder / name).is_file()
-        ]
-        sweep = folder.parent / "sweep.png"
-        if sweep.is_file():
-            text = "The same numbers of several K. The BIC has its minimum where more modes no longer pay."
-            figures.append(_figure(_picture(_opened(sweep), "Fits by number of modes", factor, 1400), text, "whole"))
-        sections.append(f'{_about_fit(result, report)}<div class="wide">\n{"".join(figures)}</div>\n')
-    if not sections:
-        return ""
-    return (
-        "<h2>The mixture</h2>\n<p>The source is as good as its modes: a mode should hold images that look alike, and "
-        f"enough of them for its mean and variance.</p>\n{''.join(sections)}"
-        "<p><strong>Bad signs:</strong> many empty modes (K is too large, or the start was bad), modes of one or two "
-        "images, a coupling cost near 2 (the modes do not bring noise nearer to its images).</p>\n"
-    )
-
-
-def _about_fit(result: Result, report: dict[str, Any]) -> str:
-    """Return a fit's title and numbers; a report of an older version may lack some."""
-    sizes = report.get("images_per_active_component")
-    facts = [
-        ("images", f"{report['n_images']:,}"),
-        (
-            "EM",
-            f"{report['n_iter']} iterations, {'converged' if report['converged'] else 'stopped before it converged'}",
-        ),
-        ("modes with images", f"{report['active_components']:,} of {report['n_components']:,}"),
-    ]
-    if sizes:
-        facts.append(("images in a mode", f"{sizes['min']:,.0f} to {sizes['max']:,.0f}, median {sizes['median']:,.0f}"))
-    facts.append(("BIC", f"{report['bic']:,.0f}"))
-    if report.get("class_nmi") is not None:
-        facts.append(("agreement with classes", f"{report['class_nmi']:.2f} (0: none, 1: modes are classes)"))
-    if result.coupling_cost is not None:
-        facts.append(("coupling cost", f"{result.coupling_cost:.3f} (a Gaussian source has 2)"))
-    return f"<h3>{escape(result.encoder)}, {report['n_components']:,} modes</h3>\n{_terms(facts)}"
 
 
 def _costs(run: Run) -> str:
@@ -357,65 +230,6 @@ def _circumstances(comparison: Comparison, runs: list[Run], versions: dict[str, 
     ]
     return (
         "<h2>Software and configuration</h2>\n<p>Versions that were installed when this page was made; sampled on "
-        f"{escape(', '.join(devices))}.</p>\n{_terms(versions.items())}{configurations}"
-        f"<details><summary>Digests, to find the files again</summary>\n{_terms(digests)}</details>\n"
+        f"{escape(', '.join(devices))}.</p>\n{terms(versions.items())}{configurations}"
+        f"<details><summary>Digests, to find the files again</summary>\n{terms(digests)}</details>\n"
     )
-
-
-def _name(row: Row, rows: list[Row], sampling: bool = True) -> str:
-    """Return what tells a row from the others: encoder and setting, and whatever else differs."""
-    words = [row["encoder"]] if differs(rows, "encoder") else []
-    words.append(setting_of(row))
-    shown: dict[str, Callable[[Row], str]] = {
-        "results": lambda r: f"of {r['results']}",
-        "model": lambda r: f"{r['model']}" if r["model"] else "",
-        "seed": lambda r: f"seed {r['seed']}",
-    }
-    if len({r["n_modes"] for r in rows} - {0}) > 1 and row["n_modes"]:
-        words.append(f"K = {row['n_modes']:,}")
-    words += [show(row) for name, show in shown.items() if differs(rows, name)]
-    if sampling and differs(rows, "step"):
-        words.append(f"step {row['step']:,}" if row["step"] is not None else "")
-    if sampling and differs(rows, "time_points"):
-        words.append(f"{row['time_points']} time points")
-    if sampling and row["guidance"] and len({str(r["guidance"]) for r in rows if r["guidance"]}) > 1:
-        words.append(f"guidance {row['guidance']['scale']:g}")
-    return ", ".join(word for word in words if word)
-
-
-def _place(place: tuple[str, str], comparison: Comparison) -> str:
-    several = len(set(map(place_of, comparison.rows))) > 1
-    return f"<h3>{escape(place[1])}, {escape(place[0])}</h3>\n" if several else ""
-
-
-def _kind(title: str) -> str:
-    return ' class="word"' if title in WORDS else ""
-
-
-def _terms(pairs: Iterable[tuple[str, str]]) -> str:
-    items = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>\n" for term, text in pairs)
-    return f"<dl>\n{items}</dl>\n" if items else ""
-
-
-def _figure(picture: str, text: str, kind: str = "") -> str:
-    """Return a picture with a caption, which may hold markup."""
-    return f'<figure class="{kind.strip()}">{picture}<figcaption>{text}</figcaption></figure>\n'.replace(
-        ' class=""', ""
-    )
-
-
-def _opened(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
-
-
-def _picture(picture: Image.Image, alt: str, factor: float, widest: int = 1000) -> str:
-    """Embed a picture, at most ``factor`` times ``widest`` pixels wide."""
-    width = min(picture.width, int(factor * widest), int(factor * picture.width))
-    if width < picture.width:
-        picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="WEBP", quality=82, method=6)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    size = f'width="{picture.width}" height="{picture.height}"'
-    return f'<img src="data:image/webp;base64,{data}" alt="{escape(alt)}" {size}>'

@@ -1,7 +1,5 @@
 """Fréchet distance between Gaussians."""
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -40,33 +38,6 @@ def frechet_distance(
     cross = torch.linalg.svdvals(_factor(cov_a).T @ _factor(cov_b)).sum()
     distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return max(0.0, distance.item())
-
-
-def mean_ratio(distances: Mapping[str, float], floors: Mapping[str, float]) -> float:
-    """Return FDr: the mean over encoders of the distance of generated images by that of held-out real ones.
-
-    1 means as close to the reference as real images in every encoder's features. The ratios have no scale, so that an
-    encoder with large features does not decide.
-
-    Args:
-        distances: squared Fréchet distance of generated images from the reference, by encoder.
-        floors: that of held-out real images from the same references; their number should be that of the generated
-            images, because fewer give a larger distance.
-
-    Raises:
-        ValueError: no encoder, other encoders in one than in the other, or a floor that is not positive.
-
-    Source: FDr^k in Yang et al. 2026, "Representation Fréchet loss for visual generation", for k encoders.
-    """
-    if not distances or distances.keys() != floors.keys():
-        raise ValueError(
-            f"distances are in features of {', '.join(distances) or 'none'}, floors in those of "
-            f"{', '.join(floors) or 'none'}; give both for the same encoders"
-        )
-    for name, floor in floors.items():
-        if not floor > 0:
-            raise ValueError(f"held-out images are at distance {floor} in {name}; make the reference with other images")
-    return sum(distances[name] / floors[name] for name in distances) / len(distances)
 
 
 def _float64(values: np.ndarray | Tensor) -> Tensor:

@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmfm.config.choices import METRICS
-
-_OF_A_SEED = ("seed", "seconds", "images_digest", "function_evaluations", "inputs", "device")
-"""What differs between seeds in ``samples.json``, and so do the weights."""
+from mmfm.evaluation.alike import require_alike
 
 
 def summarise(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -23,16 +21,7 @@ def summarise(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         ValueError: a record is no such result, a seed is there twice, or the results differ in more than their seed.
     """
     try:
-        settings = {name: _setting(record) for name, record in records.items()}
-        first, *others = settings
-        for name in others:
-            for what in {**settings[first], **settings[name]}:
-                one, other = (settings[each].get(what) for each in (name, first))
-                if one != other:
-                    raise ValueError(
-                        f"'{name}' and '{first}' differ in more than their seed: {what} is {one} and {other}; make "
-                        "both with one configuration"
-                    )
+        require_alike(records, ("seed",), "their seed")
         seeds = [_seed(record) for record in records.values()]
         if len(seeds) < 2 or len(set(seeds)) < len(seeds):
             raise ValueError(
@@ -42,7 +31,7 @@ def summarise(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         for name in METRICS:
             if all(name in record.get("metrics", {}) for record in records.values()):
                 values[name] = [float(record["metrics"][name]) for record in records.values()]
-        record = records[first]
+        record = next(iter(records.values()))
         return {
             "stage": "seeds",
             "measure": record["measure"],
@@ -60,22 +49,6 @@ def summarise(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def _seed(record: Mapping[str, Any]) -> int:
     return int(record["samples"]["seed"])
-
-
-def _setting(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the results of several seeds must have in common."""
-    samples = record["samples"]
-    about = {name: value for name, value in samples.items() if name not in (*_OF_A_SEED, "weights", "guidance")}
-    about.setdefault("quantisation", "truncated to 8 bits")  # which older records don't say, and which has not changed
-    guidance = samples["guidance"] or {}
-    return {
-        **about,
-        "detector": record["detector"]["digest"],
-        "reference": record["reference"]["digest"],
-        "step": samples["weights"]["step"],
-        "model": samples["weights"]["model"],
-        **{f"guidance {name}": value for name, value in guidance.items() if name != "guide"},
-    }
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:

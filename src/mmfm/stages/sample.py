@@ -25,6 +25,7 @@ from mmfm.evaluation.features import sampled_features
 from mmfm.generation import conditioning
 from mmfm.generation.grid import draw_grid
 from mmfm.generation.sampler import SampleFiles, Sampler, setting_of
+from mmfm.generation.trajectory import mean_straightness
 from mmfm.infra import npz, store
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.pictures import save_picture
@@ -32,6 +33,7 @@ from mmfm.stages import provenance, runner
 from mmfm.stages.runner import Advance, Context, Work
 
 _FEATURES = "features.safetensors"
+_STRAIGHTNESS_IMAGES = 64
 _OUTPUTS = ("images.npz", "grid.png", _FEATURES, "samples.json")
 
 
@@ -267,6 +269,13 @@ class _Shards:
             return None
         return round(self.section.n_images * self.spent / self.made / self.ranks.world, 3)
 
+    def straightness(self) -> dict[str, float] | None:
+        """Return how far the paths of the first images are from their chords; None for images of the source alone."""
+        if self.section.time_points == 1:
+            return None
+        n = min(_STRAIGHTNESS_IMAGES, self.section.n_images)
+        return {"deviation": mean_straightness(self.sampler.generator, self.sampler.field, n), "n_images": n}
+
     def describe(self, images_digest: str) -> dict[str, Any]:
         """Return ``samples.json``: everything that determined the images, and their time, as JSON values."""
         sampler, section, times = self.sampler, self.section, self.sampler.times
@@ -291,6 +300,7 @@ class _Shards:
             "last_time": times[0].item() if source_only else times[-1].item(),
             "function_evaluations": self.evaluations(),
             "seconds": self.seconds(),
+            "straightness": self.straightness(),
             "tolerances": {"rtol": section.rtol, "atol": section.atol} if adaptive else None,
             "precision": sampler.precision,
             "means_precision": sampler.means_precision,

@@ -85,10 +85,51 @@ def _result(path: Path) -> Result:
             _training(folder / "train" / f"{encoder}_{setting}" / training, step),
             _mixture(folder / "gmm" / encoder, made_from) if made_from and SETTINGS[setting].mixture else None,
             _coupling_cost(made_from, setting),
+            _seeds(path, record["frechet_distance"]),
+            _modes(folder / "mode_quality" / f"{encoder}_{setting}{guide}.{variant}.png", samples["images_digest"]),
             images,
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"'{path}' is not a result of fid ({error!r}); make it again") from error
+
+
+def _seeds(path: Path, distance: float) -> dict[str, Any] | None:
+    """Return the result of the most seeds of which this one is one; names of seeds end in ``.json``, as all do."""
+    found = []
+    for other in path.parent.glob("*.seeds*.json"):
+        summary = store.read_json(other)
+        if path.stem in summary["results"]:
+            place = summary["results"].index(path.stem)
+            if summary["metrics"]["frechet"]["values"][place] == distance:
+                found.append(summary)
+    return max(found, key=lambda summary: len(summary["seeds"]), default=None)
+
+
+def _modes(picture: Path, digest: str) -> Path | None:
+    """Return the picture of the modes' quality if it is that of these images."""
+    about = picture.with_suffix(".json")
+    same = picture.is_file() and about.is_file() and store.read_json(about).get("images_digest") == digest
+    return picture if same else None
+
+
+def curves(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Return the finished curves beside some results, of their encoders, each with its name and encoder."""
+    found = []
+    for folder in dict.fromkeys(result.folder for result in results):
+        encoders = sorted({result.encoder for result in results if result.folder == folder}, key=len, reverse=True)
+        for path in sorted((folder / "curve").glob("*.json")):
+            curve = store.read_json(path)
+            encoder = next((name for name in encoders if path.stem.startswith(f"{name}_")), None)
+            if encoder and all(
+                _current(folder / "fid" / f"{name}.json", curve, i) for i, name in enumerate(curve["results"])
+            ):
+                found.append({**curve, "name": path.stem, "encoder": encoder, "folder": str(folder)})
+    return found
+
+
+def _current(path: Path, curve: dict[str, Any], i: int) -> bool:
+    """Whether the result at a point of a curve is still the one that the curve was made from."""
+    return path.is_file() and store.read_json(path).get("frechet_distance") == curve["metrics"]["frechet"][i]
 
 
 def _images(folder: Path, digest: str) -> Path | None:

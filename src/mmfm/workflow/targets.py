@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmfm import config
 from mmfm.config.choices import SETTINGS
+from mmfm.workflow import curves
 
 _GUIDANCE = r"\.g\d+(\.\d+)?"
 
@@ -188,9 +189,30 @@ def parse_target(name: str, configuration: config.Config) -> Target:
     return Target(encoder, setting, guided is not None, parse_variant(text, setting, configuration, guided is not None))
 
 
+def parse_curve(name: str, configuration: config.Config) -> tuple[str, list[Target]]:
+    """Parse the name of a curve, ``results/[RUN/]curve/NAME.png`` or only ``NAME``.
+
+    Returns:
+        what varies, as :func:`mmfm.workflow.curves.expand` names it, and the result at each point.
+
+    Raises:
+        ValueError: it is no such name, or the setting has no such variant.
+    """
+    last = re.sub(r"\.(png|txt|json)$", "", name.rpartition("/")[2])
+    part, names = curves.expand(last)
+    found = [parse_target(f"{each}.txt", configuration) for each in names]
+    return part, found
+
+
 def parse_targets(name: str, configuration: config.Config) -> list[Target]:
-    """Parse a result's name like :func:`parse_target`, or that of several seeds, which stands for all of them."""
+    """Parse the name of a result, or of several seeds or a curve, which stands for all of them.
+
+    Raises:
+        ValueError: see :func:`parse_target` and :func:`parse_curve`.
+    """
     folder, _, last = name.rpartition("/")
+    if folder.endswith("/curve"):
+        return parse_curve(name, configuration)[1]
     number = re.search(r"\.seeds(\d+)(?=\.)", last)
     if number is None:
         return [parse_target(name, configuration)]

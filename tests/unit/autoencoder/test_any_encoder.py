@@ -14,6 +14,8 @@ from transformers import (
     DINOv3ViTModel,
     ResNetConfig,
     ResNetModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
     SwinConfig,
@@ -185,6 +187,9 @@ def test_models_of_transformers_that_are_no_encoders(tmp_path):
         tmp_path / "siglip", scramble(SiglipVisionModel(SiglipVisionConfig(**SIZES, vision_use_head=False)))
     )
     refused("hf", folder, 32, r"has no class token, and of pooled features none for tokens of 32; give a model with")
+    sizes = {name: value for name, value in SIZES.items() if name != "image_size"}
+    packed = Siglip2VisionModel(Siglip2VisionConfig(**sizes, num_patches=16))
+    refused("hf", write_hf(tmp_path / "naflex", packed), 32, r"'siglip2_vision_model' .* does not turn images of 32")
     folder = write_hf(tmp_path / "vit", vit())
     refused("hf", folder, 35, r"input_size 35 is not a multiple of the patch size 8 .*; use 32 or 40")
     edit(folder, image_size=[32, 64])

@@ -301,6 +301,36 @@ def test_on_the_page_seeds_have_names_and_a_curve_each(results, garments, page):
     assert "There is one seed" not in html
 
 
+def test_the_page_has_finished_curves_that_are_still_true(results, page, capsys, tmp_path):
+    made = results / "fid" / "dinov2_mode.seed0.tiny.k64.t25.json"
+    record = store.read_json(made)
+    record["samples"] |= {"time_points": 4, "function_evaluations": 3, "images_digest": "other"}
+    other = made.with_name("dinov2_mode.seed0.tiny.k64.t4.json")
+    store.write_json(other, {**record, "frechet_distance": 9.0})
+    curve = results / "curve" / "dinov2_mode.t4,25.json"
+    assert main(["curve", "t", str(made), str(other), "--out-json", str(curve)]) == 0
+    html = page()
+    assert "Metrics by what varies" in html and ">evaluations of the network (NFE)</text>" in html
+    assert "The smallest: dinov2_mode.t4,25 at 24." in html
+    store.write_json(other, {**record, "frechet_distance": 8.0})
+    assert "Metrics by what varies" not in page()
+
+
+def test_the_range_of_seeds_and_the_straightness_are_columns(results, garments, capsys):
+    first = results / "fid" / "dinov2_mode.seed0.tiny.k64.t25.json"
+    second = write_result(results, garments[40:80], "mode", 6.8, seed=1)
+    record = store.read_json(first)
+    record["samples"]["straightness"] = {"deviation": 0.0421, "n_images": 64}
+    store.write_json(first, record)
+    assert "straightness" in compared(capsys, results) and "range" not in compared(capsys, results)
+    summary = results / "fid" / "dinov2_mode.seeds2.json"
+    assert main(["seeds", str(first), str(second), "--out-json", str(summary)]) == 0
+    text = compared(capsys, results)
+    assert text.count("6.7 to 6.8 (2)") == 2 and text.count("0.042") == 1
+    store.write_json(second, {**store.read_json(second), "frechet_distance": 7.0})
+    assert compared(capsys, results).count("6.7 to 6.8 (2)") == 1
+
+
 def test_results_of_one_training_share_its_curve(results, page):
     made = results / "fid" / "dinov2_mode.seed0.tiny.k64.t25.json"
     record = store.read_json(made)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmfm.evaluation.frechet import frechet_distance, mean_ratio
+from mmfm.evaluation.frechet import frechet_distance
 
 
 def gaussian(seed: int, d: int, rank: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -93,17 +93,6 @@ def test_a_missing_dimension_is_no_full_rank(missing):
         expected = ((np.sqrt(values) - np.sqrt(np.linspace(1, 2, 200))) ** 2).sum()
         mean = np.zeros(200)
         assert frechet_distance(mean, basis * values @ basis.T, mean, whole) == pytest.approx(expected, abs=1e-10)
-
-
-def test_mean_ratio_over_encoders():
-    assert mean_ratio({"a": 6.0, "b": 100.0}, {"b": 50.0, "a": 2.0}) == 2.5
-    with pytest.raises(ValueError, match=r"features of a, floors in those of b; give both for the same encoders"):
-        mean_ratio({"a": 1.0}, {"b": 1.0})
-    with pytest.raises(ValueError, match="none"):
-        mean_ratio({}, {})
-    for floor in (0.0, float("nan")):
-        with pytest.raises(ValueError, match=r"held-out images are at distance .* in a"):
-            mean_ratio({"a": 1.0}, {"a": floor})
 
 
 @settings(max_examples=60, deadline=None)

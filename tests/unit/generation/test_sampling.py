@@ -25,6 +25,7 @@ from mmfm.cli.__main__ import main
 from mmfm.flow.path import time_grid, time_shift
 from mmfm.generation import networks
 from mmfm.generation.sampler import SampleFiles, Sampler
+from mmfm.generation.trajectory import Trajectory
 from mmfm.infra import npz, store
 from mmfm.infra.progress import Progress
 from mmfm.models.weights import load_ema
@@ -87,6 +88,23 @@ def test_image_is_the_flow_of_its_own_noise(made, files, weights):
     assert_equal_to_rounding(pixels[0].permute(1, 2, 0).numpy(), images[13])
 
 
+def test_straightness_is_that_of_the_first_paths(made, files, weights, tmp_path, monkeypatch):
+    """Of 49 steps of Euler, whatever the solver; whatever fits into memory at once."""
+    sampler = load(files, weights["mode"])
+    times = time_grid(50, time_shift((CHANNELS, GRID, GRID)))
+    with torch.no_grad():
+        drawn = sampler.generator.draw(range(22))
+        states = [sampler.source.draw(drawn.modes, drawn.noise)]
+        for t, after in itertools.pairwise(times):
+            states.append(states[-1] + (after - t) * sampler.model(states[-1], t.expand(22), drawn.labels))
+    expected = Trajectory(times, torch.stack(states)).straightness().mean().item()
+    assert made[1]["straightness"] == {"deviation": pytest.approx(expected, rel=1e-4), "n_images": 22}
+    assert 0.001 < expected < 1
+    monkeypatch.setattr("mmfm.generation.trajectory._STATE_BYTES", 5 * 4 * 50 * CHANNELS * GRID * GRID)
+    _, about = run(files, weights["mode"], tmp_path, solver="heun", time_points=2, n_images=22)
+    assert about["straightness"]["deviation"] == pytest.approx(expected, rel=1e-4)
+
+
 def load(files: Pipeline, ema: Path, seed: int | None = None, scale: float = 1.0, **other: object) -> Sampler:
     guided = {**SAMPLE, "guidance": {"scale": scale, "interval": [0.0, 1.0]}}
     guided |= {name: other.pop(name) for name in SAMPLE if name in other}
@@ -130,7 +148,8 @@ def test_spatial_flag_may_be_empty(files, weights, tmp_path):
 
 def test_one_time_point_is_the_decoded_source(made, files, weights, tmp_path):
     images, about = run(files, weights["mode"], tmp_path, n_images=5, time_points=1)
-    assert about["source_only"] and about["function_evaluations"] == 0 and about["last_time"] == about["first_time"]
+    assert about["straightness"] is None and about["function_evaluations"] == 0
+    assert about["source_only"] and about["last_time"] == about["first_time"]
     sampler = load(files, weights["mode"])
     decoded = (sampler.autoencoder.decode(sampler.generator.draw_source(range(5))).detach().clamp(0, 1) * 255).byte()
     assert_equal_to_rounding(images, decoded.permute(0, 2, 3, 1).numpy())

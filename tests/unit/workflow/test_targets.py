@@ -85,3 +85,29 @@ def test_the_documents_of_errors_exist():
         lines = (ROOT / path).read_text().splitlines()
         headings = [line.lstrip("# ").lower().replace(" ", "-").replace(",", "") for line in lines if line[:1] == "#"]
         assert not anchor or anchor in headings, document
+
+
+def test_a_name_of_a_curve_stands_for_its_points():
+    part, found = targets.parse_curve("results/curve/dinov2_mode_ag.k9.t5,10.g1.5.png", DEMO)
+    assert part == "t" and all(target.guided for target in found)
+    assert [str(target.variant) for target in found] == ["seed0.tiny.k9.t5.g1.5", "seed0.tiny.k9.t10.g1.5"]
+    part, found = targets.parse_curve("dinov2_mode_ag.g1,1.5,2", DEMO)
+    assert part == "g" and [target.variant.g for target in found] == [1.0, 1.5, 2.0]
+    asked = targets.parse_targets("results/curve/dinov2_mode.step31,62.t4.txt", DEMO)
+    assert [target.variant.step for target in asked] == [31, 62]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dinov2_mode.t5", "no part of the name lists values; let exactly one of .t, .step, .g and .k do so"),
+        ("dinov2_mode.k8,9.t5,6", "'.k8,9' and '.t5,6' of the name lists values"),
+        ("dinov2_mode.t5,05", "'.t5,05' has a value twice"),
+        ("dinov2_uncond.k8,9", "the setting 'uncond' has no mixture; leave out '.k8'"),
+        ("dinov2_moed.t5,6", "'dinov2_moed.t5.txt' is not a result .did you mean 'dinov2_mode.txt'"),
+        ("dinov2_mode.g1,2", "trained without label dropout"),
+    ],
+)
+def test_what_is_no_curve_is_explained(name, message):
+    with pytest.raises(ValueError, match=message):
+        targets.parse_curve(name, DEMO)

@@ -96,8 +96,8 @@ def _vision_config(weights: str, values: dict[str, Any]) -> Any:
 
 def _options(model: PreTrainedModel, input_size: int) -> dict[str, Any]:
     """Return what the forward pass needs so that other sizes than that of the position embeddings are accepted."""
-    trained = model.config.image_size
-    trained = trained if isinstance(trained, int) else trained[0]
+    trained = getattr(model.config, "image_size", None)  # none for models of any size
+    trained = trained if isinstance(trained, int | None) else trained[0]
     accepted = inspect.signature(model.forward).parameters
     wanted = trained != input_size and "interpolate_pos_encoding" in accepted
     return {"interpolate_pos_encoding": True} if wanted else {}

@@ -1,0 +1,175 @@
+"""Metrics of results that differ in one thing: evaluations, training step, guidance scale, or number of modes.
+
+Nothing here imports PyTorch.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmfm.config.choices import METRICS
+from mmfm.evaluation.alike import require_alike
+from mmfm.infra import store
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What varies along a curve.
+
+    Attributes:
+        title: at the axis of the plot.
+        value: of a record of the stage `fid`.
+        varied: settings that vary with it, as :func:`mmfm.evaluation.alike.require_alike` names them.
+        logarithmic: whether values are compared by their ratios.
+    """
+
+    title: str
+    value: Callable[[Record], float]
+    varied: tuple[str, ...]
+    logarithmic: bool = True
+
+
+def _scale(record: Record) -> float:
+    """Return the guidance scale; 1 is no guidance, and then none is recorded."""
+    guidance = record["samples"]["guidance"]
+    return float(guidance["scale"]) if guidance else 1.0
+
+
+AXES: dict[str, Axis] = {
+    "t": Axis(
+        "evaluations of the network (NFE)",
+        lambda record: record["samples"]["function_evaluations"],
+        ("time_points", "last_time", "solver", "source_only"),
+    ),
+    "step": Axis("training step", lambda record: record["samples"]["weights"]["step"], ("step",)),
+    "g": Axis("guidance scale", _scale, ("guidance scale", "guidance kind", "guidance interval"), logarithmic=False),
+    "k": Axis("modes", lambda record: record["samples"]["n_modes"], ("n_modes", "n_labels", "model", "mode_draw")),
+}
+"""By the part of a result's name that lists values."""
+
+
+def collect(records: Mapping[str, Record], part: str) -> dict[str, Any]:
+    """Return the metrics along a curve as JSON values, in ascending order of what varies.
+
+    Args:
+        records: at least two results of the stage `fid`, by the names of their files without ending.
+        part: key of :data:`AXES`.
+
+    Raises:
+        ValueError: a record is no such result, or the results differ in more than what varies, or not in that.
+    """
+    axis = AXES[part]
+    try:
+        require_alike(records, axis.varied, axis.title)
+        points = sorted((axis.value(record), name) for name, record in records.items())
+        values = [value for value, _ in points]
+        if len(set(values)) < max(2, len(points)):
+            listed = ", ".join(f"{value:g}" for value in values)
+            raise ValueError(
+                f"the results' {axis.title}: {listed}; a curve needs two points or more, and each value once"
+            )
+        ordered = [records[name] for _, name in points]
+        metrics = {"frechet": [float(record["frechet_distance"]) for record in ordered]}
+        for name in METRICS:
+            if all(name in record.get("metrics", {}) for record in ordered):
+                metrics[name] = [float(record["metrics"][name]) for record in ordered]
+        record = ordered[0]
+        return {
+            "stage": "curve",
+            "varies": part,
+            "measure": record["measure"],
+            "setting": record["samples"]["setting"],
+            "guidance": any(each["samples"]["guidance"] for each in ordered),
+            "results": [name for _, name in points],
+            "images_digests": [each["samples"]["images_digest"] for each in ordered],
+            "values": values,
+            "metrics": metrics,
+            "best": {name: values[_best(name, row)] for name, row in metrics.items()},
+            "warnings": list(dict.fromkeys(line for each in ordered for line in each["warnings"])),
+            **{name: record[name] for name in ("n_images", "floor", "floor_n_images", "detector", "reference")},
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"a file is not a result of fid ({error!r}); make it again") from error
+
+
+def _best(metric: str, row: list[float]) -> int:
+    pick = max if METRICS[metric].larger else min
+    return row.index(pick(row))
+
+
+def render(curve: Record) -> str:
+    """Return a curve as text: a column for each metric, with * at its best value."""
+    metrics = curve["metrics"]
+    columns = [[_heading(curve["varies"]), *(f"{value:,g}" for value in curve["values"])]]
+    for name, row in metrics.items():
+        best = _best(name, row)
+        columns.append(
+            [METRICS[name].title, *(f"{value:.4f}{'*' if i == best else ' '}" for i, value in enumerate(row))]
+        )
+    widths = [max(map(len, column)) for column in columns]
+    head = [f"{curve['measure']}, {curve['n_images']:,} images for each point; * is the best"]
+    head.append(f"detector:  {curve['detector']['name']}")
+    head.append(f"reference: {curve['reference']['source']}")
+    if curve["floor"] is not None:
+        head.append(f"floor:     {curve['floor']:.4f} (distance of {curve['floor_n_images']:,} held-out real images)")
+    table = [
+        "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+        for cells in zip(*columns, strict=True)
+    ]
+    warnings = [f"WARNING: {warning}" for warning in curve["warnings"]]
+    return "\n\n".join("\n".join(part) for part in (head, table, warnings) if part) + "\n"
+
+
+def _heading(part: str) -> str:
+    return "evaluations" if part == "t" else AXES[part].title
+
+
+def plot(curve: Record, path: Path, name: str) -> None:
+    """Plot every metric against what varies, with a ring around its best value, as PNG.
+
+    Args:
+        name: of the curve, as its title.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    axis, metrics = AXES[curve["varies"]], curve["metrics"]
+    columns = min(len(metrics), 3)
+    rows = -(-len(metrics) // columns)
+    figure = Figure(figsize=(max(5.0, 3.9 * columns), 3.4 * rows + 0.3), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"{name}, {curve['n_images']:,} images", fontsize=10)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, (metric, row) in zip(panels, metrics.items(), strict=False):
+        best = _best(metric, row)
+        axes.plot(curve["values"], row, "o-", markersize=4, color="C0")
+        axes.plot(curve["values"][best], row[best], "o", markersize=11, fillstyle="none", color="C3")
+        axes.annotate(
+            f"{row[best]:.4g}", (curve["values"][best], row[best]), (0, 9), textcoords="offset points", ha="center",
+            color="C3", fontsize=9,
+        )  # fmt: skip
+        if metric == "frechet" and curve["floor"] is not None:
+            axes.axhline(curve["floor"], color="0.6", linestyle=":", linewidth=1.2)
+            axes.annotate(
+                f"real images, {curve['floor']:.3g}", (1, curve["floor"]), (-4, 4), ha="right", fontsize=8,
+                xycoords=("axes fraction", "data"), textcoords="offset points", color="0.4",
+            )  # fmt: skip
+        if axis.logarithmic and curve["values"][0] > 0:
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(FixedLocator(curve["values"]))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        better = "larger" if METRICS[metric].larger else "smaller"
+        axes.set(xlabel=axis.title)
+        axes.set_title(f"{METRICS[metric].title}: {better} is better", fontsize=10)
+        axes.margins(x=0.08, y=0.18)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels:
+        axes.set_visible(False)
+    with store.whole_file(path) as partial:
+        figure.savefig(partial, format="png", metadata={"Software": None})
