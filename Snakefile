@@ -3,7 +3,8 @@
     snakemake results/fid/dinov2_mode.txt
 
 Targets: results/fid/{encoder}_{setting}[_ag][.seedN][.MODEL][.kN][.stepN][.tN][.gN].txt; with .seedsN in the place of
-.seedN, mean and range of N seeds. Parts that are left out are taken from the configuration.
+.seedN, mean and range of N seeds. Parts that are left out are taken from the configuration. Names of one seed are also
+those of results/mode_quality/NAME.png, the modes whose images are poor.
 """
 
 from pathlib import Path
@@ -44,6 +45,7 @@ include: "rules/train.smk"
 include: "rules/sample.smk"
 include: "rules/fid.smk"
 include: "rules/memorisation.smk"
+include: "rules/mode_quality.smk"
 include: "rules/compare.smk"
 
 

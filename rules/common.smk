@@ -28,6 +28,9 @@ PUBLISHED = "docs/published.md"
 METRICS = "docs/metrics.md#other-programs"
 """The document that explains files for other programs."""
 
+MODES = "docs/metrics.md#modes"
+"""The document that explains how modes are judged by their images."""
+
 CONFIGURATION, IMAGES, RUNS = "config/README.md", "docs/your-own-data.md", "README.md#changing-stopping-resuming"
 """The documents that explain errors of the configuration, of the images and of runs."""
 
@@ -347,7 +350,7 @@ def demanded_steps(wildcards):
     steps = set()
     for name in named:
         try:
-            named = targets.parse_targets(re.sub(r"/memorisation/(.+)\.png$", r"/fid/\1.json", name), C)
+            named = targets.parse_targets(targets.as_distance(name), C)
         except ValueError:
             continue  # another kind of file, or a name that the rules refuse
         for target in named:
@@ -449,6 +452,24 @@ def train_operation(wildcards):
         return words
     detector, reference = detector_file(wildcards), shlex.quote(reference_file(wildcards))
     return f"{words} --detector {C.fid.detector} --detector-weights {detector} --fid-reference {reference}"
+
+
+def fitted_mixture(wildcards):
+    """Return the mixture files that a job judges the modes by; fail without modes or their training images."""
+    setting = wildcards.setting
+    if not mmfm_config.SETTINGS[setting].mixture:
+        mixed = ", ".join(name for name, about in mmfm_config.SETTINGS.items() if about.mixture)
+        raise refusal(
+            f"the setting '{setting}' has a Gaussian source, which has no modes to judge; name one of {mixed} "
+            f"(see {MODES})"
+        )
+    if C.gmm.weights != "fit":
+        raise refusal(
+            f"'gmm.weights' is '{C.gmm.weights}', and a mixture that was not fitted here has no training images to judge "
+            f"its modes by; set it to `fit` (see {MODES})"
+        )
+    found = mixture_inputs(wildcards)
+    return {**found, "assignment": f"{Path(found['gmm']).parent}/assignment.safetensors"}
 
 
 def complete_name(wildcards, kind, folder="fid"):

@@ -28,11 +28,16 @@ FRONT = ROOT / "README.md"
 SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.json"
 
 NOT_RERUN = (
-    {("gmm", key): "sweep" for key in ("n_components", "weights")}
-    | {("guide", key): "train" for key in ("weights", "scale", "interval")}
-    | {("fid", key): "reconstruction" for key in ("reference", "metrics", "reference_images")}
+    {("guide", key): ["train"] for key in ("weights", "scale", "interval")}
+    | {("fid", key): ["reconstruction"] for key in ("reference", "metrics", "reference_images")}
+    | {
+        ("gmm", "n_components"): ["sweep"],
+        ("gmm", "weights"): ["mode_quality", "sweep"],
+        ("spatial_gmm", "weights"): ["mode_quality"],
+        ("train", "weights"): ["mode_quality"],
+    }
 )
-"""By section and key: a stage that the key does not rerun although the other keys of its section do."""
+"""By section and key: stages that the key does not rerun although the other keys of its section do."""
 
 INTRODUCTION = """\
 # Configuration
@@ -116,7 +121,7 @@ def rows(kind: type, values: dict[str, Any], section: str, prefix: str, again: l
         if dataclasses.is_dataclass(hint):
             result += rows(hint, values.get(f.name, {}), section, f"{prefix}{f.name}.", again)
         else:
-            rerun = [s for s in again if NOT_RERUN.get((section, f.name)) != s]
+            rerun = [s for s in again if s not in NOT_RERUN.get((section, f.name), [])]
             result.append(row(f, values.get(f.name), prefix, rerun))
     return result
 

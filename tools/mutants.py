@@ -61,6 +61,7 @@ TESTS = {
     "evaluation/adm": "adm", "evaluation/collected": "collected scoring", "evaluation/heldout": "heldout",
     "evaluation/image_sets": "scoring", "evaluation/inception_score": "inception_score", "evaluation/kid": "kid",
     "evaluation/manifold": "manifold", "evaluation/memorisation": "memorisation", "evaluation/neighbours": "manifold",
+    "evaluation/mode_quality": "mode_quality", "evaluation/mode_sheet": "mode_sheet",
     "evaluation/reconstruction": "reconstruction", "evaluation/scores": "collected", "evaluation/scoring": "scoring",
     "evaluation/self_test": "scoring",
     "stages/runner": "runner extraction spatial stage_state",

@@ -78,7 +78,9 @@ def growths(request, tmp_path_factory, tiny_encoder) -> list[dict[str, int]]:
     return [grow(root, tiny_encoder, n, request.param) for root, n in zip(roots, (FEW, MANY), strict=True)]
 
 
-@pytest.mark.parametrize("name", ["extract", "spatial_gmm", "train_decoder", "train", "sample", "fid_reference", "fid"])
+@pytest.mark.parametrize(
+    "name", ["extract", "spatial_gmm", "train_decoder", "train", "sample", "fid_reference", "fid", "mode_quality"]
+)
 def test_four_times_the_images_take_no_more_memory(growths, name):
     few, many = (grown[name] for grown in growths)
     assert_flat(few, many)

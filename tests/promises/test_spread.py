@@ -86,12 +86,21 @@ def test_the_distance_is_the_same(stages, tmp_path, world):
     assert ours["frechet_distance"] == pytest.approx(expected["frechet_distance"], rel=1e-5)
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_modes_are_judged_the_same(stages, tmp_path, world):
+    """Processes take whole batches, so the bits are the same; the picture, too."""
+    stage = stages["mode_quality"]
+    stage.run(tmp_path / "out", world=world)
+    for name in ("modes.json", "modes.txt", "modes.png"):
+        assert (tmp_path / "out" / name).read_bytes() == (stage.made / name).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("name", "output"),
     [
         ("extract", "moments.safetensors"), ("fit_gmm", "assignment.safetensors"), ("spatial_gmm", "report.json"),
         ("train_decoder", "history.jsonl"), ("train", "history.jsonl"), ("sample", "images.npz"),
-        ("fid_reference", "reference.safetensors"), ("fid", "fid.json"),
+        ("fid_reference", "reference.safetensors"), ("fid", "fid.json"), ("mode_quality", "modes.json"),
     ],
 )  # fmt: skip
 def test_what_the_main_process_cannot_write_ends_all(stages, tmp_path, name, output):

@@ -41,6 +41,7 @@ _OUTPUTS = {
     "fid_reference": {"--out": "reference.safetensors"},
     "fid": {"--out-txt": "fid.txt", "--out-json": "fid.json"},
     "reconstruction": {"--out-txt": "dinov2.txt", "--out-json": "dinov2.json", "--out-png": "dinov2.png"},
+    "mode_quality": {"--out-json": "modes.json", "--out-txt": "modes.txt", "--out-png": "modes.png"},
 }
 _UNITS = {
     "extract": "shard-", "fit_gmm": "iteration-", "spatial_gmm": "component-", "train_decoder": "step-",
@@ -169,6 +170,13 @@ def describe(root: Path, encoder: Path, listing: Path, heldout: Path) -> dict[st
         },
         # Of the training images, so that there are several units.
         "reconstruction": {"--train-listing": listing, "--encoder-weights": encoder, **decoder, **detector},
+        "mode_quality": {
+            "--images": root / "sample" / "images.npz", "--samples": root / "sample" / "samples.json",
+            "--encoder-weights": encoder, **stats, **decoder, **gmm, **spatial,
+            "--assignment": root / "fit_gmm" / "assignment.safetensors",
+            "--tokens": root / "extract" / "cls_tokens.zarr",
+            "--train-listing": listing, "--heldout-listing": heldout,
+        },
     }  # fmt: skip
     return {
         name: Stage(name, source, _OUTPUTS[name], root / name, _UNITS.get(name, ""), _CONSTANTS.get(name, {}))

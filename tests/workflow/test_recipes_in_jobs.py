@@ -65,6 +65,9 @@ def test_a_step_is_a_milestone_of_the_same_training(checkout):
     assert of_curve[folder + TRAIN].split("steps=")[1].split()[0] == "[9,20,30]"
     kept = [flags[folder + TRAIN.replace("seed0", f"seed{i}")].split("steps=")[1].split()[0] for i in range(2)]
     assert kept == ["[9,30]", "[9,30]"]
+    judged = [{"keys": keys, "targets": ["results/steps/mode_quality/dinov2_mode.step9.png"], "operation": True}]
+    (flags,) = dry_runs(checkout, judged)
+    assert flags[folder + TRAIN].split("milestone_steps=")[1].split()[0] == "[9,30]"
     plain = [{"keys": keys, "targets": names[:1], "touch": True}, {"keys": keys, "targets": names[:2]}]
     later = dry_runs(checkout, plain)[1]
     assert later == ["fid", "milestone", "sample", "short_name"]

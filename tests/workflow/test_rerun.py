@@ -89,7 +89,8 @@ DEMO_VALUES = OmegaConf.to_container(
     OmegaConf.merge(*(OmegaConf.load(ROOT / "config" / name) for name in ("config.yaml", "demo.yaml")))
 )
 
-FROM_TRAIN = {"train", "sample", "fid"}
+FROM_SAMPLE = {"sample", "fid", "mode_quality"}
+FROM_TRAIN = {"train"} | FROM_SAMPLE
 FROM_SPATIAL = {"spatial_gmm", "sweep"} | FROM_TRAIN
 FROM_MIXTURE = {"fit_gmm"} | FROM_SPATIAL
 BELOW = {
@@ -98,12 +99,13 @@ BELOW = {
     "latent_stats": {"latent_stats"} | FROM_SPATIAL,
     "fit_gmm": FROM_MIXTURE,
     "spatial_gmm": FROM_SPATIAL,
-    "train_decoder": {"train_decoder", "sample", "fid", "reconstruction"},
+    "train_decoder": {"train_decoder", "reconstruction"} | FROM_SAMPLE,
     "train": FROM_TRAIN,
-    "sample": {"sample", "fid"},
+    "sample": FROM_SAMPLE,
     "fid_reference": {"fid_reference", "fid"},
     "fid": {"fid"},
     "reconstruction": {"reconstruction"},
+    "mode_quality": {"mode_quality"},
     "sweep": {"sweep"},
 }
 """A stage and those that read, directly or not, what it makes."""

@@ -224,6 +224,34 @@ def test_a_sweep_reuses_the_tokens_and_the_fit_that_is_there(finished):
     assert finished.jobs(keys={"sweep": {"modes": [256]}}) == set()
 
 
+def test_modes_are_judged_by_the_images_that_are_there(finished):
+    """By a short name or a complete one; what is judged is made as for a distance."""
+    judged = {"mode_quality", "short_mode_quality"}
+    for kind in ("png", "txt", "json"):
+        assert finished.jobs(f"results/mode_quality/dinov2_mode.{kind}") == judged
+    assert finished.jobs("results/mode_quality/dinov2_mode.seed0.tiny.k256.t25.png") == {"mode_quality"}
+    assert finished.jobs("results/mode_quality/dinov2_mode.t4.png") == {"sample"} | judged
+    named = ["results/mode_quality/dinov2_class_gmm_ag.k8.t4.g2.png", "results/mode_quality/dinov2_gmm.seed2.txt"]
+    plan = finished.run(*named, "-n").stdout
+    for name in ("class_gmm_ag.seed0.tiny.k8.t4.g2", "gmm.seed2.tiny.k256.t25"):
+        assert f"results/mode_quality/dinov2_{name}.json" in plan
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "said"),
+    [
+        ("uncond", {}, "'uncond' has a Gaussian source, which has no modes to judge; name one of gmm, mode, class_gmm"),
+        ("class.t4", {}, "the setting 'class' has a Gaussian source"),
+        ("mode", {"gmm": {"weights": "g.safetensors"}, "spatial_gmm": {"weights": "s.zarr"}}, "set it to `fit` (see"),
+    ],
+)
+def test_modes_that_nobody_can_judge_are_one_error(finished, name, keys, said):
+    result = finished.run(f"results/mode_quality/dinov2_{name}.png", "-n", keys={"gpus": 0, **keys})
+    message = result.stdout + result.stderr
+    assert result.returncode != 0 and said in message and "docs/metrics.md#modes" in message
+    assert "Traceback" not in message
+
+
 def test_targets_of_autoguidance_train_a_guide_of_its_own(finished):
     """The guide differs from the main model in size or budget alone, and never shares its folder."""
     plan = finished.run("results/fid/dinov2_mode_ag.txt", "-n", keys={"guide": {"model": "tiny", "epochs": 3}}).stdout

@@ -137,6 +137,22 @@ STAGES: dict[str, Stage] = {
         document="docs/stages.md#reconstruction",
         unit="shard of images",
     ),
+    "mode_quality": Stage(
+        "find the modes whose generated images are poor",
+        version=1,
+        sections=("image", "encoder", "extract"),
+        parents=(
+            "list_images",
+            "extract",
+            "latent_stats",
+            "fit_gmm",
+            "spatial_gmm",
+            "train_decoder",
+            "sample",
+        ),
+        outputs=(".json", ".png", ".txt"),
+        document="docs/metrics.md#modes",
+    ),
     "sweep": Stage(
         "compare mixtures with different numbers of modes",
         version=1,

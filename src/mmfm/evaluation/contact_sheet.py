@@ -18,7 +18,9 @@ ReadTokens = Callable[[int, int], np.ndarray]
 ROWS, COLUMNS = 3, 12
 """Modes per group of sizes, and images per mode."""
 
-_MAX_SIDE = 96
+MAX_SIDE = 96
+"""Largest side of an image in a contact sheet, pixels."""
+
 _DENSITY_ROWS = 1024  # the densities of 1024 images take 67 MB at K = 8192
 
 
@@ -101,14 +103,14 @@ def draw(
     nearest = nearest_images(read, labels, mixture, [k for modes in groups.values() for k in modes], block)
     columns = max(map(len, nearest.values()))
     first = next(iter(nearest.values()))[0]
-    side = min(_MAX_SIDE, *data.read_image(listing.path(int(first))).size)
+    side = min(MAX_SIDE, *data.read_image(listing.path(int(first))).size)
     heights = [len(modes) for modes in groups.values()]
     figure = Figure(figsize=(2.3 + 0.6 * columns, 0.45 * len(groups) + 0.63 * sum(heights)), dpi=130)
     figure.set_layout_engine("constrained", h_pad=0.06)
     FigureCanvasAgg(figure)
     rows = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes, (title, modes) in zip(rows[:, 0], groups.items(), strict=True):
-        images = np.concatenate([_row(listing, nearest[k], columns, side) for k in modes])
+        images = np.concatenate([cropped_row(listing, nearest[k], columns, side) for k in modes])
         sheet = np.asarray(image_grid(images, columns))
         axes.imshow(sheet, interpolation="nearest")
         axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
@@ -121,7 +123,7 @@ def draw(
         figure.savefig(partial, bbox_inches="tight", pad_inches=0.1)
 
 
-def _row(listing: Listing, images: np.ndarray, columns: int, side: int) -> np.ndarray:
+def cropped_row(listing: Listing, images: np.ndarray, columns: int, side: int) -> np.ndarray:
     """Return images (columns, 3, side, side) uint8, padded with white ones."""
     row = np.full((columns, 3, side, side), 255, np.uint8)
     for i, image in enumerate(images.tolist()):

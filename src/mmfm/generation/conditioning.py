@@ -1,10 +1,17 @@
 """Modes and class labels of generated images, as functions of the seed and the image number."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mmfm.config.choices import LABEL_DRAWS, MODE_DRAWS
 from mmfm.infra import rng
+from mmfm.mixture.gaussian import draw_from_weights
+
+BY_WEIGHTS = "k ~ mixture weights, "
+"""What ``samples.json`` says of drawn modes, before the kind of draw."""
 
 
 def mode_uniforms(seed: int, numbers: Tensor, draw: str, purpose: str = "sample/mode") -> Tensor:
@@ -22,6 +29,29 @@ def mode_uniforms(seed: int, numbers: Tensor, draw: str, purpose: str = "sample/
         ValueError: unknown ``draw``.
     """
     return MODE_DRAWS[draw].load()(seed, purpose, numbers)
+
+
+def drawn_modes(samples: Mapping[str, Any], weights: Tensor) -> Tensor:
+    """Return the modes of finished images, drawn again as the sampler drew them.
+
+    Args:
+        samples: what ``samples.json`` says of the images.
+        weights: (K,), of the spatial mixture.
+
+    Returns:
+        (n,) int64 on the CPU, the mode of every image.
+
+    Raises:
+        ValueError: the images were not drawn from the modes of such a mixture.
+    """
+    draw = str(samples.get("mode_draw")).removeprefix(BY_WEIGHTS)
+    if draw not in MODE_DRAWS or samples.get("n_modes") != len(weights):
+        raise ValueError(
+            f"samples.json describes images of the setting '{samples.get('setting')}' with {samples.get('n_modes')} "
+            f"modes, drawn as '{samples.get('mode_draw')}', not from this mixture's {len(weights)}; run sample again"
+        )
+    uniforms = mode_uniforms(samples["seed"], torch.arange(samples["n_images"]), draw)
+    return draw_from_weights(weights.double().cpu(), uniforms)
 
 
 def class_labels(seed: int, numbers: Tensor, num_classes: int, draw: str, purpose: str = "sample/label") -> Tensor:

@@ -22,6 +22,7 @@ from mmfm import data
 from mmfm.config import StageConfig
 from mmfm.evaluation.detector import Detector
 from mmfm.evaluation.features import sampled_features
+from mmfm.generation import conditioning
 from mmfm.generation.grid import draw_grid
 from mmfm.generation.sampler import SampleFiles, Sampler, setting_of
 from mmfm.generation.trajectory import mean_straightness
@@ -288,7 +289,7 @@ class _Shards:
             "seed": sampler.seed,
             "setting": sampler.weights["setting"],
             "encoder": sampler.weights.get("encoder"),
-            "mode_draw": f"k ~ mixture weights, {section.mode_draw}" if sampler.source.num_modes else None,
+            "mode_draw": f"{conditioning.BY_WEIGHTS}{section.mode_draw}" if sampler.source.num_modes else None,
             "label_draw": section.label_draw if sampler.setting.condition == "class" else None,
             "n_labels": sampler.model.config.num_classes,
             "n_modes": sampler.source.num_modes,

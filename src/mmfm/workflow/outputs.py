@@ -15,6 +15,7 @@ OUTPUTS = {
     "fid_reference": "fid_reference/**/reference.safetensors",
     "fid": "fid/{sampled}.{variant}.json",
     "reconstruction": "reconstruction/{encoder}.json",
+    "mode_quality": "mode_quality/{sampled}.{variant}.json",
     "sweep": "gmm/{encoder}/sweep.json",
 }
 """An output of every stage that is there if and only if the stage is finished.
@@ -40,4 +41,4 @@ def find(stage: str, results: Path, **names: object) -> list[Path]:
 def job_name(stage: str, output: Path, results: Path) -> str:
     """Return the name of the log of the job that makes an output, without ending."""
     folders = output.relative_to(results).parts[1:-1]
-    return ".".join([stage, *([output.stem] if stage in ("fid", "reconstruction") else folders)])
+    return ".".join([stage, *([output.stem] if stage in ("fid", "reconstruction", "mode_quality") else folders)])

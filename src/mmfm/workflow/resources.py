@@ -363,6 +363,20 @@ class Estimator:
         device += self._generating(fid.batch_size) + self._detecting(fid.batch_size)
         return self._resources(work, disk=written, device=device, host=4 * moments)
 
+    def mode_quality(self) -> Resources:
+        """The encoder on the generated images, encoder, decoder and encoder on real ones; posteriors in float64."""
+        n, k, e, extract = self.config.sample.n_images, self.config.gmm.n_components, self.encoder, self.config.extract
+        real, decoder = min(n, self.n), self.config.decoder
+        flops = (n + 2 * real) * e.flops + real * decoder_flops(decoder, self.tokens + 1)
+        flops += (n + 2 * real) * 4 * e.width * k * DOUBLE / FLOAT
+        reads, written = 2 * n * self.config.image.size**2 * 3 + real * self.image_bytes, 200 * k + 2e6
+        work = Work(reads, written, flops, images=real, workers=extract.workers)
+        decoding = costs.decoder_parameters(decoder) * FLOAT
+        decoding += extract.batch_size * self.tokens * decoder.hidden_size * FLOAT * costs.INFERENCE_COPIES
+        mixture, joint = 6 * k * e.width * DOUBLE, 4 * extract.batch_size * k * DOUBLE
+        device = self._encoding(extract.batch_size) + decoding + mixture + joint
+        return self._resources(work, disk=written, device=device, host=2 * 64 * n)
+
     def _bank(self, n: int) -> int:
         """Bytes of the features of images; 0 if no metric needs them one by one."""
         needed = any(METRICS[name].needs == "bank" for name in self.config.fid.metrics)
@@ -388,6 +402,7 @@ def for_target(config: Config, target: Target, processes: int, on_gpu: bool, fac
     )
     found = Estimator(config, target.encoder, processes, on_gpu, facts).stages()
     del found["reconstruction"]  # a target of its own
+    del found["mode_quality"]  # a target of its own
     if not SETTINGS[target.setting].mixture or config.gmm.weights != "fit":
         del found["fit_gmm"], found["spatial_gmm"]
     if config.decoder.weights != "train":

@@ -232,6 +232,11 @@ def parse_targets(name: str, configuration: config.Config) -> list[Target]:
     return [parse_target(f"{place}{one[0]}.seed{i}{one[1]}", configuration) for i in range(int(number[1]))]
 
 
+def as_distance(name: str) -> str:
+    """Return the name of the distance of the images that a target is about; other names stay as they are."""
+    return re.sub(r"(^|/)(?:memorisation|mode_quality)/([^/]+)\.(json|txt|png)$", r"\1fid/\2.txt", name)
+
+
 def guidance_of(scale: float | None, guided: bool, configuration: config.Config) -> config.Guidance:
     """Return the section ``sample.guidance`` of a job.
 

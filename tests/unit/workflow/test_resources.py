@@ -199,7 +199,7 @@ def test_scale_tells_what_the_latent_cache_takes(capsys, monkeypatch):
 
 def test_more_processes_take_less_time_and_no_more_memory_each():
     one, two, eight = (Estimator(FULL, "dinov2", n, True).stages() for n in (1, 2, 8))
-    for name in ("extract", "fit_gmm", "spatial_gmm", "train", "train_decoder", "sample", "fid"):
+    for name in ("extract", "fit_gmm", "spatial_gmm", "train", "train_decoder", "sample", "fid", "mode_quality"):
         assert eight[name].seconds < one[name].seconds and eight[name].device <= two[name].device
     parameters = costs.dit_parameters(FULL.models["XL"], 768, 8192)
     assert two["train"].device - one["train"].device == pytest.approx(costs.FLOAT * parameters), "DDP's gradients"
