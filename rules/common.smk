@@ -499,6 +499,37 @@ def referenced_images(wildcards):
     return LISTING.replace("<results>", RESULTS)
 
 
+def evaluator(wildcards):
+    """Return guided-diffusion's evaluator, which lies where fetched files do; fail if it is not there."""
+    folder = f"{FETCHED}/guided-diffusion"
+    path = f"{folder}/evaluations/evaluator.py"
+    if not Path(path).exists():
+        raise refusal(
+            f"there is no '{path}'; run `git clone https://github.com/openai/guided-diffusion {folder}`, or link your "
+            f"copy there (see {METRICS})"
+        )
+    return path
+
+
+def evaluated_reference(wildcards):
+    """Return the reference for the original evaluator: the given file, or one of the training images."""
+    if C.fid.reference != "train":
+        return given_reference(wildcards)
+    if C.fid.detector != "inception" or "sfid" not in C.fid.metrics:
+        raise refusal(
+            "the original evaluator needs moments of Inception's features: set 'fid.detector' to inception and add sfid "
+            f"to 'fid.metrics', or set 'fid.reference' to an .npz (see {METRICS})"
+        )
+    return ADM_REFERENCE.replace("<results>", RESULTS)
+
+
+def evaluated_images(wildcards):
+    """Return the generated images of a result."""
+    encoder, setting, ag, text = re.fullmatch(NAME, wildcards.request).group(1, 2, 3, 4)
+    complete = checked(targets.parse_variant, text, setting, C, ag is not None, document=targets.DOCUMENT)
+    return f"{RESULTS}/sample/{encoder}_{setting}{ag or ''}/{complete}/images.npz"
+
+
 def of_seeds(wildcards):
     """Return the results of the seeds that a name stands for."""
     encoder, setting, ag, text = re.fullmatch(SEVERAL, wildcards.several).group(1, 2, 3, 4)

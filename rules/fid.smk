@@ -200,6 +200,34 @@ rule curve:
         " --out-json {output.json:q} 2>&1 | tee {log:q}"
 
 
+# The numbers of guided-diffusion's own evaluator, which needs TensorFlow and so an environment of its own.
+rule adm_evaluator:
+    input:
+        evaluator=evaluator,
+        reference=evaluated_reference,
+        images=evaluated_images,
+    output:
+        "<results>/fid/{request}.adm.txt",
+    log:
+        "<logs>/adm_evaluator.{request}.log",
+    benchmark:
+        "<benchmarks>/adm_evaluator.{request}.tsv"
+    wildcard_constraints:
+        request=NAME,
+    conda:
+        "../envs/tf-evaluator.yaml"
+    threads: THREADS["fid"]
+    resources:
+        script=workflow.source_path("../workflow/scripts/run_evaluator.py"),
+        gpu=min(1, GPUS["fid"]),
+        # Features and spatial features of 60,000 images, and distances of 10,000 from 50,000 twice.
+        mem_mb=16000,
+        runtime=240,
+    shell:
+        '"${{EVALUATOR_PYTHON:-python}}" {resources.script:q} --evaluator {input.evaluator:q}'
+        " --reference {input.reference:q} --images {input.images:q} --out {output:q} 2>&1 | tee {log:q}"
+
+
 rule unknown_target:
     input:
         unknown_target,
@@ -208,7 +236,7 @@ rule unknown_target:
     log:
         "<logs>/unknown_target.{name}.log",
     wildcard_constraints:
-        name=rf"(?!({NAME}|{SEVERAL})\.(txt|json)$)[^/]+",
+        name=rf"(?!({NAME}|{SEVERAL})\.(txt|json)$|{NAME}\.adm\.txt$)[^/]+",
     conda:
         "../envs/mmfm.yaml"
     shell:

@@ -34,10 +34,10 @@ rule memorisation:
 
 
 # Both match a name that lacks only the guidance scale; such a name is short.
-ruleorder: memorisation_name > memorisation
+ruleorder: short_memorisation > memorisation
 
 
-rule memorisation_name:
+rule short_memorisation:
     input:
         picture=lambda wildcards: complete_name(wildcards, "png", "memorisation"),
         json=lambda wildcards: complete_name(wildcards, "json", "memorisation"),
@@ -50,9 +50,9 @@ rule memorisation_name:
         ),
         json="<results>/memorisation/{request}.json",
     log:
-        "<logs>/memorisation_name.{request}.log",
+        "<logs>/short_memorisation.{request}.log",
     benchmark:
-        "<benchmarks>/memorisation_name.{request}.tsv"
+        "<benchmarks>/short_memorisation.{request}.tsv"
     wildcard_constraints:
         request=rf"(?!{COMPLETE_NAME}\.(png|json)$){NAME}",
     localrule: True

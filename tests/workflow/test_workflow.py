@@ -206,9 +206,9 @@ def test_a_curve_makes_the_points_that_are_missing(finished):
 
 def test_memorisation_adds_the_held_out_images_and_knows_the_names_of_distances(finished):
     """The images and the training tokens are there; a step asks the training for its milestone."""
-    added = {"extract_heldout", "memorisation", "memorisation_name"}
+    added = {"extract_heldout", "memorisation", "short_memorisation"}
     assert finished.jobs("results/memorisation/dinov2_mode.png") == added
-    assert finished.jobs("results/memorisation/dinov2_mode.seed0.tiny.k256.t25.json") == added - {"memorisation_name"}
+    assert finished.jobs("results/memorisation/dinov2_mode.seed0.tiny.k256.t25.json") == added - {"short_memorisation"}
     plan = finished.run("results/memorisation/dinov2_mode.seed7.step60.png", "-n", "-p")
     assert "results/sample/dinov2_mode/seed7.tiny.k256.step60.t25/images.npz" in plan.stdout
     (line,) = (line for line in plan.stdout.splitlines() if " -- train " in line)
