@@ -218,23 +218,22 @@ def parse_curve(name: str, configuration: config.Config) -> tuple[str, list[Targ
 def parse_targets(name: str, configuration: config.Config) -> list[Target]:
     """Parse the name of a result, or of several seeds or a curve, which stands for all of them.
 
+    The names ``memorisation/NAME.png`` and ``mode_quality/NAME.png`` stand for the result of the same images.
+
     Raises:
         ValueError: see :func:`parse_target` and :func:`parse_curve`.
     """
     folder, _, last = name.rpartition("/")
     if folder.endswith("/curve"):
         return parse_curve(name, configuration)[1]
+    if folder.endswith(("/memorisation", "/mode_quality")):
+        return [parse_target(f"{folder.rpartition('/')[0]}/fid/{Path(last).stem}.txt", configuration)]
     number = re.search(r"\.seeds(\d+)(?=\.)", last)
     if number is None:
         return [parse_target(name, configuration)]
     one = last[: number.start()], last[number.end() :]
     place = f"{folder}/" if folder else ""
     return [parse_target(f"{place}{one[0]}.seed{i}{one[1]}", configuration) for i in range(int(number[1]))]
-
-
-def as_distance(name: str) -> str:
-    """Return the name of the distance of the images that a target is about; other names stay as they are."""
-    return re.sub(r"(^|/)(?:memorisation|mode_quality)/([^/]+)\.(json|txt|png)$", r"\1fid/\2.txt", name)
 
 
 def guidance_of(scale: float | None, guided: bool, configuration: config.Config) -> config.Guidance:
