@@ -42,7 +42,7 @@ class Result:
         mixture: folder with the fit of its mixture, its report and its pictures; None if there is none.
         coupling_cost: expected squared distance of paired source and data, per dimension; None if unknown.
         seeds: the result of `seeds` of which it is one; None if there is none.
-        modes: picture of its modes' quality; None if there is none.
+        pictures: pictures of its images by the stages `mode_quality` and `memorisation`, as far as there are any.
         images: ``images.npz``, (n, S, S, 3) uint8; None if these images no longer exist.
     """
 
@@ -56,7 +56,7 @@ class Result:
     mixture: Path | None
     coupling_cost: float | None
     seeds: dict[str, Any] | None
-    modes: Path | None
+    pictures: dict[str, Path]
     images: Path | None
 
 

@@ -15,6 +15,21 @@ from mmfm.infra import store
 _COLOURS = {"uncond": "#d1661f", "gmm": "#3b82c4", "mode": "#2f9e6e", "class": "#9a63c4", "class_gmm": "#b08a1e"}
 
 
+_LOOKS = {
+    "mode_quality": (
+        "Good and bad modes",
+        "Training images of a mode on the left, images generated from its noise on the right: of the worst modes, and "
+        "of some good ones.",
+    ),
+    "memorisation": (
+        "Nearest training images",
+        "Generated images that are closest to a training image, and how close all of them are beside held-out real "
+        "ones. Closer than these, the model repeats its training images.",
+    ),
+}
+"""Titles and texts of the pictures of two stages."""
+
+
 def samples(comparison: Comparison, factor: float) -> str:
     """Return the section of generated images."""
     sections = []
@@ -115,16 +130,19 @@ def _points(curve: dict[str, Any], metric: str) -> list[tuple[float, float]]:
     return list(zip(curve["values"], curve["metrics"][metric], strict=True))
 
 
-def modes(comparison: Comparison, factor: float) -> str:
-    """Return the section of good and bad modes."""
-    figures = []
-    for result, row in zip(comparison.results, comparison.rows, strict=True):
-        if result.modes:
-            name = name_of(row, comparison.rows)
-            figures.append(figure(embed(opened(result.modes), f"Modes of {name}", factor, 1400), escape(name), "whole"))
-    if not figures:
-        return ""
-    return f"<h2>Good and bad modes</h2>\n{''.join(figures)}"
+def looks(comparison: Comparison, factor: float) -> str:
+    """Return the sections of the pictures of `mode_quality` and `memorisation`."""
+    sections = []
+    for stage, (title, text) in _LOOKS.items():
+        figures = []
+        for result, row in zip(comparison.results, comparison.rows, strict=True):
+            if stage in result.pictures:
+                name = name_of(row, comparison.rows)
+                picture = embed(opened(result.pictures[stage]), f"{title}: {name}", factor, 1400)
+                figures.append(figure(picture, escape(name), "whole"))
+        if figures:
+            sections.append(f"<h2>{title}</h2>\n<p>{text}</p>\n{''.join(figures)}")
+    return "".join(sections)
 
 
 def mixtures(comparison: Comparison, factor: float) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from mmfm.config.choices import SETTINGS
 from mmfm.evaluation.comparison import WORDS, Comparison, differs, mark_of, table
-from mmfm.evaluation.comparison_figures import distance_curves, learning_curves, mixtures, modes, samples
+from mmfm.evaluation.comparison_figures import distance_curves, learning_curves, looks, mixtures, samples
 from mmfm.evaluation.comparison_html import name_of, terms
 from mmfm.infra.progress import duration
 
@@ -105,7 +105,7 @@ def _page(
         learning_curves(comparison),
         distance_curves(curves),
         mixtures(comparison, factor),
-        modes(comparison, factor),
+        looks(comparison, factor),
         *map(_costs, runs),
         _circumstances(comparison, runs, versions),
     ]

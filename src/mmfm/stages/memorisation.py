@@ -169,6 +169,7 @@ def _result(found: Memorisation, listing: Listing) -> dict[str, Any]:
         for index in found.closest(PAIRS)
     ]
     return {
+        "stage": "memorisation",
         "n_generated": len(found.generated),
         "n_heldout": len(found.heldout),
         "n_train": len(listing),

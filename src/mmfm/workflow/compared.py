@@ -86,7 +86,7 @@ def _result(path: Path) -> Result:
             _mixture(folder / "gmm" / encoder, made_from) if made_from and SETTINGS[setting].mixture else None,
             _coupling_cost(made_from, setting),
             _seeds(path, samples["images_digest"]),
-            _modes(folder / "mode_quality" / f"{encoder}_{setting}{guide}.{variant}.png", samples["images_digest"]),
+            _pictures(folder, f"{encoder}_{setting}{guide}.{variant}", samples["images_digest"]),
             images,
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
@@ -114,10 +114,15 @@ def _seeds(path: Path, digest: str) -> dict[str, Any] | None:
     return max(of_this, key=lambda summary: len(summary["seeds"]), default=None)
 
 
-def _modes(picture: Path, digest: str) -> Path | None:
-    """Return the picture of the modes' quality if it is that of these images."""
-    same = picture.is_file() and _beside(picture.with_suffix(".json"), "mode_quality").get("images_digest") == digest
-    return picture if same else None
+def _pictures(folder: Path, name: str, digest: str) -> dict[str, Path]:
+    """Return the pictures that other stages have made of the images with a digest."""
+    found = {}
+    for stage in ("mode_quality", "memorisation"):
+        picture = folder / stage / f"{name}.png"
+        about = _beside(picture.with_suffix(".json"), stage)
+        if picture.is_file() and digest in (about.get("images_digest"), about.get("samples", {}).get("images_digest")):
+            found[stage] = picture
+    return found
 
 
 def curves(results: Sequence[Result]) -> list[dict[str, Any]]:

@@ -320,6 +320,22 @@ def test_the_page_has_finished_curves_that_are_still_true(results, page, capsys,
     assert "Distance by evaluations, steps" not in page()
 
 
+def test_the_page_has_the_pictures_that_others_made_of_the_same_images(results, page):
+    digest = store.read_json(results / "fid" / "dinov2_mode.seed0.tiny.k64.t25.json")["samples"]["images_digest"]
+    for stage, about in (
+        ("mode_quality", {"samples": {"images_digest": digest}}), ("memorisation", {"images_digest": digest}),
+    ):  # fmt: skip
+        made = results / stage / "dinov2_mode.seed0.tiny.k64.t25.png"
+        made.parent.mkdir()
+        save_picture(Image.new("RGB", (40, 30), "red"), made)
+        store.write_json(made.with_suffix(".json"), {"stage": stage, **about})
+    html = page()
+    assert "Good and bad modes" in html and "Nearest training images" in html
+    store.write_json(made.with_suffix(".json"), {"stage": "memorisation", "images_digest": "made anew"})
+    html = page()
+    assert "Good and bad modes" in html and "Nearest training images" not in html
+
+
 def test_the_range_of_seeds_and_the_straightness_are_columns(results, garments, capsys):
     first = results / "fid" / "dinov2_mode.seed0.tiny.k64.t25.json"
     second = write_result(results, garments[40:80], "mode", 6.8, seed=1)
