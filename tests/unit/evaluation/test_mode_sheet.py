@@ -38,7 +38,9 @@ def test_frames_say_whether_an_image_returned():
 def test_long_names_of_classes_are_cut():
     found = quality(np.full(3, 6), np.array([2, 3, 6]))
     label = mode_sheet._label(1, found, "88% American Staffordshire terrier, pit bull terrier")
-    assert label == "mode 1: 88% American Staffordshir…\n3 of 6 return (expected 100%)\ndistance 1.00 (real images 1.00)"
+    assert (
+        label == "mode 1: 88% American Staffordshir…\n3 of 6 return (expected 100%)\ndistance 1.00 (real images 1.00)"
+    )
     assert mode_sheet._label(2, found, "90% shirt").startswith("mode 2: 90% shirt\n6 of 6 return\ndistance 1.00")
 
 
