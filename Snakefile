@@ -44,6 +44,7 @@ include: "rules/decoder.smk"
 include: "rules/train.smk"
 include: "rules/sample.smk"
 include: "rules/fid.smk"
+include: "rules/memorisation.smk"
 include: "rules/mode_quality.smk"
 include: "rules/compare.smk"
 

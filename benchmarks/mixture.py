@@ -112,7 +112,7 @@ def gmm_section(k: int, e_step: str, cache_gb: float):
     return Gmm(
         n_components=k, covariance_type="diag", init="kmeans", reg_covar=1e-6, tol=TOL, max_iter=MAX_ITER, seed=SEED,
         precision="float32", chunk_size=4096, n_init=1, init_means="", e_step=e_step, cache_gb=cache_gb,
-        weights="fit",
+        weights="fit", shrinkage=0.0,
     )  # fmt: skip
 
 

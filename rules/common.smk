@@ -25,8 +25,8 @@ MODULE = "docs/deployment.md"
 PUBLISHED = "docs/published.md"
 """The document that explains published files."""
 
-MIXTURE = "docs/diagnostics.md#choosing-k"
-"""The document that explains how to judge a mixture."""
+METRICS = "docs/metrics.md#other-programs"
+"""The document that explains files for other programs."""
 
 MODES = "docs/metrics.md#modes"
 """The document that explains how modes are judged by their images."""
@@ -274,11 +274,14 @@ def given(key, path, remedy):
     return path
 
 
-def own_images(wildcards):
-    """Check the folder of images before it is first listed; it is no declared input (see the rule list_images)."""
+def images_to_list(wildcards):
+    """Return the demo's images; folders of the user's are no input (see list_images), but checked before a listing."""
+    demo = C.data.root == "demo"
     if not Path(LISTING.replace("<results>", RESULTS)).exists():
-        checked(checks.images, C.data.root, document=IMAGES)
-    return []
+        if not demo:
+            checked(checks.images, C.data.root, document=IMAGES)
+        checked(checks.heldout_images, C.data.heldout_root, document=IMAGES)
+    return DEMO_IMAGES.replace("<results>", RESULTS) if demo else []
 
 
 def detector_weights(wildcards):
@@ -478,9 +481,53 @@ def complete_name(wildcards, kind, folder="fid"):
 
 def held_out(wildcards):
     """Return the listing of the held-out images; fail if there are none."""
-    if not C.data.holdout:
-        raise refusal(f"'data.holdout' is 0, so no images are kept aside to judge a mixture by; set it (see {MIXTURE})")
+    if not C.data.holdout and not C.data.heldout_root:
+        raise refusal(
+            f"there are no held-out images; set 'data.holdout' to a number of the images, or 'data.heldout_root' to a "
+            f"folder of others (see {IMAGES})"
+        )
     return HELDOUT.replace("<results>", RESULTS)
+
+
+def referenced_images(wildcards):
+    """Return the listing of the images of the reference; fail if the reference is a file already."""
+    if C.fid.reference != "train":
+        raise refusal(
+            f"'fid.reference' is '{C.fid.reference}', so the reference is a file already; give that to other programs "
+            f"(see {METRICS})"
+        )
+    return LISTING.replace("<results>", RESULTS)
+
+
+def evaluator(wildcards):
+    """Return guided-diffusion's evaluator, which lies where fetched files do; fail if it is not there."""
+    folder = f"{FETCHED}/guided-diffusion"
+    path = f"{folder}/evaluations/evaluator.py"
+    if not Path(path).exists():
+        raise refusal(
+            f"there is no '{path}'; run `git clone https://github.com/openai/guided-diffusion {folder}`, or link your "
+            f"copy there (see {METRICS})"
+        )
+    return path
+
+
+def evaluated_reference(wildcards):
+    """Return the reference for the original evaluator: the given file, or one of the training images."""
+    if C.fid.reference != "train":
+        return given_reference(wildcards)
+    if C.fid.detector != "inception" or "sfid" not in C.fid.metrics:
+        raise refusal(
+            "the original evaluator needs moments of Inception's features: set 'fid.detector' to inception and add sfid "
+            f"to 'fid.metrics', or set 'fid.reference' to an .npz (see {METRICS})"
+        )
+    return ADM_REFERENCE.replace("<results>", RESULTS)
+
+
+def evaluated_images(wildcards):
+    """Return the generated images of a result."""
+    encoder, setting, ag, text = re.fullmatch(NAME, wildcards.request).group(1, 2, 3, 4)
+    complete = checked(targets.parse_variant, text, setting, C, ag is not None, document=targets.DOCUMENT)
+    return f"{RESULTS}/sample/{encoder}_{setting}{ag or ''}/{complete}/images.npz"
 
 
 def of_seeds(wildcards):
@@ -518,6 +565,15 @@ def unknown_target(wildcards):
     """Fail with what is wrong with the name; Snakemake would only say that no rule makes it."""
     folder = getattr(wildcards, "folder", RESULTS)
     raise refusal(targets.explain_unknown(f"{folder}/fid/{wildcards.name}", RESULTS, C))
+
+
+def unknown_memorisation(wildcards):
+    """Fail with what the name must be like."""
+    raise refusal(
+        f"no target '{RESULTS}/memorisation/{wildcards.name}'; targets are {RESULTS}/memorisation/ENCODER_SETTING[_ag]"
+        f"[.seedN][.MODEL][.kN][.stepN][.tN][.gN].png, with {', '.join(ENCODERS)} and {', '.join(SETTINGS)}, as for "
+        f"distances (see {targets.DOCUMENT})"
+    )
 
 
 def refuse_start():

@@ -92,3 +92,51 @@ else:
         shell:
             "python -m mmfm.cli import decoder {input.source:q} --out {output.decoder:q} --stats {input.stats:q}"
             " --heads {params.heads} --image-size {params.size} 2>&1 | tee {log:q}"
+
+
+# How closely the decoder reconstructs held-out images.
+rule reconstruction:
+    input:
+        encoder=encoder_files,
+        decoder=DECODER,
+        listing=LISTING,
+        heldout=HELDOUT,
+        detector=detector_weights,
+    output:
+        text=report(
+            "<results>/reconstruction/{encoder}.txt",
+            caption="../workflow/report/reconstruction_numbers.rst",
+            category="Decoder",
+            labels={"encoder": "{encoder}", "picture": "rFID, PSNR, SSIM"},
+        ),
+        json="<results>/reconstruction/{encoder}.json",
+        picture=report(
+            "<results>/reconstruction/{encoder}.png",
+            caption="../workflow/report/reconstruction.rst",
+            category="Decoder",
+            labels={"encoder": "{encoder}", "picture": "measured images"},
+        ),
+    log:
+        "<logs>/reconstruction.{encoder}.log",
+    benchmark:
+        "<benchmarks>/reconstruction.{encoder}.tsv"
+    conda:
+        "../envs/mmfm.yaml"
+    threads: THREADS["reconstruction"]
+    resources:
+        operation=OPERATION["reconstruction"],
+        gpu=GPUS["reconstruction"],
+        nodes=NODES["reconstruction"],
+        processes=C.processes,
+        mem_mb=MEM_MB["reconstruction"],
+        runtime=RESOURCES["reconstruction"].minutes,
+        disk_mb=RESOURCES["reconstruction"].disk_mb,
+    params:
+        settings=parameter("reconstruction"),
+    shell:
+        "python -m mmfm.infra.launch --gpus {resources.gpu} --processes {resources.processes} --threads {threads}"
+        " --nodes {resources.nodes} -- reconstruction --settings {params.settings:q}"
+        " --train-listing {input.listing:q} --heldout-listing {input.heldout:q}"
+        ' --encoder-weights "$(dirname {input.encoder[0]:q})" --decoder {input.decoder:q}'
+        " --detector-weights {input.detector:q} --out-txt {output.text:q} --out-json {output.json:q}"
+        " --out-png {output.picture:q} {resources.operation} 2>&1 | tee {log:q}"

@@ -4,6 +4,7 @@
 _FEATURES = "{features}/" if C.fid.detector == "encoder" else ""
 _DOTTED = ".{features}" if C.fid.detector == "encoder" else ""
 REFERENCE = f"<results>/fid_reference/{_FEATURES}reference.safetensors"
+ADM_REFERENCE = f"<results>/fid_reference/{_FEATURES}reference.npz"
 # On a CPU, a slow detector must not keep the other stages waiting for cores: it runs when nothing else can.
 _SLOW = not GPUS["fid_reference"] and bool(DETECTORS[C.fid.detector].cpu_rate)
 
@@ -41,6 +42,32 @@ rule fid_reference:
         " --nodes {resources.nodes} -- fid_reference --settings {params.settings:q}"
         " --train-listing {input.listing:q} --heldout-listing {input.heldout:q} --detector-weights {input.detector:q}"
         " --out {output:q} {resources.operation} 2>&1 | tee {log:q}"
+
+
+# The reference in the format of the ADM evaluator, for other programs.
+rule adm_reference:
+    input:
+        reference=REFERENCE,
+        listing=referenced_images,
+    output:
+        ADM_REFERENCE,
+    log:
+        f"<logs>/adm_reference{_DOTTED}.log",
+    benchmark:
+        f"<benchmarks>/adm_reference{_DOTTED}.tsv"
+    conda:
+        "../envs/mmfm.yaml"
+    threads: THREADS["fid_reference"]
+    resources:
+        workers=C.fid.workers,
+        mem_mb=MEM_MB["fid_reference"],
+        runtime=60,
+        disk_mb=C.fid.reference_images * C.image.size**2 * 3 // 10**6 + 200,
+    params:
+        images=C.fid.reference_images,
+    shell:
+        "python -m mmfm.cli adm_reference --reference {input.reference:q} --listing {input.listing:q}"
+        " --images {params.images} --workers {resources.workers} --out {output:q} 2>&1 | tee {log:q}"
 
 
 rule fid:
@@ -173,6 +200,34 @@ rule curve:
         " --out-json {output.json:q} 2>&1 | tee {log:q}"
 
 
+# The numbers of guided-diffusion's own evaluator, which needs TensorFlow and so an environment of its own.
+rule adm_evaluator:
+    input:
+        evaluator=evaluator,
+        reference=evaluated_reference,
+        images=evaluated_images,
+    output:
+        "<results>/fid/{request}.adm.txt",
+    log:
+        "<logs>/adm_evaluator.{request}.log",
+    benchmark:
+        "<benchmarks>/adm_evaluator.{request}.tsv"
+    wildcard_constraints:
+        request=NAME,
+    conda:
+        "../envs/tf-evaluator.yaml"
+    threads: THREADS["fid"]
+    resources:
+        script=workflow.source_path("../workflow/scripts/run_evaluator.py"),
+        gpu=min(1, GPUS["fid"]),
+        # Features and spatial features of 60,000 images, and distances of 10,000 from 50,000 twice.
+        mem_mb=16000,
+        runtime=240,
+    shell:
+        '"${{EVALUATOR_PYTHON:-python}}" {resources.script:q} --evaluator {input.evaluator:q}'
+        " --reference {input.reference:q} --images {input.images:q} --out {output:q} 2>&1 | tee {log:q}"
+
+
 rule unknown_target:
     input:
         unknown_target,
@@ -181,7 +236,7 @@ rule unknown_target:
     log:
         "<logs>/unknown_target.{name}.log",
     wildcard_constraints:
-        name=rf"(?!({NAME}|{SEVERAL})\.(txt|json)$)[^/]+",
+        name=rf"(?!({NAME}|{SEVERAL})\.(txt|json)$|{NAME}\.adm\.txt$)[^/]+",
     conda:
         "../envs/mmfm.yaml"
     shell:

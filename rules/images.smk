@@ -26,11 +26,11 @@ rule demo_images:
         'python -m mmfm.cli demo_images --source "$(dirname {input.images:q})" --out {output:q} 2>&1 | tee {log:q}'
 
 
-# The image folder is not a declared input: Snakemake would scan it at every start, which takes minutes for ImageNet.
+# Image folders of yours are not declared inputs: Snakemake would scan it at every start, which takes minutes for ImageNet.
 # After adding or removing images, run: snakemake TARGET --cores all -R list_images
 rule list_images:
     input:
-        DEMO_IMAGES if C.data.root == "demo" else own_images,
+        images_to_list,
     output:
         train=LISTING,
         heldout=HELDOUT,

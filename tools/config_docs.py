@@ -27,12 +27,16 @@ STAGES = ROOT / "docs" / "stages.md"
 FRONT = ROOT / "README.md"
 SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.json"
 
-NOT_RERUN = {("guide", key): ["train"] for key in ("weights", "scale", "interval")} | {
-    ("gmm", "n_components"): ["sweep"],
-    ("gmm", "weights"): ["mode_quality", "sweep"],
-    ("spatial_gmm", "weights"): ["mode_quality"],
-    ("train", "weights"): ["mode_quality"],
-}
+NOT_RERUN = (
+    {("guide", key): ["train"] for key in ("weights", "scale", "interval")}
+    | {("fid", key): ["reconstruction"] for key in ("reference", "metrics", "reference_images")}
+    | {
+        ("gmm", "n_components"): ["sweep"],
+        ("gmm", "weights"): ["mode_quality", "sweep"],
+        ("spatial_gmm", "weights"): ["mode_quality"],
+        ("train", "weights"): ["mode_quality"],
+    }
+)
 """By section and key: stages that the key does not rerun although the other keys of its section do."""
 
 INTRODUCTION = """\

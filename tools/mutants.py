@@ -182,7 +182,7 @@ def tests_pass(copy: Path, names: list[str], limit: int, trace: Path | None = No
         os.dup2(1, 2)
         os.chdir(copy)
         os.environ["PYTHONPATH"] = sys.path[0] = str(copy / "src")
-        # The copy's package is imported; what was imported of ours stays referenced, and with it torchvision's operators.
+        # The copy's package is imported; ours stays referenced, and with it torchvision's operators.
         ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "mmfm"}
         for name in ours:
             del sys.modules[name]

@@ -165,6 +165,29 @@ def test_image_folder(files, refused, tmp_path):
     refused(limited, "data.holdout 1 takes all", "leaves of class", "lower data.holdout or raise data.limit.images")
 
 
+def test_folder_of_held_out_images(files, refused, tmp_path):
+    images = write_images(tmp_path / "images", 6)
+
+    def given(folder: Path, *overrides: str) -> list[str]:
+        return files.command("list_images", f"data.heldout_root={folder}", *overrides, root=images)
+
+    other = write_images(tmp_path / "other", 4, seed=1)
+    both = given(other, "data.holdout=2")
+    refused(both, "'data.holdout' is 2 and 'data.heldout_root' is ", str(other), "set 'data.holdout' to 0")
+    absent = tmp_path / "absent"
+    refused(given(absent), f"data.heldout_root '{absent}' is not a folder")
+    (tmp_path / "nothing").mkdir()
+    refused(given(tmp_path / "nothing"), "no images in", "nothing")
+    (tmp_path / "link").symlink_to(images)
+    for folder, relation in ((images, "is"), (tmp_path / "link", "is"), (images / "class0", "lies in"),
+                             (tmp_path, "contains")):  # fmt: skip
+        refused(given(folder), f"data.heldout_root '{folder}' {relation} data.root '{images}'", "use data.holdout")
+    refused(given(other / "class0"), "class0' has no class folders, but", "(class0, ...)", "the layout of data.root")
+    (other / "class1").rename(other / "classX")
+    refused(given(other), "class folder 'classX' (1 such), which data.root", "lacks; rename or remove it")
+    assert not list(files.out.glob("*")), "refused before a listing is written"
+
+
 def spoil(path: Path, how: str) -> None:
     if how == "truncated":
         noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
@@ -502,6 +525,8 @@ def snakemake(tmp_path):
         ("train: {model: B}", ["no 'B' in 'models'", "tiny"]),
         ("fid: {detector: inception, weights: ''}", ["'fid.weights' is empty", "download"]),
         ("fid: {encoder: siglip2}", ["no 'siglip2' in 'encoders'", "dinov2"]),
+        ("data: {heldout_root: others}", ["'data.holdout' is 2000 and 'data.heldout_root' is 'others'", "to 0"]),
+        ("data: {holdout: 0, heldout_root: nowhere}", ["'data.heldout_root' is 'nowhere', which is no folder"]),
     ],
 )
 def test_workflow(snakemake, overlay, words):
@@ -509,6 +534,13 @@ def test_workflow(snakemake, overlay, words):
     (error,) = (line for line in said if all(word in line for word in words))
     assert error.startswith("Error: "), said
     assert not any("raceback" in line or "  File " in line or "WorkflowError" in line for line in said), said
+
+
+@pytest.mark.parametrize("target", ["memorisation/dinov2_mode.png", "gmm/dinov2/k64/heldout.json"])
+def test_what_needs_held_out_images_names_both_keys(snakemake, target):
+    said = snakemake("data: {holdout: 0}", f"results/{target}", "-n")
+    (error,) = (line for line in said if line.startswith("Error: "))
+    assert "there are no held-out images" in error and "'data.holdout'" in error and "'data.heldout_root'" in error
 
 
 def test_a_stages_mistake_is_one_line_through_snakemake(snakemake):

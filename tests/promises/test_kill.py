@@ -18,7 +18,9 @@ from support.places import DETECTOR
 from support.processes import Watch, site_folder
 from support.stage_commands import Stage, digests, errors_file
 
-RESUMABLE = ("extract", "fit_gmm", "spatial_gmm", "train_decoder", "train", "sample", "fid_reference")
+RESUMABLE = (
+    "extract", "fit_gmm", "spatial_gmm", "train_decoder", "train", "sample", "fid_reference", "reconstruction",
+)  # fmt: skip
 
 # After every unit the command rests, so that a signal from outside comes before the next one.
 REST = 0.4

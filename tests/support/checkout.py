@@ -12,6 +12,7 @@ from support.places import ROOT
 TARGETS = [
     *(f"results/fid/dinov2_{name}.txt" for name in ("mode", "mode_ag", "class")),
     "results/gmm/dinov2/sweep.png",
+    "results/reconstruction/dinov2.txt",
     *(f"results/mode_quality/dinov2_{name}.png" for name in ("mode_ag", "class_gmm")),
 ]
 """Targets that together need every stage."""

@@ -38,7 +38,7 @@ def write_result(
     history.parent.mkdir(parents=True, exist_ok=True)
     history.write_text('{"step": 310, "seconds": 30.0, "loss": 0.9}\n{"step": 620, "seconds": 61.5, "loss": 0.7}\n')
     record = {
-        "measure": "Frechet distance (not an FID)", "frechet_distance": distance, "warnings": [WARNING],
+        "stage": "fid", "measure": "Frechet distance (not an FID)", "frechet_distance": distance, "warnings": [WARNING],
         "n_images": len(images), "floor": 0.25, "floor_n_images": 70,
         "detector": {"name": "fashion-mnist classifier (demo)", "digest": "de" * 32},
         "reference": {"source": "the 300 training images", "digest": "ef" * 32},

@@ -26,7 +26,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 SETTINGS = Gmm(
     n_components=5, covariance_type="diag", init="kmeans", reg_covar=1e-6, tol=1e-4, max_iter=8, seed=0,
     precision="float64", chunk_size=64, n_init=1, init_means="", e_step="exact", cache_gb=1.0,
-    weights="fit",
+    weights="fit", shrinkage=0.0,
 )  # fmt: skip
 
 
@@ -45,10 +45,10 @@ def a_start(data, k, covariance_type="diag"):
     return Mixture(np.full(k, 1 / k), data[:k].astype(np.float64), variances[covariance_type], covariance_type)
 
 
-def run(data, start, max_iter, chunk_size=64, dtype=torch.float64, tol=0.0, reg_covar=1e-6):
+def run(data, start, max_iter, chunk_size=64, dtype=torch.float64, tol=0.0, reg_covar=1e-6, **options):
     rows = Rows(lambda a, b: data[a:b], len(data), chunk_size, ALONE)
     return list(
-        em_iterations(rows, EMState(start), max_iter=max_iter, tol=tol, reg_covar=reg_covar, dtype=dtype)
+        em_iterations(rows, EMState(start), max_iter=max_iter, tol=tol, reg_covar=reg_covar, dtype=dtype, **options)
     )[-1]  # fmt: skip
 
 

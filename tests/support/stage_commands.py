@@ -40,13 +40,17 @@ _OUTPUTS = {
     "sample": _FOLDER,
     "fid_reference": {"--out": "reference.safetensors"},
     "fid": {"--out-txt": "fid.txt", "--out-json": "fid.json"},
+    "reconstruction": {"--out-txt": "dinov2.txt", "--out-json": "dinov2.json", "--out-png": "dinov2.png"},
     "mode_quality": {"--out-json": "modes.json", "--out-txt": "modes.txt", "--out-png": "modes.png"},
 }
 _UNITS = {
     "extract": "shard-", "fit_gmm": "iteration-", "spatial_gmm": "component-", "train_decoder": "step-",
-    "train": "step-", "sample": "shard-", "fid_reference": "shard-",
+    "train": "step-", "sample": "shard-", "fid_reference": "shard-", "reconstruction": "shard-",
 }  # fmt: skip
-_CONSTANTS = {"fid_reference": {"mmfm.stages.fid_reference._SHARD_IMAGES": 8}}
+_CONSTANTS = {
+    "fid_reference": {"mmfm.stages.fid_reference._SHARD_IMAGES": 8},
+    "reconstruction": {"mmfm.stages.reconstruction._SHARD_IMAGES": 8},
+}
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def errors_file(out: Path) -> Path:
 
 
 def arrays(out: Path) -> dict[str, np.ndarray]:
-    """Read every array of every output in a folder, state apart."""
+    """Read every array of every output in a folder, state apart, and the bytes of a reconstruction's."""
     found = {}
     for path in sorted(out.iterdir()):
         if path.suffix == ".zarr":
@@ -128,6 +132,8 @@ def arrays(out: Path) -> dict[str, np.ndarray]:
             import torch
 
             found |= {f"{path.name}/{k}": v.numpy() for k, v in torch.load(path, weights_only=True).items()}
+        elif path.stem == "dinov2":
+            found[path.name] = np.frombuffer(path.read_bytes(), np.uint8)
     return found
 
 
@@ -162,6 +168,8 @@ def describe(root: Path, encoder: Path, listing: Path, heldout: Path) -> dict[st
             "--images": root / "sample" / "images.npz", "--samples": root / "sample" / "samples.json",
             "--reference": root / "fid_reference" / "reference.safetensors", **detector,
         },
+        # Of the training images, so that there are several units.
+        "reconstruction": {"--train-listing": listing, "--encoder-weights": encoder, **decoder, **detector},
         "mode_quality": {
             "--images": root / "sample" / "images.npz", "--samples": root / "sample" / "samples.json",
             "--encoder-weights": encoder, **stats, **decoder, **gmm, **spatial,

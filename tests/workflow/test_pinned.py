@@ -77,6 +77,7 @@ def test_the_fingerprints_of_all_states_are_the_pinned_ones(stages):
 
 def write() -> None:
     """Write the pinned values of today's code."""
+    import mmfm.infra.torchvision_ops  # noqa: F401 (before transformers is imported)
     from support import stage_commands
     from support.tiny import write_encoder
 

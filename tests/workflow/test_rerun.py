@@ -15,6 +15,7 @@ from support.places import DEMO, ROOT
 
 OTHER = {
     "data.root": "other/images",
+    "data.heldout_root": "other/heldout",
     "latents.folder": "other/latents",
     "latent_stats.weights": "other/stats.pt",
     "encoders.*.family": "mae",
@@ -67,6 +68,7 @@ OTHER = {
 """Other valid values of the keys that have neither choices nor a number one higher."""
 
 WITH = {
+    "data.heldout_root": {"data": {"holdout": 0}},
     "encoders.*.family": {"encoders": {"dinov2": {"weights": "other/mae"}}},
     "image.size": {"fid": {"detector": "inception"}},
     "fid.reference_images": {"fid": {"metrics": ["frechet", "kid"]}},
@@ -97,11 +99,12 @@ BELOW = {
     "latent_stats": {"latent_stats"} | FROM_SPATIAL,
     "fit_gmm": FROM_MIXTURE,
     "spatial_gmm": FROM_SPATIAL,
-    "train_decoder": {"train_decoder"} | FROM_SAMPLE,
+    "train_decoder": {"train_decoder", "reconstruction"} | FROM_SAMPLE,
     "train": FROM_TRAIN,
     "sample": FROM_SAMPLE,
     "fid_reference": {"fid_reference", "fid"},
     "fid": {"fid"},
+    "reconstruction": {"reconstruction"},
     "mode_quality": {"mode_quality"},
     "sweep": {"sweep"},
 }
@@ -237,7 +240,7 @@ def test_what_measures_distances_during_training_retrains_nothing(checkout):
     measured = {**BASE, "train": {**BASE["train"], "preview": {"fid_every": 50}}}
     other = {**measured, "fid": {"weights": "other/detector.safetensors", "reference": "other/reference.npz"}}
     asked, changed_with = dry_runs(checkout, [{"keys": keys, "targets": TARGETS} for keys in (measured, other)])
-    assert asked == [] and stages(changed_with) == {"fid_reference", "fid"}
+    assert asked == [] and stages(changed_with) == {"fid_reference", "fid", "reconstruction"}
 
 
 def test_the_image_folder_is_listed_again_when_asked(checkout):

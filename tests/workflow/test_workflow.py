@@ -201,7 +201,20 @@ def test_a_curve_makes_the_points_that_are_missing(finished):
         "fit_gmm", "spatial_gmm", "train", "sample", "fid", "curve",
     }  # fmt: skip
     result = finished.run("results/curve/dinov2_mode.t4.png", "-n")
-    assert result.returncode != 0 and "'dinov2_mode.t4' is no curve: no part" in result.stdout + result.stderr
+    assert result.returncode != 0 and "'dinov2_mode.t4' does not name a curve: no part" in result.stdout + result.stderr
+
+
+def test_memorisation_adds_the_held_out_images_and_knows_the_names_of_distances(finished):
+    """The images and the training tokens are there; a step asks the training for its milestone."""
+    added = {"extract_heldout", "memorisation", "short_memorisation"}
+    assert finished.jobs("results/memorisation/dinov2_mode.png") == added
+    assert finished.jobs("results/memorisation/dinov2_mode.seed0.tiny.k256.t25.json") == added - {"short_memorisation"}
+    plan = finished.run("results/memorisation/dinov2_mode.seed7.step60.png", "-n", "-p")
+    assert "results/sample/dinov2_mode/seed7.tiny.k256.step60.t25/images.npz" in plan.stdout
+    (line,) = (line for line in plan.stdout.splitlines() if " -- train " in line)
+    assert "train.milestone_steps=[60]" in line.replace("\\", "").replace("'", "")
+    wrong = finished.run("results/memorisation/dinov2_moed.png", "-n")
+    assert wrong.returncode != 0 and "targets are results/memorisation/ENCODER_SETTING" in wrong.stdout + wrong.stderr
 
 
 def test_a_sweep_reuses_the_tokens_and_the_fit_that_is_there(finished):

@@ -216,6 +216,15 @@ def load_decoder(path: str | Path, device: torch.device | str = "cpu", *, latent
     return decoder.to(device).eval()
 
 
+def read_provenance(path: str | Path) -> dict[str, Any]:
+    """Return the record of how a decoder was made; empty for an imported one, and for a file that is no decoder."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get(PROVENANCE_KEY, "{}"))
+    except (SafetensorError, OSError):
+        return {}
+
+
 def _parse_config(path: Path, metadata: dict[str, str], remedy: str) -> DecoderConfig:
     if METADATA_KEY not in metadata:
         raise ValueError(

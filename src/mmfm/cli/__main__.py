@@ -28,6 +28,8 @@ GROUPS: dict[str, dict[str, str]] = {
         "curve": "metrics against evaluations, training step, guidance or number of modes",
         "heldout": "likelihood of held-out images under mixtures",
         "fdr": "distances in several detectors' features, as one number",
+        "memorisation": "compare generated images with the training images nearest to them",
+        "adm_reference": "write real images and their moments for other programs",
         "evaluate": "score images of any system, or check the metrics",
     },
     "Published files": {
@@ -39,7 +41,9 @@ GROUPS: dict[str, dict[str, str]] = {
         "clean": "remove state that no target uses, or latent caches",
     },
 }
-DOCUMENTS = dict.fromkeys(("fetch", "import", "export"), "docs/published.md")
+DOCUMENTS = dict.fromkeys(("fetch", "import", "export"), "docs/published.md") | {
+    "memorisation": "docs/metrics.md#memorisation"
+}
 """The documents that explain the tools' errors."""
 
 COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in commands.items()}

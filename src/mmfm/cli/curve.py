@@ -13,7 +13,8 @@ Plot the metrics of finished results of one setting against the one thing in whi
 t: evaluations of the network    step: training step    g: guidance scale    k: number of modes
 
 `snakemake results/curve/dinov2_mode.t5,10,25.png` first makes what is missing; the same with .step31,62,124 (milestones
-of the training), .g1,1.5,2 and .k64,256. Results share all that they can: points of .t, .step and .g one training."""
+of the training), .g1,1.5,2 and .k64,256. Points share what they can: those of
+.t, .step and .g are of one training."""
 
 
 def main(arguments: list[str]) -> int:
@@ -27,9 +28,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out-txt", type=Path, help="table as text (output)")
     parser.add_argument("--out-json", type=Path, help="table as JSON (output)")
     options = parser.parse_args(arguments)
+    from mmfm.evaluation.alike import read
     from mmfm.evaluation.curve import collect, plot, render
 
-    curve = collect({path.stem: store.read_json(path.with_suffix(".json")) for path in options.results}, options.varies)
+    curve = collect(read(options.results), options.varies)
     text = render(curve)
     if options.out_txt:
         with store.whole_file(options.out_txt) as partial:

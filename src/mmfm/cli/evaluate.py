@@ -14,6 +14,7 @@ originals: Frechet distance (rFID), PSNR and SSIM. docs/metrics.md defines them 
   mmfm evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz --detector-weights INCEPTION.pth
   mmfm evaluate pictures/ --reference real-pictures/ --metrics frechet kid coverage --detector-weights INCEPTION.pth
   mmfm evaluate decoded/ --reference originals/ --metrics frechet psnr ssim --detector-weights INCEPTION.pth
+  mmfm evaluate decoded/ --reference originals/ --metrics psnr ssim
   mmfm evaluate --self-test
 
 SAMPLES is an .npz with arr_0 (n, H, W, 3) uint8 (ADM's, or images.npz from sample), a folder of such files, or a folder
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> int:
         "the first five, as far as detector and reference can serve them)",
     )  # fmt: skip
     parser.add_argument("--detector", default="inception", choices=DETECTORS, help="feature network")
-    parser.add_argument("--detector-weights", type=Path, help="its weights file")
+    parser.add_argument("--detector-weights", type=Path, help="its weights file; psnr and ssim alone need none")
     parser.add_argument("--batch-size", type=int, default=64, help="images per detector call (default: 64)")
     parser.add_argument("--out", type=Path, action="append", default=[], help="a .txt or .json to write; repeatable")
     parser.add_argument("--self-test", action="store_true", help="check the metrics themselves, and do nothing else")
@@ -56,15 +57,16 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"--out '{path}' ends in neither .txt nor .json, which say what to write")
     if options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}, but must be at least 1")
-    if options.detector_weights is None:
-        raise ValueError(f"give --detector-weights, the file of the {options.detector} detector; "
-                         f"{DETECTORS[options.detector].remedy}")  # fmt: skip
     from mmfm.evaluation.detector import load_detector
-    from mmfm.evaluation.scoring import evaluate, render
+    from mmfm.evaluation.scoring import evaluate, needs_detector, render
     from mmfm.infra.distributed import process_group
 
+    needed = needs_detector(options.metrics)
+    if needed and options.detector_weights is None:
+        raise ValueError(f"give --detector-weights, the file of the {options.detector} detector; "
+                         f"{DETECTORS[options.detector].remedy}")  # fmt: skip
     with process_group() as ranks:
-        detector = load_detector(options.detector, options.detector_weights, ranks.device)
+        detector = load_detector(options.detector, options.detector_weights, ranks.device) if needed else None
         result = evaluate(
             options.samples, options.reference, detector, ranks, options.metrics, options.batch_size
         )  # fmt: skip

@@ -6,8 +6,9 @@ from mmfm.cli.parser import StageParser
 
 DESCRIPTION = """\
 List an image folder (one subfolder per class; a folder without subfolders is one class), hold some images out of
-training, and write two listings. Row i of a listing is image number i for all later stages. Only names and sizes are
-read, so a damaged image is found later and stops the stage that reads it.
+training (data.holdout of them, or all of another folder, data.heldout_root), and write two listings. Row i of a listing
+is image number i for all later stages. Only names and sizes are read, so a damaged image is found later and stops the
+stage that reads it.
 
   mmfm list_images --config config/config.yaml --train listing.train.safetensors \\
       --heldout listing.heldout.safetensors data.root=photos

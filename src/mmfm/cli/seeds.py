@@ -23,9 +23,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out-txt", type=Path, help="summary as text (output)")
     parser.add_argument("--out-json", type=Path, help="summary as JSON (output)")
     options = parser.parse_args(arguments)
+    from mmfm.evaluation.alike import read
     from mmfm.evaluation.seeds import render, summarise
 
-    summary = summarise({path.stem: store.read_json(path.with_suffix(".json")) for path in options.results})
+    summary = summarise(read(options.results))
     if options.out_txt:
         with store.whole_file(options.out_txt) as partial:
             partial.write_text(render(summary), encoding="utf-8")

@@ -128,6 +128,15 @@ STAGES: dict[str, Stage] = {
         outputs=(".txt", ".json"),
         document="docs/stages.md#fid",
     ),
+    "reconstruction": Stage(
+        "measure how closely the decoder reconstructs real images",
+        version=1,
+        sections=("image", "encoder", "fid"),
+        parents=("list_images", "train_decoder"),
+        outputs=(".txt", ".json", ".png"),
+        document="docs/stages.md#reconstruction",
+        unit="shard of images",
+    ),
     "mode_quality": Stage(
         "find the modes whose generated images are poor",
         version=1,

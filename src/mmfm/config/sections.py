@@ -34,7 +34,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Data:
-    """The images, and how many of them are held out of training."""
+    """The images, and which are held out of training."""
 
     root: str = key(
         "folder of images with one subfolder per class; `demo` for the images in this repository", path=True
@@ -47,6 +47,19 @@ class Data:
     )
     workers: int = operation("processes decoding images for `unreadable: skip`; 0: the stage itself", minimum=0)
     limit: Limit = nested()
+    heldout_root: str = key(
+        "folder of held-out images in the layout of `root`, instead of `holdout`; empty for none",
+        path=True,
+        as_before="",
+    )
+
+    def check(self, where: str) -> None:
+        """Raise ValueError if held-out images are asked for in two ways."""
+        if self.holdout and self.heldout_root:
+            raise ValueError(
+                f"'{where}.holdout' is {self.holdout} and '{where}.heldout_root' is '{self.heldout_root}'; set "
+                f"'{where}.holdout' to 0 to use the folder, or leave the folder empty"
+            )
 
 
 @dataclass(frozen=True)
@@ -159,9 +172,20 @@ class Gmm:
         path=True,
         as_before="fit",
     )
+    shrinkage: float = key(
+        "rows that the variance pooled over all modes counts for in each mode's own; 0 for none, `diag` only",
+        unit="rows",
+        minimum=0,
+        as_before=0.0,
+    )
 
     def check(self, where: str) -> None:
         """Raise ValueError if keys contradict each other."""
+        if self.shrinkage and self.covariance_type != "diag":
+            raise ValueError(
+                f"'{where}.shrinkage' is {self.shrinkage:g}, but covariance_type is {self.covariance_type}, and only "
+                f"diag variances are shrunk; set '{where}.shrinkage' to 0 or '{where}.covariance_type' to diag"
+            )
         if self.e_step == "truncated" and not choices.COVARIANCES[self.covariance_type].truncatable:
             able = " or ".join(name for name, shape in choices.COVARIANCES.items() if shape.truncatable)
             raise ValueError(
@@ -259,7 +283,10 @@ class Fid:
         """Return the section with the keys that a stage ignores at fixed values.
 
         The reference depends on the kinds of statistics that the metrics need, not on the metrics themselves.
+        Reconstructions are compared with their originals, by fixed metrics.
         """
+        if stage == "reconstruction":
+            return replace(self, metrics=("frechet",), reference="train", reference_images=_BANK_IMAGES)
         if stage != "fid_reference":
             return self
         needed = {choices.METRICS[name].needs for name in self.metrics}

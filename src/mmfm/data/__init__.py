@@ -2,7 +2,7 @@
 
 from mmfm.data.images import as_rgb, center_crop, read_image
 from mmfm.data.listing import Listing, choose_heldout, choose_limited, find_readable, scan, write_listing
-from mmfm.data.loader import image_batches, ranges, to_float
+from mmfm.data.loader import evenly, image_batches, ranges, to_float
 
 __all__ = [
     "Listing",
@@ -10,6 +10,7 @@ __all__ = [
     "center_crop",
     "choose_heldout",
     "choose_limited",
+    "evenly",
     "find_readable",
     "image_batches",
     "ranges",

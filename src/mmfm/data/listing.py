@@ -74,7 +74,7 @@ class Listing:
 
 
 def scan(
-    root: str | Path, ignored: Counter[str] | None = None, lost: list[str] | None = None
+    root: str | Path, ignored: Counter[str] | None = None, lost: list[str] | None = None, key: str = "data.root"
 ) -> tuple[list[str], list[str], np.ndarray, np.ndarray]:
     """List the images below ``root``, sorted by class folder, then by path.
 
@@ -84,6 +84,7 @@ def scan(
         ignored: counts the ignored files by reason; see :func:`mmfm.infra.image_files.why_ignored`.
         lost: collects dangling links and files or folders that vanished or can't be accessed, with the reason. If None,
             these are errors.
+        key: what names the folder in the configuration.
 
     Returns:
         Class names, relative paths, labels (N,) int32 and file sizes (N,) int64.
@@ -94,7 +95,7 @@ def scan(
     """
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"data.root '{root}' is not a folder; set it to one with a subfolder per class")
+        raise FileNotFoundError(f"{key} '{root}' is not a folder; set it to one with a subfolder per class")
     ignored = Counter() if ignored is None else ignored
     top = list(os.scandir(root))
     classes = sorted(entry.name for entry in top if entry.is_dir() and not entry.name.startswith("."))

@@ -109,6 +109,15 @@ def to_float(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     return images.to(device, non_blocking=True).float().div_(255)
 
 
+def evenly(n: int, most: int) -> np.ndarray:
+    """Return at most ``most`` evenly spaced indices below n, (m,) int64, ascending.
+
+    In a listing, which is sorted by class, they take the same share of every class. The choice needs no seed.
+    """
+    m = min(n, most)
+    return np.arange(m, dtype=np.int64) * n // max(m, 1)
+
+
 def ranges(start: int, stop: int, step: int) -> list[range]:
     """Split [start, stop) into consecutive ranges of ``step``; the last one may be shorter."""
     return [range(first, min(first + step, stop)) for first in range(start, stop, step)]

@@ -1,6 +1,7 @@
 """Reference files of the ADM evaluator, and images in its format."""
 
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,28 @@ class AdmFile:
                 f"'{path}' has {', '.join(sorted(names)) or 'no arrays'}, but neither mu and sigma nor arr_0"
             )
         return cls(pairs[0], pairs[1], images)
+
+
+def write(
+    path: str | Path,
+    gaussian: Gaussian,
+    spatial: Gaussian | None,
+    shape: tuple[int, int, int, int],
+    images: Iterable[np.ndarray],
+) -> None:
+    """Write a file that :meth:`AdmFile.open` and guided-diffusion's evaluator read, atomically.
+
+    Args:
+        spatial: None for a detector without spatial features; the evaluator then can't use the file.
+        shape: (n, S, S, 3) of all images.
+        images: parts (n_i, S, S, 3) uint8 of them; only one is in memory at a time.
+
+    Raises:
+        ValueError: the parts don't fit the shape.
+    """
+    moments = {"mu": gaussian.mean, "sigma": gaussian.covariance}
+    moments |= {} if spatial is None else {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
+    npz.write_parts(path, shape, np.uint8, images, {name: np.asarray(array) for name, array in moments.items()})
 
 
 def _moments(path: Path, names: set[str], mean: str, covariance: str) -> Gaussian | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfm.config.choices import SETTINGS
+from mmfm.evaluation.curve import number
 from mmfm.infra.progress import duration
 
 Row = dict[str, Any]
@@ -105,15 +106,15 @@ def compare(results: Sequence[Result]) -> Comparison:
         by_circumstances.setdefault(tuple(row[name] for name in _CIRCUMSTANCES), []).append(row)
     groups = sorted(by_circumstances.values(), key=len, reverse=True)
     notes = []
-    for number, group in enumerate(groups):
+    for i, group in enumerate(groups):
         smallest = min(row["distance"] for row in group)
         for row in group:
             best = f"{row['distance']:.4f}" == f"{smallest:.4f}"  # what looks equal in the table is
-            row["group"], row["best"] = number, best and len(group) > 1
-        if number:
+            row["group"], row["best"] = i, best and len(group) > 1
+        if i:
             notes.append(_why_apart(group, groups[0][0]))
         if differing := _differences(group):
-            whose = f"The rows with {mark_of(group[0])}" if number else "The rows"
+            whose = f"The rows with {mark_of(group[0])}" if i else "The rows"
             notes.append(f"{whose} also differ in {_listed(differing)}, so not only the settings are compared.")
     warnings = list(dict.fromkeys(line for result, _ in pairs for line in result.record["warnings"]))
     return Comparison([result for result, _ in pairs], [row for _, row in pairs], warnings, notes)
@@ -219,7 +220,7 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,g}"
+    return "" if value is None else number(value)
 
 
 def _duration(seconds: float | None) -> str:

@@ -9,7 +9,7 @@ from mmfm.evaluation.comparison import Comparison, Result, place_of
 from mmfm.evaluation.comparison_curves import Curve, draw_curves
 from mmfm.evaluation.comparison_html import embed, figure, heading, name_of, opened, terms
 from mmfm.evaluation.comparison_picture import caption, grid
-from mmfm.evaluation.curve import AXES
+from mmfm.evaluation.curve import AXES, number
 from mmfm.infra import store
 
 _COLOURS = {"uncond": "#d1661f", "gmm": "#3b82c4", "mode": "#2f9e6e", "class": "#9a63c4", "class_gmm": "#b08a1e"}
@@ -75,28 +75,36 @@ def learning_curves(comparison: Comparison) -> str:
     )
 
 
-def metric_curves(found: Sequence[dict[str, Any]]) -> str:
-    """Return the section of the finished curves of :mod:`mmfm.evaluation.curve`: a plot for what varies."""
+def distance_curves(found: Sequence[dict[str, Any]]) -> str:
+    """Return the section of the distances of finished curves, see :mod:`mmfm.evaluation.curve`."""
+    folders = {curve["folder"] for curve in found}
     figures = []
     for part, axis in AXES.items():
-        by_circumstances: dict[tuple, list[dict[str, Any]]] = {}
+        comparable: dict[tuple, list[dict[str, Any]]] = {}
         for curve in found:
             if curve["varies"] == part:
-                key = (curve["detector"]["digest"], curve["reference"]["digest"], curve["n_images"])
-                by_circumstances.setdefault(key, []).append(curve)
-        for shown in by_circumstances.values():
+                detector, reference = curve["detector"], curve["reference"]
+                key = detector["digest"], reference["digest"], curve["n_images"], curve["image_size"]
+                comparable.setdefault(key, []).append(curve)
+        for shown in comparable.values():
+            names = [curve["name"] + f" of {curve['folder']}" * (len(folders) > 1) for curve in shown]
             lines = [
-                Curve(curve["name"], _COLOURS[curve["setting"]], _points(curve, "frechet"))
-                for curve in sorted(shown, key=lambda curve: curve["name"])
+                Curve(name, _COLOURS[curve["setting"]], _points(curve, "frechet"))
+                for name, curve in zip(names, shown, strict=True)
             ]
-            best = ", ".join(f"{curve['name']} at {curve['best']['frechet']:,g}" for curve in shown)
-            text = f"Distance of {shown[0]['n_images']:,} images by {axis.title}. The smallest: {best}."
+            best = ", ".join(
+                f"{name} at {number(curve['best']['frechet'])}" for name, curve in zip(names, shown, strict=True)
+            )
+            text = (
+                f"Distance of {shown[0]['n_images']:,} images, {shown[0]['detector']['name']}, by {axis.title}. The "
+                f"smallest: {best}."
+            )
             figures.append(figure(draw_curves(lines, "distance", axis.title), escape(text), "plot"))
     if not figures:
         return ""
     return (
-        f'<h2>Metrics by what varies</h2>\n<div class="wide">\n{"".join(figures)}</div>\n'
-        "<p><strong>Look for</strong> a curve that has become flat: more is then spent for nothing. A source that is "
+        f'<h2>Distance by evaluations, steps, guidance and modes</h2>\n<div class="wide">\n{"".join(figures)}</div>\n'
+        "<p><strong>Look for</strong> where a curve becomes flat: beyond that, more buys nothing. A source that is "
         "nearer to the images should be flat at fewer evaluations.</p>\n"
         "<p><strong>Bad signs:</strong> the smallest distance at either end, beyond which there may be a smaller one; "
         "differences that are no larger than those between seeds.</p>\n"

@@ -13,7 +13,7 @@ from typing import Any
 
 from mmfm.config.choices import SETTINGS
 from mmfm.evaluation.comparison import WORDS, Comparison, differs, mark_of, table
-from mmfm.evaluation.comparison_figures import learning_curves, metric_curves, mixtures, modes, samples
+from mmfm.evaluation.comparison_figures import distance_curves, learning_curves, mixtures, modes, samples
 from mmfm.evaluation.comparison_html import name_of, terms
 from mmfm.infra.progress import duration
 
@@ -103,7 +103,7 @@ def _page(
         _numbers(comparison),
         samples(comparison, factor),
         learning_curves(comparison),
-        metric_curves(curves),
+        distance_curves(curves),
         mixtures(comparison, factor),
         modes(comparison, factor),
         *map(_costs, runs),
@@ -186,7 +186,7 @@ def _in_short(comparison: Comparison) -> str:
         f"Of {len(rows)} results that can be compared, <strong>{escape(name_of(best, rows))}</strong> has the smallest "
         f"distance, {best['distance']:.4g}, and {escape(name_of(worst, rows))} the largest, {worst['distance']:.4g}."
     )
-    if not differs(rows, "seed"):
+    if not differs(rows, "seed") and not any(row["seeds"] for row in rows):
         short += (
             " There is one seed: a difference of a few per cent may be chance. Targets with <code>.seed1</code> and "
             "<code>.seed2</code> in their names tell."

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfm.config.choices import METRICS
-from mmfm.evaluation.alike import require_alike
+from mmfm.evaluation.alike import metrics_of, require_alike, warnings_of
 from mmfm.infra import store
 
 Record = Mapping[str, Any]
@@ -42,13 +42,20 @@ AXES: dict[str, Axis] = {
     "t": Axis(
         "evaluations of the network (NFE)",
         lambda record: record["samples"]["function_evaluations"],
-        ("time_points", "last_time", "solver", "source_only"),
+        ("time_points", "last_time"),
     ),
-    "step": Axis("training step", lambda record: record["samples"]["weights"]["step"], ("step",)),
-    "g": Axis("guidance scale", _scale, ("guidance scale", "guidance kind", "guidance interval"), logarithmic=False),
-    "k": Axis("modes", lambda record: record["samples"]["n_modes"], ("n_modes", "n_labels", "model", "mode_draw")),
+    "step": Axis("training step", lambda record: record["samples"]["weights"]["step"], ("step", "weights")),
+    "g": Axis("guidance scale", _scale, ("guidance", "guidance scale"), logarithmic=False),
+    "k": Axis(
+        "modes",
+        lambda record: record["samples"]["n_modes"],
+        ("n_modes", "n_labels", "model num_classes", "weights", "guidance guide", "input spatial_gmm"),
+    ),
 }
 """By the part of a result's name that lists values."""
+
+_OF_THE_FLOW = ("solver", "source_only", "guidance", "tolerances")
+"""What images of the source alone, of a single time point, don't have."""
 
 
 def collect(records: Mapping[str, Record], part: str) -> dict[str, Any]:
@@ -63,20 +70,20 @@ def collect(records: Mapping[str, Record], part: str) -> dict[str, Any]:
     """
     axis = AXES[part]
     try:
-        require_alike(records, axis.varied, axis.title)
+        source = [record for record in records.values() if record["samples"]["source_only"]]
+        varied = (*axis.varied, *(_OF_THE_FLOW if source and part == "t" else ()))
+        require_alike(records, varied, axis.title)
+        if any(axis.value(record) is None for record in records.values()):
+            raise ValueError(f"a result does not say its {axis.title}, as with weights that were given; train them")
         points = sorted((axis.value(record), name) for name, record in records.items())
         values = [value for value, _ in points]
         if len(set(values)) < max(2, len(points)):
-            listed = ", ".join(f"{value:g}" for value in values)
+            listed = ", ".join(map(number, values))
             raise ValueError(
                 f"the results' {axis.title}: {listed}; a curve needs two points or more, and each value once"
             )
         ordered = [records[name] for _, name in points]
-        metrics = {"frechet": [float(record["frechet_distance"]) for record in ordered]}
-        for name in METRICS:
-            if all(name in record.get("metrics", {}) for record in ordered):
-                metrics[name] = [float(record["metrics"][name]) for record in ordered]
-        record = ordered[0]
+        metrics, record = metrics_of(ordered), ordered[0]
         return {
             "stage": "curve",
             "varies": part,
@@ -88,11 +95,17 @@ def collect(records: Mapping[str, Record], part: str) -> dict[str, Any]:
             "values": values,
             "metrics": metrics,
             "best": {name: values[_best(name, row)] for name, row in metrics.items()},
-            "warnings": list(dict.fromkeys(line for each in ordered for line in each["warnings"])),
+            "image_size": record["samples"]["image_size"],
+            "warnings": warnings_of(ordered),
             **{name: record[name] for name in ("n_images", "floor", "floor_n_images", "detector", "reference")},
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"a file is not a result of fid ({error!r}); make it again") from error
+
+
+def number(value: float) -> str:
+    """Format a number, with all its digits if it is whole."""
+    return f"{int(value):,}" if float(value).is_integer() else f"{value:,g}"
 
 
 def _best(metric: str, row: list[float]) -> int:
@@ -103,7 +116,7 @@ def _best(metric: str, row: list[float]) -> int:
 def render(curve: Record) -> str:
     """Return a curve as text: a column for each metric, with * at its best value."""
     metrics = curve["metrics"]
-    columns = [[_heading(curve["varies"]), *(f"{value:,g}" for value in curve["values"])]]
+    columns = [[_heading(curve["varies"]), *map(number, curve["values"])]]
     for name, row in metrics.items():
         best = _best(name, row)
         columns.append(
@@ -162,7 +175,7 @@ def plot(curve: Record, path: Path, name: str) -> None:
             axes.set_xscale("log")
             axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_locator(FixedLocator(curve["values"]))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axes.xaxis.set_major_formatter(lambda value, _: number(value))
         better = "larger" if METRICS[metric].larger else "smaller"
         axes.set(xlabel=axis.title)
         axes.set_title(f"{METRICS[metric].title}: {better} is better", fontsize=10)

@@ -42,42 +42,71 @@ def collect(results: Sequence[Mapping[str, Any]], floors: Sequence[Mapping[str, 
         floors: results of `mmfm evaluate` of held-out real images, for the detectors whose result has no floor.
 
     Raises:
-        ValueError: a file is no such result, the images differ, a detector is there twice or has no floor, or a floor
-            is of another reference; also see :func:`mean_ratio`.
+        ValueError: a file is no such result, the images differ, a detector is there twice, has no floor or two, or a
+            floor is of another reference or of a detector without result; also see :func:`mean_ratio`.
     """
     try:
-        if len({_images(result) for result in results}) > 1:
+        if len({(_kind(each), _images(each)) for each in results}) > len({_kind(each) for each in results}):
             raise ValueError("the results are of different images; give those of the same images")
         distances: dict[str, float] = {}
         known: dict[str, float] = {}
-        held_out = {(each["detector"]["digest"], each["reference"]["digest"]): each for each in floors}
+        warnings = []
+        held_out = {each["detector"]["digest"]: each for each in floors}
         for result in results:
             name = result["detector"]["name"]
             if name in distances:
                 raise ValueError(f"two results have the detector {name}; give one for each detector")
             distances[name] = _distance(result)
-            other = held_out.get((result["detector"]["digest"], result["reference"]["digest"]))
-            floor = _distance(other) if other else result.get("floor")
-            if floor is None:
-                raise ValueError(
-                    f"the distance of held-out real images is unknown for {name} and its reference; set data.holdout, "
-                    "or score held-out images with 'mmfm evaluate' and give the result with --floors"
+            known[name], n = _floor(result, held_out.pop(result["detector"]["digest"], None))
+            if n != (images := _number(result)):
+                warnings.append(
+                    f"{name}: {images:,} generated images, but {n:,} held-out ones; the fewer, the larger a distance"
                 )
-            known[name] = float(floor)
-        ratios = {name: distances[name] / known[name] for name in distances if known[name] > 0}
+        if held_out:
+            left = ", ".join(each["detector"]["name"] for each in held_out.values())
+            raise ValueError(f"there is no result for the detector of a floor: {left}; leave the floor out")
         value = mean_ratio(distances, known)
-        return {"stage": "fdr", "fdr": value, "ratios": ratios, "distances": distances, "floors": known}
+        ratios = {name: distances[name] / known[name] for name in distances}
+        return {
+            "stage": "fdr", "fdr": value, "ratios": ratios, "distances": distances, "floors": known,
+            "warnings": warnings,
+        }  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"a file is not a result of fid or of 'mmfm evaluate' ({error!r}); make it again") from error
 
 
+def _floor(result: Mapping[str, Any], other: Mapping[str, Any] | None) -> tuple[float, int]:
+    """Return the distance of held-out images from a result's reference, and their number."""
+    name = result["detector"]["name"]
+    if other is None:
+        if result.get("floor") is None:
+            raise ValueError(
+                f"the distance of held-out real images is unknown for {name} and its reference; set data.holdout, or "
+                "score held-out images with 'mmfm evaluate' and give the result with --floors"
+            )
+        return float(result["floor"]), int(result["floor_n_images"])
+    if result.get("floor") is not None:
+        raise ValueError(f"the result for {name} has a floor already; leave that of --floors out")
+    # The stage `fid` and `mmfm evaluate` have other digests of a reference: of what it holds, and of its file.
+    if _kind(result) == _kind(other) and result["reference"]["digest"] != other["reference"]["digest"]:
+        raise ValueError(f"the floor for {name} is of another reference than the result; score both with one reference")
+    return _distance(other), _number(other)
+
+
+def _kind(result: Mapping[str, Any]) -> str:
+    return "fid" if "frechet_distance" in result else "evaluate"
+
+
 def _images(result: Mapping[str, Any]) -> str:
-    samples = result["samples"]
-    return str(samples["images_digest"] if "images_digest" in samples else samples["digest"])
+    return str(result["samples"]["images_digest" if _kind(result) == "fid" else "digest"])
+
+
+def _number(result: Mapping[str, Any]) -> int:
+    return int(result["samples"]["n_images"])
 
 
 def _distance(result: Mapping[str, Any]) -> float:
-    return float(result["frechet_distance"] if "frechet_distance" in result else result["metrics"]["frechet"])
+    return float(result["frechet_distance"] if _kind(result) == "fid" else result["metrics"]["frechet"])
 
 
 def render(found: Mapping[str, Any]) -> str:
@@ -87,4 +116,6 @@ def render(found: Mapping[str, Any]) -> str:
         f"{name:<{width}}{ratio:.4f}  ({found['distances'][name]:.4f} against {found['floors'][name]:.4f})"
         for name, ratio in found["ratios"].items()
     ]
-    return f"FDr, mean ratio over {len(rows)} detectors: {found['fdr']:.4f}\n\n" + "\n".join(rows) + "\n"
+    rows += ["", *(f"WARNING: {warning}" for warning in found["warnings"])] if found["warnings"] else []
+    head = f"FDr, mean ratio over {len(found['ratios'])} detectors: {found['fdr']:.4f}"
+    return "\n".join([head, "", *rows]) + "\n"

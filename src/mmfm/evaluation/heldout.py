@@ -46,7 +46,7 @@ def mean_likelihood(mixture: Mixture, tokens: Iterable[Tensor]) -> MeanLikelihoo
             raise ValueError("a token's log-likelihood is NaN or Inf; extract the tokens again")
         moments.update(values)
     if not moments.count:
-        raise ValueError("there are no tokens to take the likelihood of; set data.holdout to keep images aside")
+        raise ValueError("there are no tokens to take the likelihood of; set data.holdout or data.heldout_root")
     error = math.sqrt(moments.unbiased_variance().item() / moments.count) if moments.count > 1 else 0.0
     return MeanLikelihood(moments.mean.item(), error, moments.count)
 
@@ -58,7 +58,7 @@ def gap_warnings(mixture: Mixture, training: MeanLikelihood, heldout: MeanLikeli
     if gap > 3 * math.hypot(training.standard_error, heldout.standard_error):
         lines.append(
             f"the mixture is {gap:.1f} nats per image better on its training images than on held-out ones: it "
-            "over-fits; fewer modes, a larger gmm.reg_covar or tied covariances narrow the gap"
+            "over-fits; fewer modes, gmm.shrinkage or tied covariances narrow the gap"
         )
     if training.count < FEW_IMAGES * mixture.n_components:
         lines.append(

@@ -66,10 +66,13 @@ class ImageSet:
         return sum(map(len, self._arrays)) if self._arrays else len(self._files)
 
     def digest(self) -> str:
-        """Return the SHA-256 of an ``.npz``, or a fingerprint of the names and sizes of a folder's files."""
+        """Return the SHA-256 of an ``.npz``, or a fingerprint of the names and contents of a folder's files."""
         if self.path.is_file():
             return store.file_digest(self.path)
-        return store.fingerprint([[str(file.relative_to(self.path)), file.stat().st_size] for file in self._files])
+        with ThreadPoolExecutor(_READERS) as pool:
+            digests = list(pool.map(store.file_digest, self._files))
+        names = [str(file.relative_to(self.path)) for file in self._files]
+        return store.fingerprint(list(zip(names, digests, strict=True)))
 
     @property
     def names(self) -> list[str]:

@@ -5,6 +5,8 @@ images are closer to everything, so that a warning asks for a look at the pairs,
 """
 
 import math
+import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 from scipy.stats import mannwhitneyu, nhypergeom
 
-from mmfm.evaluation.neighbours import Bank, check, nearest
+from mmfm.evaluation.neighbours import Bank, Stored, check, nearest
 from mmfm.infra import store
 from mmfm.infra.pictures import image_grid
 
@@ -48,29 +50,37 @@ class Memorisation:
 
 
 def memorisation(
-    generated: Bank, heldout: Bank, training: Bank, device: torch.device | str = "cpu", doubt: float = _DOUBT
+    generated: Bank,
+    heldout: Bank,
+    training: Bank | Stored,
+    device: torch.device | str = "cpu",
+    doubt: float = _DOUBT,
+    advance: Callable[[int], None] | None = None,
 ) -> Memorisation:
     """Compare features of generated (n, D) and held-out real images (m, D) with those of all training images (N, D).
+
+    The first two are in memory, the last may be in a file and is read a block at a time.
 
     Args:
         device: where distances are computed.
         doubt: probability below which chance does not explain a difference: of Mann and Whitney's test for all
             distances, and of the negative hypergeometric distribution for the close ones.
+        advance: called with the number of pairs compared, of (n + m) N.
 
     Raises:
         ValueError: features of another shape, NaN, or all equal; no held-out images.
     """
-    banks = (("generated", generated, 2), ("held-out", heldout, 2), ("training", training, 2))
-    for name, bank, at_least in banks:
-        check(bank, f"features of the {name} images", at_least)
+    banks: dict[str, Bank | Stored] = {"generated": generated, "held-out": heldout, "training": training}
+    for name, bank in banks.items():
+        check(bank, f"features of the {name} images", 2)
     if not generated.shape[1] == heldout.shape[1] == training.shape[1]:
         raise ValueError(
             f"generated, held-out and training images have {generated.shape[1]}, {heldout.shape[1]} and "
             f"{training.shape[1]} features; use one detector"
         )
     device = torch.device(device)
-    distances, indices = nearest(generated, training, device)
-    real = nearest(heldout, training, device)[0].numpy()
+    distances, indices = nearest(generated, training, device, advance=advance)
+    real = nearest(heldout, training, device, advance=advance)[0].numpy()
     ours, n = distances.numpy(), len(distances)
     test = mannwhitneyu(real, ours, alternative="greater", method="asymptotic")
     closer = float(test.statistic) / (n * len(real))
@@ -92,7 +102,7 @@ def memorisation(
 
 
 def draw(path: str | Path, found: Memorisation, generated: np.ndarray, training: np.ndarray) -> None:
-    """Draw the closest pairs and the histogram of distances as PNG.
+    """Draw the closest pairs, the histogram of distances and the warnings as PNG.
 
     Args:
         generated: (k, 3, S, S) uint8, the images ``found.closest(k)``.
@@ -122,5 +132,8 @@ def draw(path: str | Path, found: Memorisation, generated: np.ndarray, training:
     below.set_title(f"a generated image is closer than a real one in {found.closer:.1%} of pairs", fontsize=9)
     below.spines[["top", "right"]].set_visible(False)
     below.legend(frameon=False, fontsize=8)
+    if found.warnings:
+        lines = [textwrap.fill(f"WARNING: {line}", 110) for line in found.warnings]
+        figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=8, color="tab:red")
     with store.whole_file(path) as partial:
-        figure.savefig(partial)
+        figure.savefig(partial, format="png")

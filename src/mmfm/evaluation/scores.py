@@ -15,6 +15,9 @@ from mmfm.evaluation.manifold import DENSITY_NEIGHBOURS, NEIGHBOURS, manifold
 PUBLISHED_IMAGES = 50_000
 """Number of generated images in published numbers."""
 
+PUBLISHED_REFERENCE = 10_000
+"""Number of real images in published precision and recall: those in ADM's file."""
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "inception_score": {"split_size": SPLIT_SIZE},
     "precision and recall": {"neighbours": NEIGHBOURS},
@@ -106,8 +109,17 @@ def kid(generated: Statistics, reference: Statistics, device: torch.device | str
     return {"kid": mean, "kid_std": deviation}
 
 
-def cautions(metrics: Iterable[str], generated: Statistics) -> list[str]:
-    """Return what a reader must know to judge the numbers: a sentence each."""
+def cautions(
+    metrics: Iterable[str],
+    generated: Statistics,
+    reference: Statistics,
+    remedy: str = "Score more images (sample.n_images).",
+) -> list[str]:
+    """Return what a reader must know to judge the numbers: a sentence each.
+
+    Args:
+        remedy: how to get more generated images.
+    """
     wanted, lines, count = frozenset(metrics), [], generated.count
     for name, moments in (("frechet", generated.gaussian), ("sfid", generated.spatial)):
         if name in wanted and moments is not None and count is not None:
@@ -115,12 +127,35 @@ def cautions(metrics: Iterable[str], generated: Statistics) -> list[str]:
             if count <= dimension:
                 lines.append(
                     f"{name}: {count:,} images are too few for {dimension:,} features: the covariance is singular and "
-                    "the distance far too large. Score more images (sample.n_images)."
+                    f"the distance far too large. {remedy}"
                 )
     if count is not None and count < PUBLISHED_IMAGES:
         score = " and a smaller Inception Score" if "inception_score" in wanted else ""
         lines.append(
             f"Published numbers use {PUBLISHED_IMAGES:,} images; {count:,} give larger Frechet distances{score}, so "
             "compare only results of equally many."
+        )
+    return lines + _cautions_of_reference(wanted, reference)
+
+
+def _cautions_of_reference(wanted: frozenset[str], reference: Statistics) -> list[str]:
+    """Return the sentences on a small reference; a file of moments alone does not say of how many images they are."""
+    lines, count = [], reference.count
+    for name, moments in (("frechet", reference.gaussian), ("sfid", reference.spatial)):
+        if name in wanted and moments is not None and count is not None and count <= len(moments.mean):
+            lines.append(
+                f"{name}: the reference's {count:,} images are too few for {len(moments.mean):,} features: its "
+                "covariance is singular and the distance far too large. Compare with more real images."
+            )
+    if count is not None and count < PUBLISHED_IMAGES and wanted & {"frechet", "sfid"}:
+        lines.append(
+            f"The reference is of {count:,} real images; fewer give larger Frechet distances, so compare only results "
+            "with the same reference."
+        )
+    single = [name for name in METRICS if name in wanted and METRICS[name].needs == "bank"]
+    if single and reference.bank is not None and len(reference.bank) < PUBLISHED_REFERENCE:
+        lines.append(
+            f"{', '.join(single)}: of {len(reference.bank):,} real images; published numbers use "
+            f"{PUBLISHED_REFERENCE:,}, and the number changes the result."
         )
     return lines

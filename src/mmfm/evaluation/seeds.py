@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmfm.config.choices import METRICS
-from mmfm.evaluation.alike import require_alike
+from mmfm.evaluation.alike import metrics_of, require_alike, warnings_of
 
 
 def summarise(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -21,25 +21,22 @@ def summarise(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         ValueError: a record is no such result, a seed is there twice, or the results differ in more than their seed.
     """
     try:
-        require_alike(records, ("seed",), "their seed")
+        require_alike(records, ("seed", "weights", "guidance guide"), "their seed")
         seeds = [_seed(record) for record in records.values()]
         if len(seeds) < 2 or len(set(seeds)) < len(seeds):
             raise ValueError(
                 f"the results have the seeds {', '.join(map(str, seeds))}; give two or more different ones"
             )
-        values = {"frechet": [float(record["frechet_distance"]) for record in records.values()]}
-        for name in METRICS:
-            if all(name in record.get("metrics", {}) for record in records.values()):
-                values[name] = [float(record["metrics"][name]) for record in records.values()]
         record = next(iter(records.values()))
         return {
             "stage": "seeds",
             "measure": record["measure"],
             "results": list(records),
+            "images_digests": [each["samples"]["images_digest"] for each in records.values()],
             "seeds": seeds,
             "trained": len({each["samples"]["weights"]["digest"] for each in records.values()}) > 1,
-            "metrics": {name: _spread(of_seeds) for name, of_seeds in values.items()},
-            "warnings": list(dict.fromkeys(line for each in records.values() for line in each["warnings"])),
+            "metrics": {name: _spread(of_seeds) for name, of_seeds in metrics_of(records.values()).items()},
+            "warnings": warnings_of(records.values()),
             **{name: record[name] for name in ("n_images", "floor", "detector", "reference")},
             "configuration_digests": [each.get("configuration_digest") for each in records.values()],
         }

@@ -6,16 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mmfm import data
 from mmfm.flow.path import interpolate, time_grid, time_shift
 from mmfm.flow.solver import VelocityFn
 from mmfm.generation.generator import Field, Generator
 
 STRAIGHTNESS_POINTS = 50
 """Time points of the paths whose straightness is measured: the same for all results, however they are sampled."""
-
-_STATE_BYTES = 128 * 2**20
-"""Of the paths in memory; their distances from the chords take twice as much in addition."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +32,14 @@ class Trajectory:
         The chord connects the ends of the path at constant speed, so a straight path of varying speed deviates too.
         """
         start, end = self.states[0], self.states[-1]
-        share = (self.times - self.times[-1]) / (self.times[0] - self.times[-1])
-        chord = torch.stack([interpolate(end, start, s.expand(len(start)).to(start.device)) for s in share])
-        distance = (self.states - chord).flatten(2).norm(dim=2)
-        return distance / (start - end).flatten(1).norm(dim=1)
+        shares = (self.times - self.times[-1]) / (self.times[0] - self.times[-1])
+        length = (start - end).flatten(1).norm(dim=1)
+
+        def distance(state: Tensor, share: Tensor) -> Tensor:
+            chord = interpolate(end, start, share.expand(len(start)).to(start.device))
+            return (state - chord).flatten(1).norm(dim=1) / length
+
+        return torch.stack([distance(state, share) for state, share in zip(self.states, shares, strict=True)])
 
     def straightness(self) -> Tensor:
         """Return the mean of :meth:`deviation` over time, (n,); 0 for a straight path at constant speed."""
@@ -65,18 +65,20 @@ def trajectory(generator: Generator, velocity: VelocityFn, x: Tensor) -> Traject
     return Trajectory(generator.times.cpu(), torch.stack(states))
 
 
-def mean_straightness(generator: Generator, field: Field, n: int) -> float:
+def mean_straightness(generator: Generator, field: Field, n: int) -> float | None:
     """Return the mean of :meth:`Trajectory.straightness` over the first n images, along Euler's steps in float32.
+
+    All states are in memory: 39 MB an image of latents [768, 16, 16].
 
     Args:
         field: the velocity field of the network with guidance.
+
+    Returns:
+        the mean; None if a path ends where it starts, or is not finite.
     """
     times = time_grid(STRAIGHTNESS_POINTS, time_shift(generator.latent_shape))
     along = replace(generator, times=times, solver="euler", dtype=torch.float32)
-    together = max(1, _STATE_BYTES // (4 * STRAIGHTNESS_POINTS * math.prod(generator.latent_shape)))
-    found = []
-    for numbers in data.ranges(0, n, together):
-        drawn = along.draw(numbers)
-        path = trajectory(along, field(drawn.labels), along.source.draw(drawn.modes, drawn.noise))
-        found.append(path.straightness())
-    return torch.cat(found).mean().item()
+    drawn = along.draw(range(n))
+    path = trajectory(along, field(drawn.labels), along.source.draw(drawn.modes, drawn.noise))
+    mean = path.straightness().mean().item()
+    return mean if math.isfinite(mean) else None

@@ -1,4 +1,4 @@
-"""One large array in an ``.npz`` file, written in parts and read by memory-mapping.
+"""A large array in an ``.npz`` file, written in parts and read by memory-mapping.
 
 ``numpy.savez`` needs the whole array in memory, and ``numpy.load(mmap_mode=...)`` cannot map inside a zip archive, but
 50,000 images of 256 x 256 pixels are 9.8 GB. Other programs can read these files with ``numpy.load``.
@@ -8,7 +8,7 @@ import hashlib
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -22,17 +22,24 @@ MEMBER = "arr_0"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
-def write_parts(path: str | Path, shape: tuple[int, ...], dtype: np.dtype | type, parts: Iterable[np.ndarray]) -> str:
-    """Write the concatenation of ``parts`` atomically as the only array of an uncompressed ``.npz``.
+def write_parts(
+    path: str | Path,
+    shape: tuple[int, ...],
+    dtype: np.dtype | type,
+    parts: Iterable[np.ndarray],
+    others: Mapping[str, np.ndarray] | None = None,
+) -> str:
+    """Write the concatenation of ``parts`` atomically as the array :data:`MEMBER` of an uncompressed ``.npz``.
 
     Equal arrays give equal files: the archive has no timestamps.
 
     Args:
         shape: shape of the whole array, (n, ...).
         parts: arrays (n_i, ...) whose n_i add up to n; only one is in memory at a time.
+        others: small arrays to write after it, by name.
 
     Returns:
-        The digest of the array, equal to :func:`mmfm.infra.store.array_digest`.
+        The digest of the large array, equal to :func:`mmfm.infra.store.array_digest`.
 
     Raises:
         ValueError: a part has the wrong shape or dtype, or the number of rows is wrong.
@@ -51,6 +58,9 @@ def write_parts(path: str | Path, shape: tuple[int, ...], dtype: np.dtype | type
                 content = np.ascontiguousarray(part).data.cast("B")
                 digest.update(content)
                 member.write(content)
+        for name, array in (others or {}).items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
         if rows != shape[0]:
             raise ValueError(f"the parts have {rows} rows in total, the array has {shape[0]}")
     return digest.hexdigest()

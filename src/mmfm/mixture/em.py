@@ -115,6 +115,7 @@ def em_iterations(
     reg_covar: float,
     dtype: torch.dtype,
     truncation: Truncation | None = None,
+    shrinkage: float = 0.0,
 ) -> Iterator[EMState]:
     """Run EM, yielding the state after every iteration, until convergence or iteration ``max_iter``.
 
@@ -127,6 +128,8 @@ def em_iterations(
         tol: smallest change of the lower bound, in nats per row, that is not yet convergence.
         dtype: dtype of the log-densities.
         truncation: how posteriors are truncated to a few components; None for exact posteriors.
+        shrinkage: how much the variances of ``diag`` are shrunk, see :func:`mmfm.mixture.moments.m_step`. The lower
+            bound, which leaves out the prior, need not rise then.
 
     Raises:
         ValueError: the lower bound fell by more than regularisation, rounding and truncation can explain.
@@ -145,7 +148,7 @@ def em_iterations(
             statistics, winners = truncated_e_step(rows, old, winners, dtype, truncation)
         bound = float(statistics.log_likelihood) / rows.n
         _check_monotone(state, bound, gap, _remedy(old, dtype, truncation))
-        mixture, loss = m_step(statistics, old.covariance_type, reg_covar)
+        mixture, loss = m_step(statistics, old.covariance_type, reg_covar, shrinkage, old.variances)
         mixture, moved = reseeding.reseed(mixture, statistics.count, reg_covar, sum(n > 0 for n in state.reseeded))
         # True of some initial mixtures only; the bound of these may be out of reach.
         below_floor = bool(old.diagonal().min() < reg_covar)

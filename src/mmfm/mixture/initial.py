@@ -213,7 +213,7 @@ def start(rows: Rows, gmm: Gmm, number: int = 0) -> tuple[Mixture, Tensor | None
             centres, winners = lloyd(rows, centres)
         moments = hard_moments(rows, centres, winners, gmm.covariance_type)
         rows.workspace.clear()  # EM needs buffers of other sizes
-        mixture = m_step(moments, gmm.covariance_type, gmm.reg_covar)[0]
+        mixture = m_step(moments, gmm.covariance_type, gmm.reg_covar, gmm.shrinkage)[0]
         if gmm.init_means:
             mixture = Mixture(mixture.weights, chosen, mixture.variances, gmm.covariance_type)
         return mixture, winners

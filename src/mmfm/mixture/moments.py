@@ -203,28 +203,51 @@ def row_adder(index: Tensor) -> Callable[[Tensor, Tensor], None]:
     return add
 
 
-def m_step(statistics: SufficientStatistics, covariance_type: str, reg_covar: float) -> tuple[Mixture, float]:
+def m_step(
+    statistics: SufficientStatistics,
+    covariance_type: str,
+    reg_covar: float,
+    shrinkage: float = 0.0,
+    before: Tensor | None = None,
+) -> tuple[Mixture, float]:
     """Maximise the expected log-likelihood, then add ``reg_covar`` to every variance.
 
     As in scikit-learn, 10 machine epsilons are added to the count of every component, and spherical variances are the
     means of diagonal ones. An empty component keeps its mean and has a negligible weight and the variance
-    ``reg_covar`` (or the average variance if that is 0).
+    ``reg_covar`` (or the average variance if that is 0); with shrinkage, the pooled variance.
+
+    With ``shrinkage`` m above 0, the variances of a component of n rows are (n v_k + m v) / (n + m) instead of v_k,
+    where v is the pooled variance within the components, the diagonal of the tied covariance. They maximise the
+    expected log-likelihood plus the logarithm of a conjugate (inverse-gamma) prior with its mode at v, worth m rows, as
+    in Fraley and Raftery 2007, "Bayesian regularization for normal mixture estimation and model-based clustering".
+
+    Args:
+        shrinkage: m, in rows; requires ``diag``.
+        before: (K, C), variances before this step, to bound the loss by shrinkage; None if the loss is of no interest.
 
     Returns:
-        The mixture, and the most that adding ``reg_covar`` can cost in expected log-likelihood (nats per row) relative
-        to the best mixture with variances of at least ``reg_covar``. The lower bound of EM can fall by no more.
+        The mixture, and the most by which the lower bound of EM can fall (nats per row): what adding ``reg_covar`` can
+        cost relative to the best mixture with variances of at least ``reg_covar``, and what the prior gained.
 
     Raises:
-        ValueError: a variance is 0 and so is ``reg_covar``.
+        ValueError: a variance is 0 and so is ``reg_covar``, or shrinkage is asked for with another covariance type.
     """
+    if shrinkage and covariance_type != "diag":
+        raise ValueError(
+            f"shrinkage of variances needs diag covariances, not {covariance_type}; set gmm.shrinkage to 0"
+        )
     count = statistics.count + _COUNT_EPSILON
     shift = statistics.first / count[:, None]
     means, weights = statistics.means + shift, count / count.sum()
+    rows, loss_of_prior = count, torch.zeros_like(count[0])
     if covariance_type in ("diag", "spherical"):
         spread = (statistics.second / count[:, None] - shift.square()).clamp_min_(0)
         if covariance_type == "spherical":
             spread = spread.mean(1)
         _fill_empty(spread, weights, statistics.count, reg_covar)
+        if shrinkage:
+            pool, rows = weights @ spread, count + shrinkage
+            spread = (count[:, None] * spread + shrinkage * pool) / rows[:, None]
         if not reg_covar and not spread.all():
             at = (spread == 0).nonzero()[0].tolist()
             along = f" along dimension {at[1]}" if len(at) > 1 else ""
@@ -233,6 +256,9 @@ def m_step(statistics: SufficientStatistics, covariance_type: str, reg_covar: fl
                 "set gmm.reg_covar above 0"
             )
         covariances, eigenvalues = spread + reg_covar, spread
+        if shrinkage and before is not None:
+            gained = _log_prior(covariances, pool) - _log_prior(before, pool)
+            loss_of_prior = shrinkage / count.sum() * gained.clamp_min(0)
     else:
         if covariance_type == "tied":
             covariances = (statistics.second - (shift * count[:, None]).T @ shift) / count.sum()
@@ -243,7 +269,13 @@ def m_step(statistics: SufficientStatistics, covariance_type: str, reg_covar: fl
         covariances.diagonal(dim1=-2, dim2=-1).add_(reg_covar)
     loss = _regularisation_loss(eigenvalues, reg_covar) * (means.shape[1] if eigenvalues.shape == count.shape else 1)
     loss = loss.reshape(1 if covariance_type == "tied" else len(count), -1).sum(1)
-    return Mixture(weights, means, covariances, covariance_type), float((weights * loss).sum())
+    total = (rows / count.sum() * loss).sum() + loss_of_prior
+    return Mixture(weights, means, covariances, covariance_type), float(total)
+
+
+def _log_prior(variances: Tensor, pool: Tensor) -> Tensor:
+    """Return the logarithm of the prior worth one row of all variances (K, C), up to a constant."""
+    return -0.5 * (variances.log() + pool / variances).sum()
 
 
 def _fill_empty(spread: Tensor, weights: Tensor, count: Tensor, reg_covar: float) -> None:

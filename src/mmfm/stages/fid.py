@@ -9,8 +9,6 @@ After a kill: no output.
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mmfm.config import STAGES, Fid, StageConfig
 from mmfm.config.choices import METRICS
 from mmfm.config.keys import keys_of_kind
@@ -18,7 +16,7 @@ from mmfm.evaluation import scores
 from mmfm.evaluation.detector import Detector
 from mmfm.evaluation.features import image_statistics, sampled_features
 from mmfm.evaluation.reference import Reference
-from mmfm.infra import npz, store, versions
+from mmfm.infra import store, versions
 from mmfm.infra.distributed import Ranks
 from mmfm.stages import provenance
 
@@ -49,14 +47,15 @@ def measure(
         ValueError: the reference was made with another detector or image size, or lacks what a metric needs;
             ``samples.json`` describes other images; or there are fewer than two images, or all are alike.
     """
-    images, samples = npz.map_array(images_path), store.read_json(samples_path)
-    _check(images, images_path, samples, samples_path)
+    images, samples = provenance.generated(images_path, samples_path)
+    if len(images) < 2:
+        raise ValueError(
+            f"'{images_path}' holds {len(images)} image, a covariance needs at least 2: raise sample.n_images"
+        )
     noun = f"the images in '{images_path}'"
     reference = provenance.reference_for(reference_path, detector, images.shape[1], noun)
     scores.require(section.metrics, reference.statistics(), "reference")
-    digest = ranks.from_main(lambda: store.array_digest(images))
-    if samples.get("images_digest") != digest:
-        raise ValueError(f"'{samples_path}' does not describe the images in '{images_path}'; run sample again")
+    digest = ranks.from_main(lambda: provenance.described(images, images_path, samples, samples_path))
     features = sampled_features(images_path, digest, detector)
     kinds = scores.kinds(section.metrics)
     part = image_statistics(images, kinds, detector, section.batch_size, ranks, features)
@@ -66,7 +65,9 @@ def measure(
     def computed() -> tuple[dict[str, float], list[str]]:
         assert statistics is not None  # on the main process
         values = scores.scores(section.metrics, statistics, reference.statistics(), ranks.device)
-        warnings = _warnings(detector, reference, samples) + scores.cautions(section.metrics, statistics)
+        warnings = _warnings(detector, reference, samples) + scores.cautions(
+            section.metrics, statistics, reference.statistics()
+        )
         return values, warnings
 
     values, warnings = ranks.from_main(computed)
@@ -88,26 +89,15 @@ def measure(
         "detector": {"name": detector.name, "digest": detector.digest, "dimension": detector.dimension},
         "reference": {name: reference.about[name] for name in ("source", "n_images", "image_size", "digest")},
         "samples": samples,
-        "configuration_digest": _configuration(section, samples),
+        "configuration_digest": _configuration(section, samples, detector, reference),
         "versions": versions.installed(),
     }
 
 
-def _configuration(section: Fid, samples: dict[str, Any]) -> str:
+def _configuration(section: Fid, samples: dict[str, Any], detector: Detector, reference: Reference) -> str:
     """Return a digest of all that determines the numbers: equal ones are repetitions of the same measurement."""
-    described = {name: value for name, value in samples.items() if name != "seconds"}
-    return store.fingerprint([keys_of_kind(section, "identity"), described])
-
-
-def _check(images: np.ndarray, images_path: Path, samples: Any, samples_path: Path) -> None:
-    if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3 or images.dtype != np.uint8:
-        raise ValueError(f"'{images_path}' holds {images.dtype} {images.shape}, but images are uint8 (n, S, S, 3)")
-    if len(images) < 2:
-        raise ValueError(
-            f"'{images_path}' holds {len(images)} image, a covariance needs at least 2: raise sample.n_images"
-        )
-    if not isinstance(samples, dict) or "images_digest" not in samples:
-        raise ValueError(f"'{samples_path}' does not describe images; give the samples.json that sample wrote")
+    described = {name: value for name, value in samples.items() if name not in ("seconds", "straightness")}
+    return store.fingerprint([keys_of_kind(section, "identity"), described, detector.digest, reference.about["digest"]])
 
 
 def _measure_name(detector: Detector, n: int) -> str:

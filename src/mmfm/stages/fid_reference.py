@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mmfm import data
 from mmfm.config import STAGES, Fid, StageConfig
+from mmfm.config.choices import METRICS
 from mmfm.data.moments import CovarianceMoments
 from mmfm.evaluation.adm import AdmFile
 from mmfm.evaluation.collected import Statistics
@@ -115,21 +116,12 @@ def cut(
         most: number of images in the bank.
     """
     n = len(data.Listing.open(listing))
-    spaced, found = evenly(n, most if "bank" in kinds else 0), []
+    spaced, found = data.evenly(n, most if "bank" in kinds else 0), []
     for i, rows in enumerate(data.ranges(0, n, max(_SHARD_IMAGES, math.ceil(n / _MOST_SHARDS)))):
         first, last = np.searchsorted(spaced, (rows.start, rows.stop))
         file = state / f"{name}-{i:05d}.safetensors"
         found.append(_Shard(listing, rows, file, tuple(spaced[first:last].tolist()), kinds))
     return found
-
-
-def evenly(n: int, most: int) -> np.ndarray:
-    """Return at most ``most`` evenly spaced indices below n, (m,) int64, ascending.
-
-    In a listing, which is sorted by class, they take the same share of every class. The choice needs no seed.
-    """
-    m = min(n, most)
-    return np.arange(m, dtype=np.int64) * n // max(m, 1)
 
 
 def _merged(shards: Sequence[_Shard], prefix: str = "") -> CovarianceMoments:
@@ -287,17 +279,18 @@ def _of_images(
 ) -> Statistics | None:
     """Return statistics of the images in an ``.npz`` on the main process, None on the others."""
     if images is None:
-        wanting = [name for name in section.metrics if reference_kinds([name]) & kinds]
+        # The section says which statistics are needed, not for which of the metrics (Fid.read_by).
+        served = [name for name, metric in METRICS.items() if metric.needs in kinds]
         raise ValueError(
-            f"'{path}' can't serve {', '.join(wanting)}: it lacks the images (arr_0) to compute what they need; set "
-            " fid.reference to a file with images, or leave them out of fid.metrics"
+            f"'{path}' lacks the images (arr_0) from which to compute what {', '.join(served)} need; set fid.reference "
+            "to a file with images, or leave out those of them that fid.metrics has"
         )
     if images.shape[1:3] != (size, size):
         raise ValueError(
             f"'{path}' has images of {images.shape[2]} x {images.shape[1]} pixels, but image.size is {size}; set "
             "fid.reference to a file with images of that size"
         )
-    kept = evenly(len(images), section.reference_images)
+    kept = data.evenly(len(images), section.reference_images)
     chosen = kept if kinds == {"bank"} else None  # moments are those of all images
     part = image_statistics(images, kinds, detector, section.batch_size, ranks, chosen=chosen, name="fid_reference")
     found = part.of_all(ranks)

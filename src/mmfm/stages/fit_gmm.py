@@ -153,9 +153,15 @@ def _run_em(rows: Rows, section: Gmm, state_dir: Path, dtype: torch.dtype, numbe
     else:
         state = load_iteration(newest, ranks.device, rows.local)
     seconds, begin = [], time.perf_counter()
-    max_iter, tol, reg_covar = section.max_iter, section.tol, section.reg_covar
     iterations = em_iterations(
-        rows, state, max_iter=max_iter, tol=tol, reg_covar=reg_covar, dtype=dtype, truncation=truncation
+        rows,
+        state,
+        max_iter=section.max_iter,
+        tol=section.tol,
+        reg_covar=section.reg_covar,
+        dtype=dtype,
+        truncation=truncation,
+        shrinkage=section.shrinkage,
     )
     with Progress("fit_gmm", section.max_iter, "iterations", done=state.n_iter, enabled=ranks.is_main) as progress:
         if beyond and not state.converged:

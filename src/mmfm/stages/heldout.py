@@ -32,13 +32,7 @@ def heldout(
         ValueError: a mixture was fitted to other tokens, or the two sets of tokens were extracted differently.
     """
     stores = (TokenStore.open(train), TokenStore.open(tokens))
-    for name in ("encoder_digest", "settings"):
-        ours, theirs = (each.attributes.get(name) for each in stores)
-        if ours != theirs:
-            raise ValueError(
-                f"the tokens in '{tokens}' were extracted with another {name.removesuffix('_digest')} than those in "
-                f"'{train}'; extract both with one configuration"
-            )
+    provenance.extracted_alike(*stores)
     rows = []
     for path in gmms:
         mixture = Mixture.load(path, device)

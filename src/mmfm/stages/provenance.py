@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from mmfm.autoencoder.decoder import read_provenance
 from mmfm.data.listing import Listing
 from mmfm.data.tokens import TokenStore
 from mmfm.evaluation.detector import Detector
 from mmfm.evaluation.reference import Reference
-from mmfm.infra import store
+from mmfm.infra import npz, store
 from mmfm.mixture.gaussian import Mixture
 from mmfm.mixture.spatial import SpatialMixture
 from mmfm.models.weights import weights_metadata
@@ -117,8 +118,10 @@ def weights(path: Path, name: str = "ema") -> Input:
 
 
 def decoder(path: Path) -> Input:
-    """The decoder."""
-    return Input("decoder", "decoder", path, store.file_digest(path))
+    """The decoder; one that was trained here knows its encoder."""
+    known = read_provenance(path).get("digests", {})
+    about = {"encoder_digest": known["encoder"]} if "encoder" in known else {}
+    return Input("decoder", "decoder", path, store.file_digest(path), "run train_decoder", about, "trained with")
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,43 @@ def belong_together(*inputs: Input) -> Inputs:
                     f"not {source.digest[:12]}); {made.remedy} with this one, or give files that belong together"
                 )
     return Inputs({each.name: each.digest for each in inputs}, {each.name: each.path for each in inputs})
+
+
+def extracted_alike(ours: TokenStore, theirs: TokenStore) -> None:
+    """Raise ValueError unless two sets of tokens were extracted by the same encoder with the same keys."""
+    for name in ("encoder_digest", "settings"):
+        if ours.attributes.get(name) != theirs.attributes.get(name):
+            raise ValueError(
+                f"the tokens in '{theirs.path}' were extracted with another {name.removesuffix('_digest')} than those "
+                f"in '{ours.path}'; extract both with one configuration"
+            )
+
+
+def generated(images_path: Path, samples_path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """Open generated images (n, S, S, 3) uint8, memory-mapped, and their description.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: one of them is something else.
+    """
+    images, samples = npz.map_array(images_path), store.read_json(samples_path)
+    if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3 or images.dtype != np.uint8:
+        raise ValueError(f"'{images_path}' holds {images.dtype} {images.shape}, but images are uint8 (n, S, S, 3)")
+    if not isinstance(samples, dict) or "images_digest" not in samples:
+        raise ValueError(f"'{samples_path}' does not describe images; give the samples.json that sample wrote")
+    return images, samples
+
+
+def described(images: np.ndarray, images_path: Path, samples: dict[str, Any], samples_path: Path) -> str:
+    """Return the digest of generated images, after comparing it with the one that their description has.
+
+    Raises:
+        ValueError: these are other images.
+    """
+    digest = store.array_digest(images)
+    if samples.get("images_digest") != digest:
+        raise ValueError(f"'{samples_path}' does not describe the images in '{images_path}'; run sample again")
+    return digest
 
 
 def reference_for(

@@ -33,7 +33,7 @@ from mmfm.stages import provenance, runner
 from mmfm.stages.runner import Advance, Context, Work
 
 _FEATURES = "features.safetensors"
-_STRAIGHTNESS_IMAGES = 64
+_STRAIGHTNESS_IMAGES = 16
 _OUTPUTS = ("images.npz", "grid.png", _FEATURES, "samples.json")
 
 
@@ -269,7 +269,7 @@ class _Shards:
             return None
         return round(self.section.n_images * self.spent / self.made / self.ranks.world, 3)
 
-    def straightness(self) -> dict[str, float] | None:
+    def straightness(self) -> dict[str, Any] | None:
         """Return how far the paths of the first images are from their chords; None for images of the source alone."""
         if self.section.time_points == 1:
             return None

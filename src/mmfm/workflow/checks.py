@@ -27,6 +27,15 @@ def images(root: str) -> None:
         )
 
 
+def heldout_images(root: str) -> None:
+    """Raise ValueError unless ``data.heldout_root`` is empty or a folder."""
+    if root and not Path(root).is_dir():
+        raise ValueError(
+            f"'data.heldout_root' is '{root}', which is no folder; set it to a folder of images like 'data.root', or "
+            "leave it empty"
+        )
+
+
 def encoder(name: str, about: Encoder) -> None:
     """Check an encoder's local folder against its entry in the configuration.
 

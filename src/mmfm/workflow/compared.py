@@ -85,7 +85,7 @@ def _result(path: Path) -> Result:
             _training(folder / "train" / f"{encoder}_{setting}" / training, step),
             _mixture(folder / "gmm" / encoder, made_from) if made_from and SETTINGS[setting].mixture else None,
             _coupling_cost(made_from, setting),
-            _seeds(path, record["frechet_distance"]),
+            _seeds(path, samples["images_digest"]),
             _modes(folder / "mode_quality" / f"{encoder}_{setting}{guide}.{variant}.png", samples["images_digest"]),
             images,
         )  # fmt: skip
@@ -93,43 +93,59 @@ def _result(path: Path) -> Result:
         raise ValueError(f"'{path}' is not a result of fid ({error!r}); make it again") from error
 
 
-def _seeds(path: Path, distance: float) -> dict[str, Any] | None:
-    """Return the result of the most seeds of which this one is one; names of seeds end in ``.json``, as all do."""
-    found = []
-    for other in path.parent.glob("*.seeds*.json"):
-        summary = store.read_json(other)
-        if path.stem in summary["results"]:
-            place = summary["results"].index(path.stem)
-            if summary["metrics"]["frechet"]["values"][place] == distance:
-                found.append(summary)
-    return max(found, key=lambda summary: len(summary["seeds"]), default=None)
+def _beside(path: Path, stage: str) -> dict[str, Any]:
+    """Return what another stage says of results; an empty dictionary if it says nothing, or its file is damaged."""
+    try:
+        content = store.read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) and content.get("stage") == stage else {}
+
+
+def _seeds(path: Path, digest: str) -> dict[str, Any] | None:
+    """Return the result of the most seeds of which this one, with the digest of its images, is one."""
+    summaries = [_beside(other, "seeds") for other in sorted(path.parent.glob("*.seeds*.json"))]
+    head = path.stem.partition(".")[0]
+    of_this = [
+        summary
+        for summary in summaries
+        if digest in summary.get("images_digests", ()) and summary["results"][0].partition(".")[0] == head
+    ]
+    return max(of_this, key=lambda summary: len(summary["seeds"]), default=None)
 
 
 def _modes(picture: Path, digest: str) -> Path | None:
     """Return the picture of the modes' quality if it is that of these images."""
-    about = picture.with_suffix(".json")
-    same = picture.is_file() and about.is_file() and store.read_json(about).get("images_digest") == digest
+    same = picture.is_file() and _beside(picture.with_suffix(".json"), "mode_quality").get("images_digest") == digest
     return picture if same else None
 
 
 def curves(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Return the finished curves beside some results, of their encoders, each with its name and encoder."""
+    """Return the finished curves that lie beside some results and are of their settings, with ``name`` and ``folder``.
+
+    A curve with a point that has been made anew since is left out.
+    """
     found = []
     for folder in dict.fromkeys(result.folder for result in results):
-        encoders = sorted({result.encoder for result in results if result.folder == folder}, key=len, reverse=True)
+        heads = {
+            f"{result.encoder}_{result.record['samples']['setting']}{'_ag' * result.guided}"
+            for result in results
+            if result.folder == folder
+        }
         for path in sorted((folder / "curve").glob("*.json")):
-            curve = store.read_json(path)
-            encoder = next((name for name in encoders if path.stem.startswith(f"{name}_")), None)
-            if encoder and all(
-                _current(folder / "fid" / f"{name}.json", curve, i) for i, name in enumerate(curve["results"])
-            ):
-                found.append({**curve, "name": path.stem, "encoder": encoder, "folder": str(folder)})
+            curve = _beside(path, "curve")
+            if curve and path.stem.partition(".")[0] in heads and _is_current(folder, curve):
+                found.append({**curve, "name": path.stem, "folder": str(folder)})
     return found
 
 
-def _current(path: Path, curve: dict[str, Any], i: int) -> bool:
-    """Whether the result at a point of a curve is still the one that the curve was made from."""
-    return path.is_file() and store.read_json(path).get("frechet_distance") == curve["metrics"]["frechet"][i]
+def _is_current(folder: Path, curve: dict[str, Any]) -> bool:
+    """Whether the results at the points of a curve are still those that it was made from."""
+    for name, digest in zip(curve["results"], curve["images_digests"], strict=True):
+        result = _beside(folder / "fid" / f"{name}.json", "fid")
+        if result.get("samples", {}).get("images_digest") != digest:
+            return False
+    return True
 
 
 def _images(folder: Path, digest: str) -> Path | None:

@@ -24,8 +24,8 @@ def expand(name: str) -> tuple[str, list[str]]:
     if len(found) != 1:
         listing = " and ".join(f"'{match[0]}'" for match in found) if found else "no part"
         raise ValueError(
-            f"'{name}' is no curve: {listing} of the name lists values; let exactly one of .t, .step, .g and .k do so, "
-            f"as in {EXAMPLE}"
+            f"'{name}' does not name a curve: {listing} of it lists values; let exactly one of .t, .step, .g and .k do "
+            f"so, as in {EXAMPLE}"
         )
     match = found[0]
     values = match[2].split(",")

@@ -122,7 +122,7 @@ def _why_unused(about: dict[str, Any], configuration: config.Config, folder: Pat
     if about["version"] != version:
         return f"{stage} is at version {version}, but was at {about['version']}"
     for name in config.STAGES[stage].sections:
-        if reason := _difference(name, about["identity"], configuration):
+        if reason := _difference(stage, name, about["identity"], configuration):
             return reason
     for name, digest in about["inputs"].items():
         file = about.get("files", {}).get(name)
@@ -131,8 +131,8 @@ def _why_unused(about: dict[str, Any], configuration: config.Config, folder: Pat
     return ""
 
 
-def _difference(section: str, identity: dict[str, Any], configuration: config.Config) -> str:
-    """Describe the first key of a section in which a state differs from the configuration; empty if they agree."""
+def _difference(stage: str, section: str, identity: dict[str, Any], configuration: config.Config) -> str:
+    """Describe the first key of a section in which a stage's state differs from the configuration; empty for none."""
     own = identity.get(section)
     if own is None:
         return ""
@@ -151,6 +151,7 @@ def _difference(section: str, identity: dict[str, Any], configuration: config.Co
     for candidate in candidates:
         setting = identity.get("setting")
         used = config.effective(candidate, setting if setting in config.SETTINGS else None)
+        used = used.read_by(stage) if hasattr(used, "read_by") else used
         wanted = config.keys_of_kind(used, "identity")
         wrong = [key for key in {**wanted, **own} if key not in free and wanted.get(key) != own.get(key)]
         if not wrong:

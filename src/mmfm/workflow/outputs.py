@@ -14,6 +14,7 @@ OUTPUTS = {
     "sample": "sample/{sampled}/{variant}/images.npz",
     "fid_reference": "fid_reference/**/reference.safetensors",
     "fid": "fid/{sampled}.{variant}.json",
+    "reconstruction": "reconstruction/{encoder}.json",
     "mode_quality": "mode_quality/{sampled}.{variant}.json",
     "sweep": "gmm/{encoder}/sweep.json",
 }
@@ -40,4 +41,4 @@ def find(stage: str, results: Path, **names: object) -> list[Path]:
 def job_name(stage: str, output: Path, results: Path) -> str:
     """Return the name of the log of the job that makes an output, without ending."""
     folders = output.relative_to(results).parts[1:-1]
-    return ".".join([stage, *([output.stem] if stage in ("fid", "mode_quality") else folders)])
+    return ".".join([stage, *([output.stem] if stage in ("fid", "reconstruction", "mode_quality") else folders)])

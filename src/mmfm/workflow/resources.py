@@ -16,8 +16,9 @@ CACHE_LIMIT, CACHE_BATCH = 20 * 10**9, 64
 SEEDING_ITERATIONS, START_PASSES = 10, 32
 CANDIDATES, GROUP_ROWS = 16, 64
 KEPT_DECODERS = 2
-"""Copied from mmfm.autoencoder.latent_cache, mmfm.mixture.initial, mmfm.mixture.kmeans and mmfm.stages.train_decoder:
-importing torch would slow down every workflow start."""
+PAIRS = 50_000
+"""Copied from mmfm.autoencoder.latent_cache, mmfm.mixture.initial, mmfm.mixture.kmeans, mmfm.stages.train_decoder and
+mmfm.evaluation.scores: importing torch would slow down every workflow start."""
 
 
 class Estimator:
@@ -351,6 +352,17 @@ class Estimator:
         host = 8 * moments + 2 * bank + self._bank(others)
         return self._resources(work, disk=1e4, device=self._detecting(self.config.fid.batch_size), host=host)
 
+    def reconstruction(self) -> Resources:
+        """Encoder, decoder and twice the detector on the held-out images, or on at most 50,000 training images."""
+        fid, detector, n = self.config.fid, self.detector, min(self.config.data.holdout or self.n, PAIRS)
+        moments = 2 * detector.features * (detector.features + 1) * DOUBLE
+        flops = self.encoder.flops + decoder_flops(self.config.decoder, self.tokens + 1) + 2 * detector.flops
+        written = min(32, -(-n // 500)) * moments
+        work = Work(n * self.image_bytes, written, n * flops + 60 * detector.features**3, images=n, workers=fid.workers)
+        device = self._encoding(fid.batch_size) + costs.decoder_parameters(self.config.decoder) * FLOAT
+        device += self._generating(fid.batch_size) + self._detecting(fid.batch_size)
+        return self._resources(work, disk=written, device=device, host=4 * moments)
+
     def mode_quality(self) -> Resources:
         """The encoder on the generated images, encoder, decoder and encoder on real ones; posteriors in float64."""
         n, k, e, extract = self.config.sample.n_images, self.config.gmm.n_components, self.encoder, self.config.extract
@@ -389,6 +401,7 @@ def for_target(config: Config, target: Target, processes: int, on_gpu: bool, fac
         sample=replace(config.sample, time_points=variant.t or config.sample.time_points),
     )
     found = Estimator(config, target.encoder, processes, on_gpu, facts).stages()
+    del found["reconstruction"]  # a target of its own
     del found["mode_quality"]  # a target of its own
     if not SETTINGS[target.setting].mixture or config.gmm.weights != "fit":
         del found["fit_gmm"], found["spatial_gmm"]

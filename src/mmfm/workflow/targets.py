@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmfm import config
-from mmfm.config.choices import SETTINGS
+from mmfm.config.choices import SETTINGS, SOLVERS
 from mmfm.workflow import curves
 
 _GUIDANCE = r"\.g\d+(\.\d+)?"
@@ -173,7 +173,7 @@ def parse_target(name: str, configuration: config.Config) -> Target:
         ValueError: it is not the name of a result of this run, or the setting has no such variant.
     """
     folder, _, last = name.rpartition("/")
-    own = f"results/{configuration.run}/fid" if configuration.run else "results/fid"
+    own = _folder("fid", configuration)
     if folder and folder != own:
         raise ValueError(f"'{name}' is not in '{own}', the folder of this configuration's results")
     encoders, models = configuration.encoders, configuration.models
@@ -189,6 +189,10 @@ def parse_target(name: str, configuration: config.Config) -> Target:
     return Target(encoder, setting, guided is not None, parse_variant(text, setting, configuration, guided is not None))
 
 
+def _folder(kind: str, configuration: config.Config) -> str:
+    return f"results/{configuration.run}/{kind}" if configuration.run else f"results/{kind}"
+
+
 def parse_curve(name: str, configuration: config.Config) -> tuple[str, list[Target]]:
     """Parse the name of a curve, ``results/[RUN/]curve/NAME.png`` or only ``NAME``.
 
@@ -198,16 +202,23 @@ def parse_curve(name: str, configuration: config.Config) -> tuple[str, list[Targ
     Raises:
         ValueError: it is no such name, or the setting has no such variant.
     """
-    last = re.sub(r"\.(png|txt|json)$", "", name.rpartition("/")[2])
-    part, names = curves.expand(last)
-    found = [parse_target(f"{each}.txt", configuration) for each in names]
-    return part, found
+    folder, _, last = name.rpartition("/")
+    own = _folder("curve", configuration)
+    if folder and folder != own:
+        raise ValueError(f"'{name}' is not in '{own}', the folder of this configuration's curves")
+    part, names = curves.expand(re.sub(r"\.(png|txt|json)$", "", last))
+    if part == "t" and SOLVERS[configuration.sample.solver].adaptive:
+        raise ValueError(
+            f"'{last}' lists time points, but sample.solver is {configuration.sample.solver}, which chooses its own; "
+            "set it to euler or heun"
+        )
+    return part, [parse_target(f"{each}.txt", configuration) for each in names]
 
 
 def parse_targets(name: str, configuration: config.Config) -> list[Target]:
     """Parse the name of a result, or of several seeds or a curve, which stands for all of them.
 
-    The name of modes, ``mode_quality/NAME.png``, stands for the result of the same images.
+    The names ``memorisation/NAME.png`` and ``mode_quality/NAME.png`` stand for the result of the same images.
 
     Raises:
         ValueError: see :func:`parse_target` and :func:`parse_curve`.
@@ -215,8 +226,8 @@ def parse_targets(name: str, configuration: config.Config) -> list[Target]:
     folder, _, last = name.rpartition("/")
     if folder.endswith("/curve"):
         return parse_curve(name, configuration)[1]
-    if folder.endswith("/mode_quality"):
-        return [parse_target(f"{folder.removesuffix('mode_quality')}fid/{Path(last).stem}.txt", configuration)]
+    if folder.endswith(("/memorisation", "/mode_quality")):
+        return [parse_target(f"{folder.rpartition('/')[0]}/fid/{Path(last).stem}.txt", configuration)]
     number = re.search(r"\.seeds(\d+)(?=\.)", last)
     if number is None:
         return [parse_target(name, configuration)]

@@ -310,10 +310,14 @@ def test_the_page_has_finished_curves_that_are_still_true(results, page, capsys,
     curve = results / "curve" / "dinov2_mode.t4,25.json"
     assert main(["curve", "t", str(made), str(other), "--out-json", str(curve)]) == 0
     html = page()
-    assert "Metrics by what varies" in html and ">evaluations of the network (NFE)</text>" in html
+    assert "Distance by evaluations, steps" in html and ">evaluations of the network (NFE)</text>" in html
     assert "The smallest: dinov2_mode.t4,25 at 24." in html
+    for damage in ("{}", "[]", "not JSON", '{"stage": "curve", "varies": "t", "results": []'):
+        (results / "curve" / "dinov2_mode.t5,6.json").write_text(damage)
+    assert "Distance by evaluations, steps" in page()
+    record["samples"]["images_digest"] = "made anew"
     store.write_json(other, {**record, "frechet_distance": 8.0})
-    assert "Metrics by what varies" not in page()
+    assert "Distance by evaluations, steps" not in page()
 
 
 def test_the_range_of_seeds_and_the_straightness_are_columns(results, garments, capsys):
@@ -327,7 +331,12 @@ def test_the_range_of_seeds_and_the_straightness_are_columns(results, garments, 
     assert main(["seeds", str(first), str(second), "--out-json", str(summary)]) == 0
     text = compared(capsys, results)
     assert text.count("6.7 to 6.8 (2)") == 2 and text.count("0.042") == 1
-    store.write_json(second, {**store.read_json(second), "frechet_distance": 7.0})
+    store.write_json(results / "fid" / "dinov2_mode.json", store.read_json(first))  # a copy, under its short name
+    assert "6.7 to 6.8 (2)" in compared(capsys, results / "fid" / "dinov2_mode.txt")
+    record = store.read_json(second)
+    record["samples"]["images_digest"] = "made anew"
+    store.write_json(second, {**record, "frechet_distance": 7.0})
+    (results / "fid" / "dinov2_mode.seeds9.json").write_text("[]")
     assert compared(capsys, results).count("6.7 to 6.8 (2)") == 1
 
 

@@ -1,6 +1,7 @@
 """Listing, splits, reading and cropping of images."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -111,6 +112,54 @@ def test_a_limit_comes_before_holding_out_and_keeps_the_labels(tmp_path, capsys)
     held = data.choose_heldout(wanted, 3, 0)
     assert paths(train) == [path for path, out in zip(wanted, held, strict=True) if not out]
     assert paths(heldout) == [path for path, out in zip(wanted, held, strict=True) if out]
+
+
+def listed(root, tmp_path, *keys):
+    """Return the listings of training and held-out images."""
+    out = [tmp_path / "train.safetensors", tmp_path / "heldout.safetensors"]
+    values = {"root": "x", "holdout": 0, "seed": 0, "unreadable": "error", "workers": 0}
+    line = ["list_images", "--settings", json.dumps({"data": values}), *keys, "--root", str(root)]
+    assert main([*line, "--train", str(out[0]), "--heldout", str(out[1])]) == 0
+    return [data.Listing.open(path) for path in out]
+
+
+def paths_of(listing):
+    return [listing.relative_path(i) for i in range(len(listing))]
+
+
+def test_a_folder_of_held_out_images_has_the_training_classes(tmp_path):
+    """Some classes may be missing, so a class's number there is not its number in the training folder."""
+    images = write_images(tmp_path / "images", 12, classes=3)
+    others = write_images(tmp_path / "others", 9, classes=3, seed=1)
+    shutil.rmtree(others / "class0")
+    plain = listed(images, tmp_path)[0]
+    train, heldout = listed(images, tmp_path, f"data.heldout_root={others}")
+    assert train.digest == plain.digest and len(train) == 12, "no image is taken from training"
+    assert heldout.root == others and heldout.split == "heldout" and heldout.classes == train.classes
+    assert heldout.labels.tolist() == [1] * 3 + [2] * 3
+    assert paths_of(heldout)[0] == "class1/0001.png" and heldout.path(0).is_file()
+    limited, of_kept = listed(
+        images, tmp_path, f"data.heldout_root={others}", "data.limit.classes=0.7", "data.limit.seed=3"
+    )
+    kept = set(limited.labels.tolist())
+    assert len(kept) == 2 and 0 in kept, "the seed keeps a class that is not held out, and one that is"
+    assert set(of_kept.labels.tolist()) == kept - {0} and len(of_kept) == 3
+
+
+def test_folders_without_classes_need_not_have_the_same_name(tmp_path):
+    images, others = (write_images(tmp_path / name, 3, classes=1, seed=i) for i, name in enumerate("ab"))
+    train, heldout = listed(images / "class0", tmp_path, f"data.heldout_root={others / 'class0'}")
+    (others / "class0").rename(others / "elsewhere")
+    again = listed(images / "class0", tmp_path, f"data.heldout_root={others / 'elsewhere'}")[1]
+    assert len(train) == len(heldout) == 3 and again.digest == heldout.digest
+    assert again.classes == ("class0",) and again.labels.tolist() == [0, 0, 0]
+
+
+def test_damaged_held_out_images_are_left_out_if_asked(tmp_path):
+    images, others = (write_images(tmp_path / name, 6, seed=i) for i, name in enumerate("ab"))
+    (others / "class1" / "0003.png").write_bytes(b"no image")
+    train, heldout = listed(images, tmp_path, f"data.heldout_root={others}", "data.unreadable=skip")
+    assert (len(train), len(heldout)) == (6, 5)
 
 
 def test_heldout_images_are_chosen_by_path():

@@ -158,12 +158,26 @@ def test_missing_and_surplus_images():
 
 def test_cautions_say_what_few_images_mean():
     few = Statistics(count=12, gaussian=Gaussian(np.zeros(12), np.eye(12)), spatial=Gaussian(np.zeros(4), np.eye(4)))
-    lines = cautions(["frechet", "sfid"], few)
+    full = Statistics(bank=np.zeros((10_000, 12), np.float32))
+    lines = cautions(["frechet", "sfid"], few, full)
     assert any("frechet: 12 images are too few for 12 features" in line for line in lines)
     assert any("Published numbers use 50,000 images; 12 give larger" in line for line in lines)
     assert not any("sfid" in line for line in lines)
     enough = Statistics(count=50_000, gaussian=few.gaussian)
-    assert cautions(["frechet"], enough) == []
+    assert cautions(["frechet", "precision"], enough, full) == []
+
+
+def test_cautions_say_what_a_small_reference_means():
+    enough, moments = Statistics(count=50_000), Gaussian(np.zeros(12), np.eye(12))
+    small = Statistics(count=12, gaussian=moments, bank=np.zeros((300, 12), np.float32))
+    first, second, third = cautions(["frechet", "recall", "precision"], enough, small)
+    assert "frechet: the reference's 12 images are too few for 12 features" in first
+    assert "The reference is of 12 real images; fewer give larger Frechet distances" in second
+    assert third.startswith("precision, recall: of 300 real images; published numbers use 10,000")
+    (line,) = cautions(["frechet"], enough, Statistics(count=13, gaussian=moments))
+    assert "of 13 real images" in line
+    assert cautions(["frechet", "sfid"], enough, Statistics(gaussian=moments)) == [], "an ADM file does not say"
+    assert cautions(["inception_score"], enough, Statistics(count=13)) == []
 
 
 def test_the_moments_are_those_of_the_features():

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from mmfm.cli.__main__ import main
-from mmfm.evaluation.curve import collect
+from mmfm.evaluation.curve import collect, render
 from mmfm.infra import store
 from support.fid_runs import garments  # noqa: F401 (fixture)
 from support.finished_results import WARNING, write_result
@@ -68,12 +68,38 @@ def test_what_else_can_vary(record, part, changes, values):
     assert found["values"] == values and found["best"]["frechet"] == (values[1] if part != "step" else values[0])
 
 
+def test_guided_results_differ_in_their_scale_alone(record):
+    guided = {"kind": "autoguidance", "scale": 2.0, "interval": [0, 1], "guide": {"digest": "aa"}}
+    for name, value in (("kind", "classifier-free"), ("interval", [0, 0.5]), ("guide", {"digest": "bb"})):
+        records = {"a": record, "b": changed(record, 5.0, guidance=guided)}
+        records["c"] = changed(record, 4.0, guidance={**guided, "scale": 3.0, name: value})
+        with pytest.raises(ValueError, match=f"'c' and 'b' differ in more than guidance scale: guidance {name} is"):
+            collect(records, "g")
+        records["c"]["samples"]["guidance"].update(guided, scale=3.0)
+        assert collect(records, "g")["values"] == [1.0, 2.0, 3.0]
+
+
+def test_the_source_alone_is_a_point_without_evaluations_or_guidance(record):
+    guided = {"kind": "autoguidance", "scale": 2.0, "interval": [0, 1], "guide": {"digest": "aa"}}
+    source = {"source_only": True, "solver": None, "function_evaluations": 0, "time_points": 1}
+    records = {"a": changed(record, 5.0, guidance=guided), "b": changed(record, 9.0, **source)}
+    assert collect(records, "t")["values"] == [0, 24]
+
+
+def test_whole_numbers_keep_their_digits(record):
+    records = {f"r{step}": changed(record, 1.0, weights={"step": step}) for step in (1_250_000, 1_250_001)}
+    assert "1,250,000 " in render(collect(records, "step"))
+
+
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
         ("t", {"seed": 4}, r"differ in more than evaluations of the network \(NFE\): seed is 4 and 0"),
         ("t", {}, r"NFE\): 24, 24; a curve needs two points or more, and each value once"),
-        ("k", {"n_modes": 8, "mode_draw": "x", "time_points": 4}, "more than modes: time_points is 4 and 25"),
+        ("t", {"time_points": 4, "weights": {"digest": "cd"}}, "weights is cd and abab"),
+        ("k", {"n_modes": 8, "mode_draw": "x"}, "more than modes: mode_draw is x and k ~"),
+        ("k", {"n_modes": 8, "weights": {"model": {"depth": 2}}}, "more than modes: model depth is 2 and None"),
+        ("step", {"weights": {"step": None}}, "does not say its training step, as with weights that were given"),
     ],
 )
 def test_what_is_no_curve_is_refused(record, part, change, message):

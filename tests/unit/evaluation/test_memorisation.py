@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mmfm.evaluation.memorisation import draw, memorisation
+from mmfm.evaluation.neighbours import nearest
 
 
 def sets(n: int = 400, m: int = 300) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -22,6 +24,30 @@ def test_distances_and_nearest_images_of_one_distribution():
     assert np.allclose(found.heldout, real)
     assert found.closer == pytest.approx((found.generated[:, None] < real).mean(), abs=1e-12)
     assert 0.45 < found.closer < 0.55 and found.close < 0.03 and found.warnings == ()
+
+
+def test_training_features_are_read_in_blocks_and_compared_once():
+    class Stored:
+        """A file of features that takes consecutive rows only, and few of them."""
+
+        def __init__(self, rows):
+            self.rows, self.shape, self.ndim = rows, rows.shape, 2
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, rows):
+            assert isinstance(rows, slice)
+            return self.rows[rows]
+
+    queries, _, training = sets(50)
+    training[[3, 321]] = queries[7]  # the first of equal rows counts
+    stored, pairs = Stored(training), []
+    distances, indices = nearest(queries, stored, torch.device("cpu"), block=16, advance=pairs.append)
+    everything = np.linalg.norm(queries[:, None].astype(np.float64) - training, axis=2)
+    assert np.allclose(distances, everything.min(1)) and np.array_equal(indices, everything.argmin(1))
+    assert indices[7] == 3 and distances[7] == 0
+    assert sum(pairs) == 50 * 500 and max(pairs) == 16 * 16
 
 
 def test_false_alarms_are_rare():

@@ -334,6 +334,49 @@ def test_decoded_images_against_their_originals(tmp_path):
         evaluate(files[0], tmp_path / "moments.npz", CELLS, ALONE, ["psnr"])
 
 
+def test_an_exactly_decoded_image_counts_as_off_by_one_value(tmp_path, capsys):
+    """Its PSNR is infinite, which JSON can't have, and which would hide all other images."""
+    originals = np.random.default_rng(3).integers(0, 255, (4, 16, 12, 3), np.uint8)
+    decoded = originals.copy()
+    decoded[2] += 1  # 20 log10(255) dB
+    files = [write_npz(tmp_path / f"{name}.npz", part) for name, part in (("a", decoded), ("b", originals))]
+    out = tmp_path / "out.json"
+    line = ["evaluate", str(files[0]), "--reference", str(files[1]), "--metrics", "psnr", "ssim", "--out", str(out)]
+    assert main(line) == 0
+    single = 20 * np.log10(255) + 10 * np.log10(16 * 12 * 3)
+    result = json.loads(out.read_text())
+    assert result["metrics"]["psnr"] == pytest.approx((3 * single + 20 * np.log10(255)) / 4)
+    caution = f"psnr: 3 of 4 decoded images equal their originals; each counts as {single:.2f} dB"
+    assert caution in result["cautions"][0] and caution in capsys.readouterr().out
+
+
+def test_psnr_and_ssim_need_no_detector(tmp_path, capsys):
+    originals = np.random.default_rng(3).integers(0, 256, (9, 16, 12, 3), np.uint8)
+    files = [write_npz(tmp_path / f"{name}.npz", part) for name, part in (("a", originals // 2), ("b", originals))]
+    line = ["evaluate", str(files[0]), "--reference", str(files[1]), "--metrics"]
+    assert main([*line, "ssim", "psnr"]) == 0
+    captured = capsys.readouterr()
+    assert "SSIM" in captured.out and "detector" not in captured.out and "moments" not in captured.out
+    assert "evaluate pairs: 9/9 images" in captured.err and "left" in captured.err, "progress of the second pass"
+    assert main([*line, "ssim", "frechet"]) == 2
+    assert "give --detector-weights" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="give a detector; only psnr and ssim need none"):
+        evaluate(*files, None, ALONE, [])
+
+
+@pytest.mark.parametrize("write", [write_shards, write_folder])
+def test_the_digest_of_a_folder_is_that_of_its_contents(tmp_path, write):
+    """Another image in a file of the same name and size gives another digest, another time does not."""
+    images = pictures(0, 9)
+    first, again = (ImageSet.open(write(tmp_path / name, images)) for name in ("a", "b"))
+    assert first.digest() == again.digest()
+    changed = sorted(path for path in again.path.rglob("*") if path.is_file())[1]
+    content = bytearray(changed.read_bytes())
+    content[-30] ^= 1
+    changed.write_bytes(content)
+    assert first.digest() != again.digest()
+
+
 @pytest.mark.slow
 def test_the_inception_network_from_files_to_numbers(tmp_path, capsys):
     """FID, sFID and Inception Score by the command, against its definition on the network's own layers."""

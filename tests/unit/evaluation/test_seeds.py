@@ -57,7 +57,7 @@ def test_a_metric_that_only_some_have_is_left_out(results):
     [
         (lambda r: r["samples"].update(time_points=4), "differ in more than their seed: time_points is 4 and 25"),
         (lambda r: r["reference"].update(digest="0"), "differ in more than their seed: reference is 0"),
-        (lambda r: r["samples"].update(guidance={"scale": 2.0}), "guidance scale is 2.0 and None"),
+        (lambda r: r["samples"].update(guidance={"scale": 2.0}), "their seed: guidance is True and False"),
         (lambda r: r["samples"]["weights"].update(step=9), "step is 9 and 620"),
         (lambda r: r["samples"].update(seed=0), "the results have the seeds 0, 0, 2; give two or more"),
         (lambda r: r.pop("detector"), "a file is not a result of fid"),

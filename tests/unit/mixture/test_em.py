@@ -1,6 +1,7 @@
 """EM against scikit-learn, across process counts, and through kills."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import signal
@@ -18,7 +19,7 @@ from mmfm.cli import fit_gmm
 from mmfm.evaluation import mixture_report
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.store import map_arrays
-from mmfm.mixture.em import e_step, posteriors
+from mmfm.mixture.em import EMState, e_step, em_iterations, posteriors
 from mmfm.mixture.gaussian import Mixture
 from mmfm.mixture.moments import SufficientStatistics, hard_moments, m_step
 from mmfm.mixture.streaming import Rows
@@ -136,6 +137,82 @@ def test_less_than_half_a_row_gets_the_average_variance_where_nothing_is_added(c
         np.testing.assert_allclose(mixture.diagonal(), np.tile(np.array(expected)[:, None], 2), rtol=1e-12)
 
 
+def shrunk_by_hand(data, mixture, reg_covar, rows):
+    """One step of EM in plain NumPy: variances (n v_k + m v) / (n + m) + reg_covar, with v pooled over components."""
+    posterior = mixture.log_joint(torch.from_numpy(data)).softmax(1).numpy()
+    count = posterior.sum(0)
+    means = posterior.T @ data / count[:, None]
+    scatter = np.stack([(posterior[:, k, None] * (data - means[k]) ** 2).sum(0) for k in range(len(count))])
+    pooled = scatter.sum(0) / len(data)
+    return (scatter + rows * pooled) / (count[:, None] + rows) + reg_covar, pooled
+
+
+@pytest.mark.parametrize("dense_share", [0.0, 1.0])
+def test_shrinkage_counts_the_pooled_variance_as_rows(dense_share, monkeypatch):
+    monkeypatch.setattr("mmfm.mixture.em._DENSE_SHARE", dense_share)
+    data = clustered()
+    start = run(data, a_start(data, 5), 3).mixture
+    expected, pooled = shrunk_by_hand(data.astype(np.float64), start, 1e-2, 7.5)
+    found = run(data, start, 1, reg_covar=1e-2, shrinkage=7.5).mixture
+    np.testing.assert_allclose(found.variances, expected, rtol=1e-9)
+    tied = run(data, Mixture(start.weights, start.means, torch.diag(start.variances[0]), "tied"), 1).mixture
+    alike = run(data, Mixture(start.weights, start.means, start.variances[:1].repeat(5, 1)), 1, shrinkage=1e12).mixture
+    np.testing.assert_allclose(alike.variances, np.tile(tied.diagonal()[0], (5, 1)), rtol=1e-9)
+    assert not np.allclose(pooled, data.var(0), rtol=0.1), "within the components, not of all rows"
+
+
+def test_the_posterior_of_a_shrunk_mixture_never_falls_and_the_bound_may():
+    """From the maximum of the likelihood, a prior leads downhill, by no more than it gains."""
+    data = clustered(120, 6, 5, seed=3)
+    start = run(data, a_start(data, 5), 60, tol=1e-6).mixture
+    states = list(
+        em_iterations(
+            Rows(lambda a, b: data[a:b], len(data), 64, ALONE), EMState(start), max_iter=20, tol=0.0, reg_covar=1e-3,
+            dtype=torch.float64, shrinkage=40.0,
+        )
+    )  # fmt: skip
+    bounds = states[-1].lower_bounds
+    assert bounds[0] - min(bounds) > 0.1
+    for before, after in itertools.pairwise(states):
+        assert before.slack >= 0 and after.lower_bounds[-1] >= before.lower_bounds[-1] - before.slack
+    with pytest.raises(ValueError, match="the mean log-likelihood fell"):
+        forgetful = dataclasses.replace(states[0], slack=0.0)
+        list(em_iterations(Rows(lambda a, b: data[a:b], len(data), 64, ALONE), forgetful, max_iter=2, tol=0.0,
+                           reg_covar=1e-3, dtype=torch.float64, shrinkage=40.0))  # fmt: skip
+
+
+def test_shrinkage_keeps_a_component_of_equal_rows_open_where_nothing_is_added():
+    data = np.concatenate([clustered(60, 3, 1), np.full((5, 3), 40, np.float32)])
+    start = Mixture(np.array([0.9, 0.1]), np.array([[0.0] * 3, [40.0] * 3]), np.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"set gmm\.reg_covar above 0"):
+        run(data, start, 1, reg_covar=0.0)
+    variances = run(data, start, 1, reg_covar=0.0, shrinkage=5.0).mixture.variances
+    pooled = data[:60].astype(np.float64).var(0) * 60 / 65
+    np.testing.assert_allclose(variances[1], 5 * pooled / (5 + 5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("e_step", ["exact", "truncated"])
+def test_a_shrunk_fit_continues_with_the_same_bits(store_of_tokens, tmp_path, e_step):
+    shrunk = dataclasses.replace(SETTINGS, shrinkage=20.0, e_step=e_step, tol=0.0)
+    fit_tokens(store_of_tokens, shrunk, tmp_path / "whole", ALONE)
+    fit_tokens(store_of_tokens, dataclasses.replace(shrunk, max_iter=3), tmp_path / "parts", ALONE)
+    fit_tokens(store_of_tokens, shrunk, tmp_path / "parts", ALONE)
+    assert result(tmp_path / "parts") == result(tmp_path / "whole")
+    plain = fit_tokens(store_of_tokens, dataclasses.replace(shrunk, shrinkage=0.0), tmp_path / "plain", ALONE)
+    variances = [Mixture.load(tmp_path / name / "gmm.safetensors").variances for name in ("plain", "whole")]
+    assert variances[1].std(0).max() < variances[0].std(0).max()
+    assert "shrinkage" not in plain["settings"]
+
+
+@pytest.mark.parametrize("covariance_type", ["spherical", "tied", "full"])
+def test_only_diag_variances_are_shrunk(covariance_type):
+    with pytest.raises(ValueError, match=rf"'gmm.shrinkage' is 5, .* {covariance_type}, .*set 'gmm.shrinkage' to 0"):
+        dataclasses.replace(SETTINGS, covariance_type=covariance_type, shrinkage=5.0).check("gmm")
+    statistics = SufficientStatistics(torch.zeros(2, 2, dtype=torch.float64), covariance_type)
+    with pytest.raises(ValueError, match=f"needs diag covariances, not {covariance_type}"):
+        m_step(statistics, covariance_type, 1e-6, 5.0)
+
+
 def test_variances_stay_positive_where_float32_moments_cancel():
     data = (1e4 + np.random.default_rng(0).normal(0, 1e-2, (300, 4))).astype(np.float32)
     start = Mixture(np.array([1.0]), data[:1].astype(np.float64), np.ones((1, 4)))
@@ -249,10 +326,12 @@ def test_a_killed_fit_ends_with_the_same_bits(store_of_tokens, tmp_path):
     assert result(tmp_path / "killed") == result(tmp_path / "undisturbed")
 
 
-def test_two_processes_find_the_mixture_of_one(store_of_tokens, tmp_path):
-    fit_tokens(store_of_tokens, SETTINGS, tmp_path / "one", ALONE)
+@pytest.mark.parametrize("shrinkage", [0.0, 20.0])
+def test_two_processes_find_the_mixture_of_one(store_of_tokens, tmp_path, shrinkage):
+    settings = dataclasses.replace(SETTINGS, shrinkage=shrinkage)
+    fit_tokens(store_of_tokens, settings, tmp_path / "one", ALONE)
     program = "import sys; from mmfm.cli.__main__ import main; sys.exit(main(sys.argv[1:]))"
-    values = json.dumps({"gmm": dataclasses.asdict(SETTINGS)})
+    values = json.dumps({"gmm": dataclasses.asdict(settings)})
     arguments = ["fit_gmm", "--settings", values, "--tokens", str(tmp_path / "cls_tokens.zarr"), "--out-dir",
                  str(tmp_path / "two")]  # fmt: skip
     run_processes(program, arguments, tmp_path)

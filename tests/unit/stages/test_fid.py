@@ -2,6 +2,7 @@
 
 import io
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,8 @@ def test_guidance_and_source_are_told(garments, reference, tmp_path):
 
 def test_too_few_images_are_a_warning(garments, reference, tmp_path):
     text, result = run(write_samples(tmp_path, garments[300:364]), reference, tmp_path)
-    assert "64 images are too few for 64 features" in text and len(result["warnings"]) == 3
+    assert "64 images are too few for 64 features" in text and len(result["warnings"]) == 4
+    assert "The reference is of 300 real images" in result["warnings"][3]
     text, _ = run(write_samples(tmp_path, garments[300:365]), reference, tmp_path)
     assert "too few" not in text
 
@@ -222,6 +224,19 @@ def test_equal_measurements_have_equal_configurations(garments, reference, tmp_p
         )
     ]  # fmt: skip
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_another_detector_or_reference_is_another_configuration(garments, reference, tmp_path):
+    samples = write_samples(tmp_path / "samples", garments[300:])
+    detector, found = load_detector("fashion", DETECTOR), []
+    for name, digest, images in (("same", None, 300), ("detector", "0" * 64, 300), ("reference", None, 299)):
+        changes = {"detector_digest": digest} if digest else {}
+        known = write_reference(tmp_path / f"{name}.safetensors", garments[:images], **changes)
+        used = replace(detector, digest=digest or detector.digest)
+        files = samples / "images.npz", samples / "samples.json"
+        found.append(fid.measure(*files, known, used, section(), ALONE)["configuration_digest"])
+    _, plain = run(samples, reference, tmp_path)
+    assert len({*found, plain["configuration_digest"]}) == 3 and found[0] == plain["configuration_digest"]
 
 
 def test_constant_images_are_refused(garments, reference, tmp_path, capsys):

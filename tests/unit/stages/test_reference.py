@@ -207,8 +207,13 @@ def test_an_npz_serves_every_metric_that_it_can(tmp_path):
     assert np.allclose(alone.mu, outputs.features.mean(0)) and alone.about["n_images"] == 24
     assert np.allclose(alone.spatial.mean, outputs.spatial.mean(0)) and len(alone.bank) == 24
     assert read({**moments, **spatial, "arr_0": images}).bank is None
-    with pytest.raises(ValueError, match=r"can't serve sfid, kid: it lacks the images \(arr_0\).*out of fid.metrics"):
-        read(moments, "sfid", "kid", "inception_score")
+    with pytest.raises(
+        ValueError, match=r"lacks the images \(arr_0\) from which .* what sfid need.* that fid.metrics has"
+    ):
+        read(moments, "sfid", "inception_score")
+    # The stage knows the kind of statistics alone: the error must not name a metric that nobody asked for as asked for.
+    with pytest.raises(ValueError, match=r"what precision, recall, density, coverage, kid need; set fid\.reference to"):
+        read(moments, "recall")
     with pytest.raises(ValueError, match=r"has images of 16 x 16 pixels, but image\.size is 32"):
         read({**moments, "arr_0": images[:, :16, :16]}, "kid")
     with pytest.raises(ValueError, match=r"has mu_s \(5,\), but the detector has 27 features"):

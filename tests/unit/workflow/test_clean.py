@@ -16,7 +16,7 @@ from support.places import DEFAULTS
 
 CONFIGURATION = config.load([DEFAULTS])
 FOLDERS = ["extract", "fit_gmm", "spatial_gmm", "train_decoder", "train", "sample", "fid_reference", "gmm", "dec"]
-FOLDERS += ["a", "b", "c", "other", "third", "running"]
+FOLDERS += ["reconstruction", "a", "b", "c", "other", "third", "running"]
 
 
 def make(output: Path, stage: str, settings: config.Config = CONFIGURATION, inputs=None, files=None, **more) -> Path:
@@ -81,6 +81,19 @@ def test_a_changed_setting_frees_the_state_of_the_old_one(results, capsys):
     assert all(path.is_dir() for path in kept) and not any(path.exists() for path in doomed)
     assert main(["clean", "--unused", str(results)]) == 0
     assert "0.00 MB freed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["fid_reference", "reconstruction"])
+def test_keys_that_a_stage_ignores_free_nothing(results, stage):
+    """The state has the keys as the stage reads them (Fid.read_by), not as they are configured."""
+    asked = change("fid", metrics=("frechet", "recall"), reference_images=5000)
+    last_run.save(asked, results, FOLDERS)
+    state = make(results / stage / "x", stage, asked)
+    assert main(["clean", "--unused", str(results)]) == 0
+    assert state.is_dir()
+    last_run.save(change("fid", detector="inception", weights="fetch"), results, FOLDERS)
+    assert main(["clean", "--unused", str(results)]) == 0
+    assert not state.exists()
 
 
 def test_a_raised_version_and_an_input_made_anew_free_a_state(results, monkeypatch, capsys):

@@ -100,8 +100,8 @@ def test_a_name_of_a_curve_stands_for_its_points():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("dinov2_mode.t5", "no part of the name lists values; let exactly one of .t, .step, .g and .k do so"),
-        ("dinov2_mode.k8,9.t5,6", "'.k8,9' and '.t5,6' of the name lists values"),
+        ("dinov2_mode.t5", "no part of it lists values; let exactly one of .t, .step, .g and .k do so"),
+        ("dinov2_mode.k8,9.t5,6", "'.k8,9' and '.t5,6' of it lists values"),
         ("dinov2_mode.t5,05", "'.t5,05' has a value twice"),
         ("dinov2_uncond.k8,9", "the setting 'uncond' has no mixture; leave out '.k8'"),
         ("dinov2_moed.t5,6", "'dinov2_moed.t5.txt' is not a result .did you mean 'dinov2_mode.txt'"),
