@@ -26,6 +26,7 @@ RETURNED, STRAYED = (31, 119, 180), (230, 97, 1)
 """Colours of the frames: blue and orange, which colour-blind readers can tell apart."""
 
 _READABLE = 64
+_LONGEST_NAME = 26  # characters
 _FRAME, _GAP, _BETWEEN = 4, 3, 36  # pixels
 
 
@@ -146,7 +147,9 @@ def _title(name: str, quality: ModeQuality) -> str:
 
 
 def _label(mode: int, quality: ModeQuality, common: str) -> str:
-    head = f"mode {mode}: {common}" if common else f"mode {mode}"
+    # Long names, as ImageNet has them, would make the images small.
+    short = common if len(common) <= _LONGEST_NAME else f"{common[: _LONGEST_NAME - 1]}…"
+    head = f"mode {mode}: {short}" if common else f"mode {mode}"
     returned = f"{quality.returned[mode]} of {quality.n[mode]} return"
     distance = f"distance {quality.distance[mode]:.2f}"
     if quality.n_real[mode]:

@@ -35,6 +35,15 @@ def test_frames_say_whether_an_image_returned():
     assert (strip[frame : 64 + frame, frame : 64 + frame] == 0).all() and (strip[:, 0] == 255).all()
 
 
+def test_long_names_of_classes_are_cut():
+    found = quality(np.full(3, 6), np.array([2, 3, 6]))
+    label = mode_sheet._label(1, found, "88% American Staffordshire terrier, pit bull terrier")
+    assert (
+        label == "mode 1: 88% American Staffordshir…\n3 of 6 return (expected 100%)\ndistance 1.00 (real images 1.00)"
+    )
+    assert mode_sheet._label(2, found, "90% shirt").startswith("mode 2: 90% shirt\n6 of 6 return\ndistance 1.00")
+
+
 def test_the_picture_has_a_row_for_each_mode(tmp_path, tiny_pipeline):
     """More rows make it higher; without a ranked mode, it says so instead of being empty."""
     listing, draw = Listing.open(tiny_pipeline.listing), np.random.default_rng(0)

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import zarr
 from PIL import Image
 
 from mmfm import config
@@ -79,7 +81,9 @@ def refused(capsys, given: dict[str, Path], out: Path, *words: str) -> None:
 
 @pytest.mark.parametrize("draw", ["multinomial", "stratified"])
 def test_modes_are_those_that_the_sampler_drew(files, weights, tmp_path, draw):
-    _, about = run(files, weights["gmm"], tmp_path, n_images=9, mode_draw=draw)
+    files = replace(files, spatial_gmm=Path(shutil.copytree(files.spatial_gmm, tmp_path / "spatial_gmm.zarr")))
+    zarr.open_group(files.spatial_gmm, mode="r+")["weights"][:] = np.array([0.1, 0.2, 0.3, 0.4])
+    _, about = run(files, weights["gmm"], tmp_path / "sample", n_images=9, mode_draw=draw)
     again = SampleFiles(weights["gmm"], files.decoder, files.stats, files.encoder, files.spatial_gmm)
     section = build(Sample, {**SAMPLE, "mode_draw": draw}, "sample")
     sampler = Sampler(again, section, build(config.Encoder, SECTIONS["encoder"], "encoder"), 32, None, "cpu")
