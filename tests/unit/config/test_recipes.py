@@ -77,8 +77,8 @@ def test_label_dropout_of_a_recipe_gives_its_names_a_scale(load):
 def test_a_recipes_state_is_used(load, tmp_path):
     loaded = load(MIXTURES)
     own, plain = (training(each, "mode").identity() for each in (loaded, load()))
-    assert garbage._difference("train", {**own, "setting": "mode"}, loaded) == ""
-    assert "initial_phase" in garbage._difference("train", {**plain, "setting": "mode"}, loaded)
+    assert garbage._difference("train", "train", {**own, "setting": "mode"}, loaded) == ""
+    assert "initial_phase" in garbage._difference("train", "train", {**plain, "setting": "mode"}, loaded)
     last_run.save(loaded, tmp_path, ["train"])
     assert last_run.load(tmp_path).configuration == loaded
 
