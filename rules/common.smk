@@ -350,7 +350,7 @@ def demanded_steps(wildcards):
     steps = set()
     for name in named:
         try:
-            named = targets.parse_targets(name, C)
+            named = targets.parse_targets(name.replace(".adm.txt", ".txt"), C)
         except ValueError:
             continue  # another kind of file, or a name that the rules refuse
         for target in named:

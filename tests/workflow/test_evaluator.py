@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mmfm.infra import npz, store
-from support.checkout import link_workflow
+from support.checkout import dry_runs, link_workflow
 from support.places import ROOT
 
 STAND_IN = """
@@ -157,6 +157,16 @@ def test_what_is_missing_is_said_before_anything_runs(checkout):
     (checkout / "overlay.yaml").write_text(yaml.safe_dump({"gpus": 0, "fid": {"reference": "given.npz"}}))
     status, said = snakemake(checkout, "-n", "results/fid_reference/reference.npz")
     assert status != 0 and "'fid.reference' is 'given.npz', so the reference is a file already" in said
+
+
+def test_the_training_keeps_the_step_that_is_asked_for(checkout):
+    write_evaluator(checkout / "published" / "guided-diffusion" / "evaluations")
+    call = {"keys": {"fid": {"reference": "given.npz"}}, "targets": ["results/fid/dinov2_mode.step60.adm.txt"]}
+    (found,) = dry_runs(checkout, [{**call, "operation": True}])
+    (words,) = (
+        words for output, words in found.items() if output.endswith("ema.safetensors") and ".step" not in output
+    )
+    assert "train.milestone_steps=[60]" in words
 
 
 def test_a_mistyped_name_is_explained(checkout):
