@@ -146,7 +146,7 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         "# Covariances and shrinkage on the demo", "",
         f"{found['train_images']:,} training and {found['heldout_images']:,} held-out images; nats per image.", "",
-        "| modes | covariances | training | held-out | less diag (+-) | gap | BIC | coupling cost | source alone | flow |",
+        "| modes | covariances | training | held-out | less diag (+-) | gap | BIC | coupling cost | source | flow |",
         "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]  # fmt: skip
     for label, row in sorted(found["fits"].items(), key=lambda item: position(item[0])):
