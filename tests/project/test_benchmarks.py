@@ -161,6 +161,31 @@ def test_the_loops_of_a_gpu_on_a_cpu(tmp_path, capsys):
     assert "| DiTDH-tiny | 2 | off |" in (tmp_path / "gpu.md").read_text()
 
 
+def test_covariances_agree_with_the_reports_and_are_listed_in_order(tmp_path):
+    """The coupling cost is that of the stage: the mean squared distance of two draws of one mode."""
+    bench = load("covariances")
+    torch = bench.torch
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(60, 2, 3, 3, generator=generator, dtype=torch.float64)
+    labels = bench.np.arange(60) % 3
+    values += 4 * torch.tensor(labels)[:, None, None, None]
+    cost = bench.coupling_cost(values, labels, bench.np.full(3, 1 / 3))
+    union = [torch.cat([part, part.flip(-1)]) for part in (values[labels == mode] for mode in range(3))]
+    within = sum(float((part - part.mean(0)).square().mean()) for part in union) / 3
+    assert cost == pytest.approx(2 * within)
+    assert list(bench.kinds([0.0, 4.0])) == ["diag", "diag, 4 rows", *bench.OTHERS]
+    row = {"train": 2.0, "heldout": 1.0, "standard_error": 0.1, "bic": 3.0, "coupling_cost": 1.5}
+    row["heldout_images"], better = [0.0, 2.0], {**row, "heldout_images": [1.0, 5.0]}
+    labelled = ["512/diag", "64/tied", "64/diag, 16 rows", "64/diag, 4 rows", "64/diag"]
+    found = {"train_images": 8, "heldout_images": 2, "fits": dict.fromkeys(labelled, row) | {"64/tied": better},
+             "distances": {"64/tied": {"source": 2.5, "flow": 1.25}}}  # fmt: skip
+    lines = bench.table(found).splitlines()[-5:]
+    order = ["64 | diag |", "64 | diag, 4", "64 | diag, 16", "64 | tied", "512 | diag"]
+    assert all(f"| {start}" in line for start, line in zip(order, lines, strict=True))
+    assert lines[3].endswith("| 2.50 | 1.25 |") and "| 1.0 |  | 1.0 | 3.0 | 1.500 |" in lines[0]
+    assert "| 1.0 | +2.0 (1.0) | 1.0 |" in lines[3], "differences 1 and 3, standard error 1"
+
+
 def test_startup(tmp_path):
     """That it measures what it says; the limits are for a quiet machine."""
     startup = load("startup")
