@@ -10,7 +10,7 @@ from support.checkout import dry_runs, link_workflow
 from support.places import DEFAULTS, ROOT
 
 PRESET = ROOT / "config" / "imagenet256.yaml"
-LEFT_OUT = ("`--configfile", "not yet", "not needed", "not there", "run it on", "`reconstruction.png`")
+LEFT_OUT = ("`--configfile", "not yet", "not needed", "not there", "run it on")
 SETTINGS = ("uncond", "gmm", "mode", "class", "class_gmm")
 
 
