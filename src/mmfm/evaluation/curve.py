@@ -166,10 +166,10 @@ def plot(curve: Record, path: Path, name: str) -> None:
             color="C3", fontsize=9,
         )  # fmt: skip
         if metric == "frechet" and curve["floor"] is not None:
-            axes.axhline(curve["floor"], color="0.6", linestyle=":", linewidth=1.2)
-            axes.annotate(
-                f"real images, {curve['floor']:.3g}", (1, curve["floor"]), (-4, 4), ha="right", fontsize=8,
-                xycoords=("axes fraction", "data"), textcoords="offset points", color="0.4",
+            # As a line it would often be so far below that the curve looked flat.
+            axes.text(
+                0.98, 0.96, f"real images: {curve['floor']:.3g}", transform=axes.transAxes, ha="right", va="top",
+                fontsize=8, color="0.4",
             )  # fmt: skip
         if axis.logarithmic and curve["values"][0] > 0:
             axes.set_xscale("log")
