@@ -163,7 +163,7 @@ else:
             " --gmm {input.gmm:q} 2>&1 | tee {log:q}"
 
 
-# The same command as in the rule `extract`, on the images that `data.holdout` keeps aside.
+# The same command as in the rule `extract`, on the held-out images.
 rule extract_heldout:
     input:
         encoder=encoder_files,

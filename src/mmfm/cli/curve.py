@@ -13,8 +13,8 @@ Plot the metrics of finished results of one setting against the one thing in whi
 t: evaluations of the network    step: training step    g: guidance scale    k: number of modes
 
 `snakemake results/curve/dinov2_mode.t5,10,25.png` first makes what is missing; the same with .step31,62,124 (milestones
-of the training), .g1,1.5,2 and .k64,256. Points share what they can: those of
-.t, .step and .g are of one training."""
+of the training), .g1,1.5,2 and .k64,256. Points of .t, .step
+and .g share one training."""
 
 
 def main(arguments: list[str]) -> int:

@@ -11,9 +11,9 @@ is as close to the reference as real images are; no detector decides because its
 
   mmfm fdr inception.json dinov2.json --floors inception.heldout.json dinov2.heldout.json
 
-Results are those of `mmfm evaluate --out-json` for one detector each, or of the workflow (results/fid/NAME.txt), which
-know the held-out images' distance if data.holdout is set. The held-out images' number should be that of the generated
-ones: fewer are farther from the reference."""
+Results are those of `mmfm evaluate --out` for one detector each, or of the workflow (results/fid/NAME.txt), which know
+the held-out images' distance if data.holdout or data.heldout_root is set. The held-out images' number should be that of
+the generated ones: fewer are farther from the reference."""
 
 
 def main(arguments: list[str]) -> int:

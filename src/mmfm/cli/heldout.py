@@ -12,8 +12,8 @@ gap is what the mixture has learned by heart; more modes are better only as long
   mmfm heldout --gmm gmm/k64/gmm.safetensors gmm/k256/gmm.safetensors --train cls_tokens.zarr \\
       --heldout heldout/cls_tokens.zarr --out-json heldout.json --out-png heldout.png
 
-`snakemake results/gmm/dinov2/heldout.png` first fits all of sweep.modes, and encodes the images that data.holdout
-keeps aside. docs/diagnostics.md explains how to choose K."""
+`snakemake results/gmm/dinov2/heldout.png` first fits all of sweep.modes, and encodes the held-out images
+(data.holdout or data.heldout_root). docs/diagnostics.md explains how to choose K."""
 
 
 def main(arguments: list[str]) -> int:

@@ -16,9 +16,10 @@ copies is closer. Distances are those of the encoder's global tokens, so images 
 data.heldout_root). Two tests warn: all distances together, and the closest ones, which finds a few copies among many
 images. Blurred images are closer to everything: look at the pairs in the picture.
 
-The training images are not encoded again. Their tokens are read from disk in blocks; 50,000 images against 1.28 million
-of 768 dimensions are 1e14 operations (an estimate: 20 minutes of a core, seconds of a GPU) and 154 MB. There is nothing
-to resume: after an interruption, start again. torchrun shares the encoding among processes.
+The training images are not encoded again. Their tokens are read from disk in blocks; 50,000 generated and as many
+held-out images against 1.28 million of 768 dimensions are 2e14 operations (an estimate: 40 minutes of a core, seconds
+of a GPU) and twice 154 MB. There is nothing to resume: after an interruption, start again. torchrun shares the encoding
+among processes.
 docs/metrics.md#memorisation explains the numbers."""
 
 

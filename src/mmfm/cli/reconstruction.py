@@ -21,9 +21,9 @@ writes  .txt, .json  rFID    Frechet distance of the decoded from the original i
 How to read them: PSNR and SSIM punish a blurred or shifted texture that looks right; rFID asks only whether the set
 looks like real images. A poor PSNR with a good rFID means invented details, the opposite means blur.
 
-The images are the held-out ones (data.holdout). Without any, at most 50,000 training images, evenly spaced, are taken,
-and the text says so: a decoder reconstructs the images that it was trained on better than others. Published rFIDs are
-those of the 50,000 validation images of ImageNet.
+The images are at most 50,000 of the held-out ones (data.holdout or data.heldout_root), evenly spaced. Without any,
+training images are taken, and the text says so: a decoder reconstructs the images that it was trained on better than
+others. Published rFIDs are those of the 50,000 validation images of ImageNet.
 
 `snakemake results/reconstruction/dinov2.txt` makes what this needs and runs it. After an interruption, the same command
 resumes at the first unfinished shard of images. To share the shards among N processes, use torchrun or

@@ -1,6 +1,6 @@
 """Images: their listing, their pixels, and batches of them."""
 
-from mmfm.data.images import as_rgb, center_crop, read_image
+from mmfm.data.images import as_rgb, center_crop, crop_generated, read_image
 from mmfm.data.listing import Listing, choose_heldout, choose_limited, find_readable, scan, write_listing
 from mmfm.data.loader import evenly, image_batches, ranges, to_float
 
@@ -10,6 +10,7 @@ __all__ = [
     "center_crop",
     "choose_heldout",
     "choose_limited",
+    "crop_generated",
     "evenly",
     "find_readable",
     "image_batches",

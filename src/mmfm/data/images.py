@@ -52,6 +52,13 @@ def read_image(path: str | Path) -> Image.Image:
         ) from error
 
 
+def crop_generated(images: np.ndarray, size: int) -> np.ndarray:
+    """Crop images (n, S, S, 3) uint8 as files are cropped to ``size`` pixels: (n, size, size, 3)."""
+    if images.shape[1] == size:
+        return images
+    return np.stack([np.asarray(center_crop(Image.fromarray(image), size)) for image in images])
+
+
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """Resize the shorter side to ``size`` pixels and crop the central square.
 

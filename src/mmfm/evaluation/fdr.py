@@ -46,6 +46,9 @@ def collect(results: Sequence[Mapping[str, Any]], floors: Sequence[Mapping[str, 
             floor is of another reference or of a detector without result; also see :func:`mean_ratio`.
     """
     try:
+        for result in (*results, *floors):
+            if _kind(result) == "evaluate" and "frechet" not in result["metrics"]:
+                raise ValueError("a result has no Frechet distance; score with --metrics frechet")
         if len({(_kind(each), _images(each)) for each in results}) > len({_kind(each) for each in results}):
             raise ValueError("the results are of different images; give those of the same images")
         distances: dict[str, float] = {}
@@ -81,8 +84,8 @@ def _floor(result: Mapping[str, Any], other: Mapping[str, Any] | None) -> tuple[
     if other is None:
         if result.get("floor") is None:
             raise ValueError(
-                f"the distance of held-out real images is unknown for {name} and its reference; set data.holdout, or "
-                "score held-out images with 'mmfm evaluate' and give the result with --floors"
+                f"the distance of held-out real images is unknown for {name} and its reference; set data.holdout or "
+                "data.heldout_root, or score held-out images with 'mmfm evaluate' and give the result with --floors"
             )
         return float(result["floor"]), int(result["floor_n_images"])
     if result.get("floor") is not None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mmfm.autoencoder.encoders import load_encoder
-from mmfm.data.images import center_crop, read_image
+from mmfm.data.images import center_crop, crop_generated, read_image
 from mmfm.data.listing import Listing
 from mmfm.data.loader import to_float
 from mmfm.data.tokens import TokenStore
@@ -132,7 +132,7 @@ def _detector(files: Files, train: TokenStore, digest: str, device: torch.device
     settings = train.attributes.get("settings")
     if not isinstance(settings, dict) or "encoder" not in settings:
         raise ValueError(f"the tokens in '{files.train}' do not say how they were extracted; run extract again")
-    section = settings["encoder"]
+    section, crop = settings["encoder"], settings.get("extract", {}).get("crop", "image")
     encoder = load_encoder(
         section["family"],
         files.encoder,
@@ -143,6 +143,9 @@ def _detector(files: Files, train: TokenStore, digest: str, device: torch.device
     )
 
     def run(images: Tensor) -> Tensor:
+        if crop == "encoder":
+            pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+            images = torch.from_numpy(np.array(crop_generated(pixels, section["input_size"]))).permute(0, 3, 1, 2)
         return encoder(to_float(images, device)).global_token
 
     name = f"global tokens of the {encoder.family} encoder in {files.encoder}"

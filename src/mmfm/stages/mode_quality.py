@@ -26,7 +26,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mmfm import data
@@ -83,7 +82,7 @@ def mode_quality(
     samples, inputs = ranks.from_main(lambda: _belonging(files))
     images = npz.map_array(files.images)
     modes = conditioning.drawn_modes(samples, torch.as_tensor(SpatialMixture.open(files.spatial_gmm).weights))
-    ranks.from_main(lambda: _check_images(images, samples, files))
+    ranks.from_main(lambda: provenance.described(images, files.images, samples, files.samples))
     judge = _Judge(config, files, ranks)
     generated = judge.generated(images, modes)
     listing, kind = _real_images(files)
@@ -157,14 +156,6 @@ def _real_images(files: ModeQualityFiles) -> tuple[Path, str]:
     return files.listing, "training images"
 
 
-def _check_images(images: np.ndarray, samples: dict[str, Any], files: ModeQualityFiles) -> None:
-    """Raise ValueError unless these are the images that ``samples.json`` describes."""
-    if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3 or images.dtype != np.uint8:
-        raise ValueError(f"'{files.images}' holds {images.dtype} {images.shape}, but images are uint8 (n, S, S, 3)")
-    if store.array_digest(images) != samples["images_digest"]:
-        raise ValueError(f"'{files.samples}' does not describe the images in '{files.images}'; run sample again")
-
-
 class _Judge:
     """Encoder, decoder and mixture, and where they place images.
 
@@ -220,9 +211,7 @@ class _Judge:
     @torch.no_grad()
     def joint(self, images: np.ndarray) -> Tensor:
         """Return the log-joints (B, K) of images (B, S, S, 3) uint8, which are cropped as ``extract`` crops files."""
-        if images.shape[1] != self.side:
-            images = np.stack([np.asarray(data.center_crop(Image.fromarray(image), self.side)) for image in images])
-        pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.array(data.crop_generated(images, self.side))).permute(0, 3, 1, 2)
         token = self.rae.encoder(data.to_float(pixels, self.ranks.device)).global_token
         if not token.isfinite().all():
             raise ValueError("the encoder gives NaN or Inf for a generated image; check its weights")

@@ -83,7 +83,7 @@ def reconstruction(
     """
     n = len(data.Listing.open(files.listing))
     if n < 2:
-        raise ValueError(f"'{files.listing}' lists {n} image, but a covariance needs at least 2; raise data.holdout")
+        raise ValueError(f"'{files.listing}' lists {n} image, a covariance needs at least 2; hold more out")
     inputs = ranks.from_main(
         lambda: provenance.belong_together(
             provenance.listing(files.listing),
@@ -224,7 +224,9 @@ class _Reconstruction:
         metrics, lines = means(each, (size, size))
         seen = self.seen()
         decoded = Statistics(self.n, gaussians["decoded"])
-        lines += cautions(["frechet"], decoded, Statistics(), "Keep more images aside (data.holdout).")
+        lines += cautions(
+            ["frechet"], decoded, Statistics(), "Keep more images aside (data.holdout, data.heldout_root)."
+        )
         digests, identity = self.context.inputs.digests, self.context.identity
         return {
             "stage": "reconstruction",
@@ -261,7 +263,7 @@ class _Reconstruction:
         if not self.files.is_heldout:
             lines.append(
                 "These are training images, because none are held out, and a decoder reconstructs the images that it "
-                "was trained on better than others. Set data.holdout to keep some aside."
+                "was trained on better than others. Set data.holdout or data.heldout_root."
             )
         elif seen is None:
             lines.append(

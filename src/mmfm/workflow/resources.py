@@ -353,8 +353,9 @@ class Estimator:
         return self._resources(work, disk=1e4, device=self._detecting(self.config.fid.batch_size), host=host)
 
     def reconstruction(self) -> Resources:
-        """Encoder, decoder and twice the detector on the held-out images, or on at most 50,000 training images."""
-        fid, detector, n = self.config.fid, self.detector, min(self.config.data.holdout or self.n, PAIRS)
+        """Encoder, decoder and twice the detector on at most 50,000 held-out images, or training images without any."""
+        fid, detector, about = self.config.fid, self.detector, self.config.data
+        n = PAIRS if about.heldout_root else min(about.holdout or self.n, PAIRS)  # a folder of unknown size
         moments = 2 * detector.features * (detector.features + 1) * DOUBLE
         flops = self.encoder.flops + decoder_flops(self.config.decoder, self.tokens + 1) + 2 * detector.flops
         written = min(32, -(-n // 500)) * moments

@@ -35,14 +35,18 @@ def write_generated(folder, images):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Tokens of training and held-out images, and generated images of which the first half are training images."""
-    root = tmp_path_factory.mktemp("memorisation")
+    return make(tmp_path_factory.mktemp("memorisation"))
+
+
+def make(root, *overrides):
     write_encoder(root / "encoder")
     training = pixels(root / "train", TRAIN, 0)[1]
     pixels(root / "heldout", HELDOUT, 1)
     for name in ("train", "heldout"):
         line = ["extract", "--settings", settings(("image", "encoder", "latents", "extract"))]
         line += ["--listing", f"{root}/{name}/listing.safetensors", "--encoder-weights", f"{root}/encoder"]
-        assert main([*line, "--out-tokens", f"{root}/{name}/t.zarr", "--out-moments", f"{root}/{name}/m"]) == 0
+        line += ["--out-tokens", f"{root}/{name}/t.zarr", "--out-moments", f"{root}/{name}/m", *overrides]
+        assert main(line) == 0
     write_generated(root, np.concatenate([training[10 : 10 + COPIES], pixels(root / "new", OTHERS, 2)[1]]))
     return root
 
@@ -52,6 +56,13 @@ def command(root, out, **files):
              "listing": "train/listing.safetensors", "encoder-weights": "encoder"} | files  # fmt: skip
     line = [part for name, path in given.items() for part in (f"--{name}", str(root / path))]
     return ["memorisation", *line, "--out-png", f"{out}.png", "--out-json", f"{out}.json", "--batch-size", "7"]
+
+
+def test_generated_images_are_cropped_as_extract_has_cropped_the_files(tmp_path):
+    """Copies are found at distance 0; the encoder's own resizing of 32 pixels to 24 would move them away."""
+    root = make(tmp_path, "extract.crop=encoder", "encoder.input_size=24")
+    assert main(command(root, tmp_path / "m")) == 0
+    assert all(pair["distance"] < 1e-3 for pair in store.read_json(tmp_path / "m.json")["closest_pairs"])
 
 
 def test_copies_are_found_drawn_and_named(made, tmp_path, capsys):
