@@ -567,10 +567,11 @@ def unknown_target(wildcards):
     raise refusal(targets.explain_unknown(f"{folder}/fid/{wildcards.name}", RESULTS, C))
 
 
-def unknown_memorisation(wildcards):
-    """Fail with what the name must be like."""
+def unknown_images(wildcards):
+    """Fail with what the name of a target about generated images must be like."""
+    folder = f"{RESULTS}/{wildcards.kind}"
     raise refusal(
-        f"no target '{RESULTS}/memorisation/{wildcards.name}'; targets are {RESULTS}/memorisation/ENCODER_SETTING[_ag]"
+        f"no target '{folder}/{wildcards.name}'; targets are {folder}/ENCODER_SETTING[_ag]"
         f"[.seedN][.MODEL][.kN][.stepN][.tN][.gN].png, with {', '.join(ENCODERS)} and {', '.join(SETTINGS)}, as for "
         f"distances (see {targets.DOCUMENT})"
     )

@@ -243,6 +243,22 @@ rule unknown_target:
         "false 2> {log:q}"
 
 
+rule unknown_images:
+    input:
+        unknown_images,
+    output:
+        "<results>/{kind}/{name}",
+    log:
+        "<logs>/unknown_images.{kind}.{name}.log",
+    wildcard_constraints:
+        kind="memorisation|mode_quality",
+        name=rf"(?!{NAME}\.(png|json|txt)$)[^/]+",
+    conda:
+        "../envs/mmfm.yaml"
+    shell:
+        "false 2> {log:q}"
+
+
 # The results of a configuration with another `run`, or with none; a workflow that imports this one may have such files.
 if not IMPORTED:
 

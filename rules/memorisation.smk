@@ -64,18 +64,3 @@ rule short_memorisation:
         runtime=1,
     shell:
         "(cp {input.picture:q} {output.picture:q} && cp {input.json:q} {output.json:q}) 2>&1 | tee {log:q}"
-
-
-rule unknown_memorisation:
-    input:
-        unknown_memorisation,
-    output:
-        "<results>/memorisation/{name}",
-    log:
-        "<logs>/unknown_memorisation.{name}.log",
-    wildcard_constraints:
-        name=rf"(?!{NAME}\.(png|json)$)[^/]+",
-    conda:
-        "../envs/mmfm.yaml"
-    shell:
-        "false 2> {log:q}"

@@ -213,8 +213,9 @@ def test_memorisation_adds_the_held_out_images_and_knows_the_names_of_distances(
     assert "results/sample/dinov2_mode/seed7.tiny.k256.step60.t25/images.npz" in plan.stdout
     (line,) = (line for line in plan.stdout.splitlines() if " -- train " in line)
     assert "train.milestone_steps=[60]" in line.replace("\\", "").replace("'", "")
-    wrong = finished.run("results/memorisation/dinov2_moed.png", "-n")
-    assert wrong.returncode != 0 and "targets are results/memorisation/ENCODER_SETTING" in wrong.stdout + wrong.stderr
+    for kind in ("memorisation", "mode_quality"):
+        wrong = finished.run(f"results/{kind}/dinov2_moed.png", "-n")
+        assert wrong.returncode != 0 and f"targets are results/{kind}/ENCODER_SETTING" in wrong.stdout + wrong.stderr
 
 
 def test_a_sweep_reuses_the_tokens_and_the_fit_that_is_there(finished):

@@ -133,7 +133,7 @@ def test_a_row_says_size_weight_and_commonest_class(images):
 
 def test_a_row_shows_the_images_in_order_and_white_after_them(images):
     listed = Listing.open(images[0])
-    row = contact_sheet._row(listed, np.array([7, 3]), 4, 24)
+    row = contact_sheet.cropped_row(listed, np.array([7, 3]), 4, 24)
     assert row.shape == (4, 3, 24, 24) and (row[2:] == 255).all()
     for shown, image in zip(row, (7, 3), strict=False):
         with Image.open(listed.path(image)) as picture:
@@ -173,7 +173,7 @@ def test_images_are_shown_whole_and_not_larger_than_they_are(tmp_path, monkeypat
     ((images, columns),) = sheets
     assert images.shape == (6, 3, shown, shown) and columns == 1
     for image in range(6):
-        assert (images[image] == contact_sheet._row(listing, np.array([image]), 1, shown)[0]).all()
+        assert (images[image] == contact_sheet.cropped_row(listing, np.array([image]), 1, shown)[0]).all()
     (axes,) = figures[0].axes
     beside = axes.get_yticks() * 6 / axes.images[0].get_array().shape[0]
     assert np.floor(beside).tolist() == list(range(6)), "each label is beside its row"
