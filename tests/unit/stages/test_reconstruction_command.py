@@ -82,7 +82,7 @@ def test_numbers_of_the_held_out_images(tiny_pipeline, heldout, tmp_path):
     assert first == f"Frechet distance of decoded and original images (not an rFID): {result['frechet_distance']:.4f}"
     assert f"SSIM              {result['metrics']['ssim']:.4f}" in text
     assert "17 held-out images of 32 x 32 pixels, of which the decoder's file does not say" in text
-    assert "17 images are too few for 64 features" in text and "(data.holdout)" in text
+    assert "17 images are too few for 64 features" in text and "(data.holdout, data.heldout_root)" in text
     assert "NOT an rFID" in text and result["decoder"]["digest"] == store.file_digest(tiny_pipeline.decoder)
 
 
@@ -157,7 +157,7 @@ def test_what_does_not_belong_together_is_refused(tiny_pipeline, heldout, tmp_pa
         ({"--decoder": tmp_path / "absent.safetensors"}, heldout, "absent.safetensors"),
         ({"--decoder": DETECTOR}, heldout, "the decoder file"),
         ({"--encoder-weights": tmp_path / "nowhere"}, heldout, "nowhere"),
-        ({}, single, "lists 1 image, but a covariance needs at least 2; raise data.holdout"),
+        ({}, single, "lists 1 image, a covariance needs at least 2; hold more out"),
     ):
         assert main(arguments(tiny_pipeline, tmp_path / "out", listing, files)) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
