@@ -37,7 +37,7 @@ from mmfm.data.tokens import TokenStore
 from mmfm.evaluation import contact_sheet, mode_sheet
 from mmfm.evaluation.mode_quality import CONFIDENCE, MIN_IMAGES, ModeQuality, Placed, Real, log_joint, place, place_real
 from mmfm.generation import conditioning
-from mmfm.infra import npz, store, versions
+from mmfm.infra import store, versions
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
 from mmfm.mixture.gaussian import Mixture
@@ -79,8 +79,8 @@ def mode_quality(
         FileNotFoundError: a file is missing.
         ValueError: the images have no modes, the files don't belong together, or one is damaged.
     """
-    samples, inputs = ranks.from_main(lambda: _belonging(files))
-    images = npz.map_array(files.images)
+    images, samples = provenance.generated(files.images, files.samples)
+    inputs = ranks.from_main(lambda: _belonging(files, samples))
     modes = conditioning.drawn_modes(samples, torch.as_tensor(SpatialMixture.open(files.spatial_gmm).weights))
     ranks.from_main(lambda: provenance.described(images, files.images, samples, files.samples))
     judge = _Judge(config, files, ranks)
@@ -121,11 +121,8 @@ def mode_quality(
     return ranks.from_main(publish)
 
 
-def _belonging(files: ModeQualityFiles) -> tuple[dict[str, Any], provenance.Inputs]:
-    """Return ``samples.json`` and the digests of the files, after checking that they belong together."""
-    samples = store.read_json(files.samples)
-    if not isinstance(samples, dict) or "images_digest" not in samples:
-        raise ValueError(f"'{files.samples}' does not describe images; give the samples.json that sample wrote")
+def _belonging(files: ModeQualityFiles, samples: dict[str, Any]) -> provenance.Inputs:
+    """Return the digests of the files, after checking that they belong together."""
     if not samples.get("n_modes"):
         raise ValueError(
             f"the images of '{files.samples}' are of the setting '{samples.get('setting')}', whose Gaussian source has "
@@ -135,7 +132,7 @@ def _belonging(files: ModeQualityFiles) -> tuple[dict[str, Any], provenance.Inpu
     described = provenance.Input(
         "images", "set of images", files.samples, samples["images_digest"], "run sample", made_from
     )
-    inputs = provenance.belong_together(
+    return provenance.belong_together(
         described,
         provenance.encoder(files.encoder_weights),
         provenance.statistics(files.stats),
@@ -146,7 +143,6 @@ def _belonging(files: ModeQualityFiles) -> tuple[dict[str, Any], provenance.Inpu
         provenance.tokens(TokenStore.open(files.tokens)),
         provenance.listing(files.listing),
     )
-    return samples, inputs
 
 
 def _real_images(files: ModeQualityFiles) -> tuple[Path, str]:
