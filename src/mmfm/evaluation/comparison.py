@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmfm.config.choices import SETTINGS
+from mmfm.config.choices import METRICS, SETTINGS
 from mmfm.evaluation.curve import number
 from mmfm.infra.progress import duration
 
@@ -152,6 +152,7 @@ def _row(result: Result) -> Row:
             "setting": samples["setting"],
             "autoguidance": result.guided,
             "distance": float(record["frechet_distance"]),
+            "metrics": {name: float(value) for name, value in record.get("metrics", {}).items() if name in METRICS},
             "measure": record["measure"],
             "floor": record["floor"],
             "floor_n_images": record["floor_n_images"],
@@ -231,6 +232,10 @@ def _spread(seeds: dict[str, Any] | None) -> str:
     return f"{seeds['min']:.4g} to {seeds['max']:.4g} ({seeds['n']})" if seeds else ""
 
 
+def _metric(name: str) -> Callable[[Row], str]:
+    return lambda row: f"{row['metrics'][name]:.4f}" if name in row["metrics"] else ""
+
+
 def differs(rows: list[Row], name: str) -> bool:
     """Whether a value is not the same in all rows."""
     return len({row[name] for row in rows}) > 1
@@ -242,6 +247,7 @@ _TABLE: dict[str, tuple[Callable[[Row], str], str]] = {
     "setting": (lambda row: setting_of(row), ""),
     "distance": (lambda row: f"{row['distance']:.4f}", ""),
     "range": (lambda row: _spread(row["seeds"]), ""),
+    **{about.title: (_metric(name), "") for name, about in METRICS.items() if name != "frechet"},
     "detector": (lambda row: row["detector"].partition(" (")[0], "detector"),
     "images": (lambda row: f"{row['n_images']:,}", ""),
     "seed": (lambda row: str(row["seed"]), ""),

@@ -336,6 +336,14 @@ def test_the_page_has_the_pictures_that_others_made_of_the_same_images(results, 
     assert "Good and bad modes" in html and "Nearest training images" not in html
 
 
+def test_other_metrics_are_columns(results, garments, capsys, page):
+    assert "recall" not in compared(capsys, results)
+    write_result(results, garments[:40], "mode", 6.7, metrics={"recall": 0.5, "kid": 0.01, "kid_std": 0.002})
+    text = compared(capsys, results)
+    assert "recall" in text and "KID" in text and "0.5000" in text and "0.0100" in text and "0.0020" not in text
+    assert ">recall</th>" in page()
+
+
 def test_the_range_of_seeds_and_the_straightness_are_columns(results, garments, capsys):
     first = results / "fid" / "dinov2_mode.seed0.tiny.k64.t25.json"
     second = write_result(results, garments[40:80], "mode", 6.8, seed=1)
