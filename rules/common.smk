@@ -472,11 +472,17 @@ def fitted_mixture(wildcards):
     return {**found, "assignment": f"{Path(found['gmm']).parent}/assignment.safetensors"}
 
 
-def complete_name(wildcards, kind, folder="fid"):
-    """Return the file with the complete name that a short name stands for; `kind` is its ending."""
+def completed(wildcards):
+    """Return encoder and setting as a name has them, and its variant, completed by the configuration."""
     encoder, setting, ag, text = re.fullmatch(NAME, wildcards.request).group(1, 2, 3, 4)
     complete = checked(targets.parse_variant, text, setting, C, ag is not None, document=targets.DOCUMENT)
-    return f"{RESULTS}/{folder}/{encoder}_{setting}{ag or ''}.{complete}.{kind}"
+    return f"{encoder}_{setting}{ag or ''}", complete
+
+
+def complete_name(wildcards, kind, folder="fid"):
+    """Return the file with the complete name that a short name stands for; `kind` is its ending."""
+    head, complete = completed(wildcards)
+    return f"{RESULTS}/{folder}/{head}.{complete}.{kind}"
 
 
 def held_out(wildcards):
@@ -525,9 +531,8 @@ def evaluated_reference(wildcards):
 
 def evaluated_images(wildcards):
     """Return the generated images of a result."""
-    encoder, setting, ag, text = re.fullmatch(NAME, wildcards.request).group(1, 2, 3, 4)
-    complete = checked(targets.parse_variant, text, setting, C, ag is not None, document=targets.DOCUMENT)
-    return f"{RESULTS}/sample/{encoder}_{setting}{ag or ''}/{complete}/images.npz"
+    head, complete = completed(wildcards)
+    return f"{RESULTS}/sample/{head}/{complete}/images.npz"
 
 
 def of_seeds(wildcards):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmfm import data
 from mmfm.autoencoder import rae
-from mmfm.autoencoder.encoders import load_encoder
+from mmfm.autoencoder.encoders import configured_encoder
 from mmfm.autoencoder.rae import Encoded
 from mmfm.data.moments import CovarianceMoments
 from mmfm.data.tokens import TokenStore
@@ -114,9 +114,7 @@ class Model:
     @cached_property
     def _encoder(self) -> rae.RAE:
         section, folder = self._found.encoder, self._found.encoder_folder()
-        encoder = load_encoder(
-            section.family, folder, section.input_size, self.device, section.precision, section.norm_affine
-        )
+        encoder = configured_encoder(section, folder, self.device)
         return rae.RAE(encoder, None, *rae.load_statistics(self._found.file("stats"), self.latent_shape))
 
     def encode(self, images: ImageInput) -> Encoded:

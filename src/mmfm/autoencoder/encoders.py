@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfm import config
 from mmfm.autoencoder import transformers_files
 from mmfm.config.choices import ENCODER_FAMILIES, ENCODER_PRECISIONS
 from mmfm.infra import model_folder, store
@@ -93,6 +94,13 @@ class Encoder(nn.Module):
         tokens, global_token = tokens.float(), global_token.float()
         latent = tokens.transpose(1, 2).unflatten(-1, self.grid)
         return EncoderOutput(latent.contiguous(), global_token.contiguous())
+
+
+def configured_encoder(section: config.Encoder, weights: str | Path, device: torch.device | str = "cpu") -> "Encoder":
+    """Load the encoder that a section ``encoder`` describes; arguments and errors as for :func:`load_encoder`."""
+    return load_encoder(
+        section.family, weights, section.input_size, device, section.precision, section.norm_affine
+    )  # fmt: skip
 
 
 def load_encoder(

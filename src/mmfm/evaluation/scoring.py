@@ -74,6 +74,19 @@ class _Reference:
         has = {"gaussian": self.known.gaussian, "spatial": self.known.spatial, "bank": self.known.bank}
         return frozenset(kind for kind in wanted if has.get(kind) is None)
 
+    def completed(self, computed: Statistics | None) -> Statistics:
+        """Return what the file has, and of its images what it lacks; on the main process, which alone computed that."""
+        known, own = self.known, computed or Statistics()
+        assert self.images is not None
+        return replace(
+            known,
+            # Moments in a file are of more images than it has.
+            count=len(self.images) if known.gaussian is None and known.spatial is None else None,
+            bank=known.bank if known.bank is not None else own.bank,
+            gaussian=known.gaussian or own.gaussian,
+            spatial=known.spatial or own.spatial,
+        )
+
     def digest(self) -> str:
         """Return the SHA-256 of a file; see :meth:`ImageSet.digest` for a folder."""
         return store.file_digest(self.path) if self.images is None else self.images.digest()
@@ -102,6 +115,16 @@ def _named(metrics: Iterable[str]) -> list[str]:
                 f"unknown metric '{name}'{did_you_mean(name, TITLES)}; it must be one of {', '.join(TITLES)}"
             )
     return wanted
+
+
+def _served(real: "_Reference", detector: Detector | None) -> list[str]:
+    """Return those of the ADM evaluator's metrics that reference and detector can serve."""
+    spatial = detector is not None and detector.spatial_dimension
+    return [
+        name
+        for name in ADM_METRICS
+        if real.can_serve(name) and (spatial or METRICS[name].needs not in ("spatial", "logits"))
+    ]
 
 
 def evaluate(
@@ -138,13 +161,7 @@ def evaluate(
     if len(images) < 2:
         raise ValueError(f"'{samples}' holds {len(images)} image; give at least 2")
     real = _Reference(Path(reference), detector, images.size)
-    if not wanted:
-        spatial = detector is not None and detector.spatial_dimension
-        wanted = [
-            name
-            for name in ADM_METRICS
-            if real.can_serve(name) and (spatial or METRICS[name].needs not in ("spatial", "logits"))
-        ]
+    wanted = wanted or _served(real, detector)
     paired = [name for name in wanted if name in PAIRED]
     wanted = [name for name in wanted if name not in PAIRED]
     needed = kinds(wanted)
@@ -161,15 +178,7 @@ def evaluate(
         generated = _collected(images, needed, detector, ranks, batch_size, "samples")
     known = real.known
     if detector is not None and real.images is not None and (missing := real.missing(reference_kinds(wanted))):
-        computed = _collected(real.images, missing, detector, ranks, batch_size, "reference")
-        known = replace(
-            known,
-            # Moments in a file are of more images than it has.
-            count=len(real.images) if known.gaussian is None and known.spatial is None else None,
-            bank=known.bank if known.bank is not None else computed.bank if computed else None,
-            gaussian=known.gaussian or (computed.gaussian if computed else None),
-            spatial=known.spatial or (computed.spatial if computed else None),
-        )
+        known = real.completed(_collected(real.images, missing, detector, ranks, batch_size, "reference"))
     pairs = _pairs(paired, images, real.images, ranks, batch_size) if paired and real.images is not None else {}
 
     def measure() -> dict[str, Any]:

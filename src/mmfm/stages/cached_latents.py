@@ -50,6 +50,7 @@ def open_cache(
     config, ranks, images = context.config, context.ranks, data.Listing.open(listing)
 
     def describe() -> LatentCache | None:
+        """Open the cache on the main process, and decide whether it is used."""
         shape = (encoder.hidden_size, *encoder.grid)
         digest, size = store.folder_digest(encoder_weights), crop_size(config, crop)
         how = config.encoder.precision, config.encoder.norm_affine

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mmfm import data
-from mmfm.autoencoder.encoders import Encoder, load_encoder
+from mmfm.autoencoder.encoders import Encoder, configured_encoder
 from mmfm.autoencoder.latent_cache import ReadLatents
 from mmfm.config import StageConfig
 from mmfm.data import tokens
@@ -61,15 +61,7 @@ class _Extraction:
     @functools.cached_property
     def encoder(self) -> Encoder:
         """The encoder, loaded on first use: a finished run does not need it."""
-        section = self.config.encoder
-        return load_encoder(
-            section.family,
-            self.encoder_weights,
-            section.input_size,
-            self.device,
-            section.precision,
-            section.norm_affine,
-        )
+        return configured_encoder(self.config.encoder, self.encoder_weights, self.device)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -243,6 +243,7 @@ def import_npz(path: str | Path, detector: Detector, out: str | Path, section: F
     seen = _of_images(path, file.images, missing, detector, section, size, ranks) if missing else Statistics()
 
     def write() -> None:
+        """Write the reference on the main process, which alone has the statistics."""
         assert seen is not None  # on the main process
         gaussian = file.gaussian or seen.gaussian
         assert gaussian is not None  # metrics include frechet

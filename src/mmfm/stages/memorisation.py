@@ -107,6 +107,7 @@ def memorisation(files: Files, out_png: Path, out_json: Path, ranks: Ranks, batc
     statistics = part.of_all(ranks)
 
     def compared() -> dict[str, Any]:
+        """Compare, draw and write on the main process."""
         assert statistics is not None and isinstance(statistics.bank, np.ndarray)  # on the main process
         others = heldout.read(0, len(heldout))
         pairs = (len(images) + len(others)) * len(train)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mmfm import data
 from mmfm.autoencoder.decoder import load_decoder
-from mmfm.autoencoder.encoders import load_encoder
+from mmfm.autoencoder.encoders import configured_encoder
 from mmfm.autoencoder.rae import RAE, load_statistics, to_uint8
 from mmfm.config import STAGES, StageConfig
 from mmfm.data.tokens import TokenStore
@@ -89,6 +89,7 @@ def mode_quality(
     found = judge.real(listing, min(len(images), len(data.Listing.open(listing))), kind)
 
     def publish() -> dict[str, Any]:
+        """Judge the modes and write everything on the main process."""
         assert generated is not None and found is not None  # on the main process
         (real, posteriors), drawn = found, modes.numpy()
         quality = ModeQuality.of(judge.mixture.weights.cpu().numpy(), drawn, generated, real, posteriors)
@@ -147,9 +148,8 @@ def _belonging(files: ModeQualityFiles, samples: dict[str, Any]) -> provenance.I
 
 def _real_images(files: ModeQualityFiles) -> tuple[Path, str]:
     """Return the listing of the real images to compare with, and what they are."""
-    if files.heldout is not None and len(data.Listing.open(files.heldout)):
-        return files.heldout, "held-out images"
-    return files.listing, "training images"
+    listing, held_out = provenance.real_images(files.listing, files.heldout)
+    return listing, "held-out images" if held_out else "training images"
 
 
 class _Judge:
@@ -159,13 +159,9 @@ class _Judge:
     """
 
     def __init__(self, config: StageConfig, files: ModeQualityFiles, ranks: Ranks) -> None:
-        section = config.encoder
         self.ranks, self.section = ranks, config.extract
         self.mixture = Mixture.load(files.gmm, ranks.device)
-        encoder = load_encoder(
-            section.family, files.encoder_weights, section.input_size, ranks.device, section.precision,
-            section.norm_affine,
-        )  # fmt: skip
+        encoder = configured_encoder(config.encoder, files.encoder_weights, ranks.device)
         statistics = load_statistics(files.stats, (encoder.hidden_size, *encoder.grid))
         self.rae = RAE(encoder, load_decoder(files.decoder).to(ranks.device), *statistics)
         self.rae.require_image_size(config.image.size, files.decoder)

@@ -168,6 +168,13 @@ def extracted_alike(ours: TokenStore, theirs: TokenStore) -> None:
             )
 
 
+def real_images(train: Path, heldout: Path | None) -> tuple[Path, bool]:
+    """Return the listing of the real images to compare with, the held-out ones if there are any, and whether it is."""
+    if heldout is not None and len(Listing.open(heldout)):
+        return heldout, True
+    return train, False
+
+
 def generated(images_path: Path, samples_path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """Open generated images (n, S, S, 3) uint8, memory-mapped, and their description.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from mmfm import data
 from mmfm.autoencoder import rae
 from mmfm.autoencoder.decoder import load_decoder, read_provenance
-from mmfm.autoencoder.encoders import load_encoder
+from mmfm.autoencoder.encoders import configured_encoder
 from mmfm.config import StageConfig
 from mmfm.config.keys import keys_of_kind
 from mmfm.data.moments import CovarianceMoments
@@ -64,12 +64,12 @@ class Files:
     @functools.cached_property
     def is_heldout(self) -> bool:
         """Whether there are held-out images."""
-        return self.heldout is not None and len(data.Listing.open(self.heldout)) > 0
+        return provenance.real_images(self.train, self.heldout)[1]
 
     @property
     def listing(self) -> Path:
         """Listing of the images that are measured."""
-        return self.heldout if self.is_heldout and self.heldout is not None else self.train
+        return provenance.real_images(self.train, self.heldout)[0]
 
 
 def reconstruction(
@@ -153,10 +153,7 @@ class _Reconstruction:
     @functools.cached_property
     def autoencoder(self) -> rae.RAE:
         """Encoder and decoder, loaded when the first image is encoded."""
-        about = self.context.config.encoder
-        encoder = load_encoder(
-            about.family, self.files.encoder, about.input_size, self.device, about.precision, about.norm_affine
-        )
+        encoder = configured_encoder(self.context.config.encoder, self.files.encoder, self.device)
         decoder = load_decoder(self.files.decoder, self.device, latent_dim=encoder.hidden_size)
         whole = rae.RAE(encoder, decoder).eval()
         whole.require_image_size(self.context.config.image.size, self.files.decoder)

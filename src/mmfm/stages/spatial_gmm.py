@@ -22,7 +22,7 @@ import zarr
 from torch import Tensor
 
 from mmfm import data
-from mmfm.autoencoder.encoders import load_encoder
+from mmfm.autoencoder.encoders import configured_encoder
 from mmfm.autoencoder.latent_cache import Encode, ReadLatents
 from mmfm.autoencoder.rae import RAE, load_statistics
 from mmfm.config import StageConfig
@@ -86,15 +86,8 @@ def spatial_gmm(config: StageConfig, files: SpatialFiles, out: Path, ranks: Rank
     inputs = ranks.from_main(lambda: files.inputs(mixture))
 
     def open_encoder() -> Autoencoder:
-        section = config.encoder
-        encoder = load_encoder(
-            section.family,
-            files.encoder_weights,
-            section.input_size,
-            ranks.device,
-            section.precision,
-            section.norm_affine,
-        )
+        """Load the encoder, and say how it encodes images."""
+        encoder = configured_encoder(config.encoder, files.encoder_weights, ranks.device)
         latent_shape = (encoder.hidden_size, *encoder.grid)
         rae = RAE(encoder, None, *load_statistics(files.stats, latent_shape))
         crop, workers = config.spatial_gmm.crop, config.spatial_gmm.workers

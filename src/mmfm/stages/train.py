@@ -24,7 +24,7 @@ from torch import nn
 from mmfm import config
 from mmfm.autoencoder import rae
 from mmfm.autoencoder.decoder import load_decoder
-from mmfm.autoencoder.encoders import load_encoder
+from mmfm.autoencoder.encoders import configured_encoder
 from mmfm.config import StageConfig
 from mmfm.config.choices import SETTINGS
 from mmfm.data.listing import Listing
@@ -195,15 +195,8 @@ class _Training:
 
     def load(self) -> None:
         """Load the autoencoder and build the loss, with its source, and the model."""
-        section, device, decoder_path = self.config.encoder, self.ranks.device, self.files.decoder
-        encoder = load_encoder(
-            section.family,
-            self.files.encoder_weights,
-            section.input_size,
-            device,
-            section.precision,
-            section.norm_affine,
-        )
+        device, decoder_path = self.ranks.device, self.files.decoder
+        encoder = configured_encoder(self.config.encoder, self.files.encoder_weights, device)
         self.latent_shape = (encoder.hidden_size, *encoder.grid)
         decoder = load_decoder(decoder_path, device, latent_dim=encoder.hidden_size) if decoder_path else None
         self.autoencoder = rae.RAE(encoder, decoder, *rae.load_statistics(self.files.stats, self.latent_shape))

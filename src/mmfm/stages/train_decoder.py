@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmfm import config, data
 from mmfm.autoencoder import rae
 from mmfm.autoencoder.decoder import Decoder, DecoderConfig, save_decoder
-from mmfm.autoencoder.encoders import Encoder, load_encoder
+from mmfm.autoencoder.encoders import Encoder, configured_encoder
 from mmfm.config import StageConfig
 from mmfm.infra import rng
 from mmfm.infra.distributed import Ranks
@@ -88,10 +88,7 @@ def _train(context: Context, listing: Path, encoder_weights: Path) -> None:
     budget = {"step": section.steps}
     if runner.restore(context, budget):
         return
-    about = config.encoder
-    encoder = load_encoder(
-        about.family, encoder_weights, about.input_size, ranks.device, about.precision, about.norm_affine
-    )
+    encoder = configured_encoder(config.encoder, encoder_weights, ranks.device)
     plan = latents.BatchPlan(section.seed, n_images, section.global_batch, ranks.rank, ranks.world, section.micro_batch)
     generator = torch.Generator().manual_seed(rng.derive_seed(section.seed, "decoder/init"))
     model = Decoder(_decoder_config(section, encoder, size), generator=generator).to(ranks.device)
@@ -112,6 +109,7 @@ def _train(context: Context, listing: Path, encoder_weights: Path) -> None:
         trainer.run(section.steps, latents.TrainingBatches(plan, source, ranks.device))
 
     def write(finished: Path) -> None:
+        """Write the finished decoder, its history and its pictures."""
         publish_history(context.state, trainer.step, finished, "train_decoder")
         save_picture(_reconstructions(listing, size, encoder, model), finished / "reconstruction.png")
         about = {

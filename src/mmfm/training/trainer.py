@@ -249,6 +249,7 @@ class Trainer:
         optimizer = self.division.optimizer_state(self.optimizer)
 
         def save() -> None:
+            """Write the checkpoint on the main process."""
             values: dict[str, Any] = {
                 "loss_sum": self.loss_sum.item(),
                 "logged_step": self.logged_step,

@@ -82,7 +82,7 @@ def run(listing, folder, encode, rank=0, world=1, batch=5, cache=""):
     weights.mkdir(exist_ok=True)
     for name in store.MODEL_FILES:
         (weights / name).touch()
-    with contextlib.suppress(Left), mock.patch("mmfm.stages.extract.load_encoder", lambda *_: encode):
+    with contextlib.suppress(Left), mock.patch("mmfm.stages.extract.configured_encoder", lambda *_: encode):
         extract(sections(batch, cache), listing, weights, folder / "t.zarr", folder / "m.safetensors", ranks)
 
 

@@ -163,7 +163,7 @@ def test_a_finished_run_whose_outputs_are_in_place_does_nothing(tiny_pipeline, t
         os.utime(path, (0, 0))
     before = {path: (path.stat().st_ino, path.read_bytes()) for path in paths}
     with monkeypatch.context() as patch:
-        patch.setattr("mmfm.stages.train.load_encoder", lambda *_: pytest.fail("something is loaded"))
+        patch.setattr("mmfm.stages.train.configured_encoder", lambda *_: pytest.fail("something is loaded"))
         run(tiny_pipeline, tmp_path)
     assert {path: (path.stat().st_ino, path.read_bytes()) for path in paths} == before
     assert all(path.stat().st_mtime > 0 for path in paths)  # newer than the inputs, as Snakemake wants it
