@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,8 @@ def this_machine(found: Survey) -> Machine:
         name, rates = torch.cuda.get_device_name(), costs.gpu_rates(costs.card_of("auto")[1])
     else:
         name, single = f"{cores} core{'' if cores == 1 else 's'}", _EFFICIENCY * measured_rate()
-        rates = costs.Rates(single, single, decode, costs.CPU.disk)
-    return Machine(name, torch.cuda.is_available(), cores, costs.Rates(rates.single, rates.half, decode, rates.disk))
+        rates = replace(costs.CPU, single=single, half=single, encoder=single)
+    return Machine(name, torch.cuda.is_available(), cores, replace(rates, decode=decode))
 
 
 def measured_rate(seconds: float = 0.5) -> float:

@@ -351,6 +351,7 @@ class Card(Choice):
 
     Attributes:
         single: sustained operations per second in float32 without TF32, in large products.
+        tf32: the same of an encoder whose products are in TF32.
         half: the same of a training step under bf16 autocast, in eager mode.
         memory: bytes.
         peak: of dense bf16 products by the data sheet, operations per second.
@@ -358,6 +359,7 @@ class Card(Choice):
     """
 
     single: float = 0.0
+    tf32: float = 0.0
     half: float = 0.0
     memory: float = 0.0
     peak: float = 0.0
@@ -365,21 +367,18 @@ class Card(Choice):
 
 
 _GIB = 2.0**30
+_A100 = "60 and 27 % of the peaks; the rest follows from the published training time"
 
 CARDS = Choices(
     "card",
     {
         "auto": Card(),
-        "A100-40GB": Card(
-            "", 12e12, 50e12, 40 * _GIB, 312e12, "60 % of the peak; implied by the published training time"
-        ),
-        "A100-80GB": Card(
-            "", 12e12, 50e12, 80 * _GIB, 312e12, "60 % of the peak; implied by the published training time"
-        ),
-        "H100": Card("", 44e12, 180e12, 80 * _GIB, 989e12, "the H200's, less a sixth in bf16 for the slower memory"),
-        "H200": Card("", 44e12, 215e12, 141e9, 989e12, "measured"),
-        "L40S": Card("", 36e12, 54e12, 48 * _GIB, 362e12, "40 and 15 % of the peaks"),
-        "RTX4090": Card("", 33e12, 41e12, 24 * _GIB, 165e12, "40 and 25 % of the peaks"),
+        "A100-40GB": Card("", 12e12, 42e12, 43e12, 40 * _GIB, 312e12, _A100),
+        "A100-80GB": Card("", 12e12, 42e12, 43e12, 80 * _GIB, 312e12, _A100),
+        "H100": Card("", 44e12, 136e12, 200e12, 80 * _GIB, 989e12, "measured"),
+        "H200": Card("", 44e12, 145e12, 215e12, 141e9, 989e12, "measured"),
+        "L40S": Card("", 36e12, 49e12, 54e12, 48 * _GIB, 362e12, "40, 27 and 15 % of the peaks"),
+        "RTX4090": Card("", 33e12, 33e12, 41e12, 24 * _GIB, 165e12, "40, 40 and 25 % of the peaks"),
     },
 )
 """Multiplications and additions count as two operations. Peaks are those of the data sheets, dense."""

@@ -2,7 +2,7 @@
 
 The estimates set the rules' resources and fill the tables in docs/scale.md. File sizes are exact for fixed layouts.
 Tests compare the model's operations, parameters and stored activations with those that PyTorch counts; the rest of the
-memory is a rule of thumb. Times follow from the rates of the cards, of which only the H200's were measured. A
+memory is a rule of thumb. Times follow from the rates of the cards, of which those of H100 and H200 were measured. A
 multiplication and an addition count as two operations.
 """
 
@@ -31,7 +31,7 @@ COPY_BYTES = 2  # bf16 copies of the weights, which autocast keeps for a step
 CONTEXT_BYTES = 1e9  # GPU memory of the CUDA context and the libraries' workspaces
 FLOAT32_ACTIVATIONS = 1.55  # what a model keeps for backward in float32, as a multiple of what it keeps in bf16
 USABLE = 0.95  # share of a GPU's memory that allocations can take
-COMPILED = 1.5  # speed with torch.compile, as a multiple of eager mode; measured on an H200
+COMPILED = 1.5  # speed with torch.compile, as a multiple of eager mode; measured on an H100 and an H200
 HASHED_BYTES = 1e9  # per second and process, SHA-256 in hardware
 INFERENCE_COPIES = 12  # live activations of a layer without backward pass, as multiples of its input
 
@@ -42,12 +42,14 @@ class Rates:
 
     Attributes:
         single, half: operations per second and process, in float32 without TF32 and in bf16.
+        encoder: operations of the frozen encoder per second and process, in its own precision.
         decode: images read, decoded and cropped per second and reading process.
         disk: bytes per second, shared by all processes.
     """
 
     single: float
     half: float
+    encoder: float
     decode: float
     disk: float
 
@@ -73,12 +75,13 @@ def _visible_card() -> str | None:
     return known_card((listed.splitlines() or [""])[0])
 
 
-def gpu_rates(card: Card) -> Rates:
-    """Return the rates of a card, of ImageNet's files and of a shared disk."""
-    return Rates(single=card.single, half=card.half, decode=120, disk=1e9)
+def gpu_rates(card: Card, precision: str = "float32") -> Rates:
+    """Return the rates of a card with an encoder of a precision, of ImageNet's files and of a shared disk."""
+    encoder = {"float32": card.single, "tf32": card.tf32, "bf16": card.half}[precision]
+    return Rates(single=card.single, half=card.half, encoder=encoder, decode=120, disk=1e9)
 
 
-CPU = Rates(single=1e11, half=1e11, decode=1000, disk=2e8)
+CPU = Rates(single=1e11, half=1e11, encoder=1e11, decode=1000, disk=2e8)
 """One core, with the demo's small images."""
 
 
@@ -174,6 +177,7 @@ class Work:
     Attributes:
         reads, writes: bytes.
         single, half: operations in float32 and in bf16.
+        encoder: operations of the frozen encoder.
         images: image files that are decoded.
         workers: image-reading processes per rank.
         alone: bytes that the main process writes and hashes while the others wait, such as checkpoints.
@@ -183,16 +187,17 @@ class Work:
     writes: float
     single: float = 0.0
     half: float = 0.0
+    encoder: float = 0.0
     images: float = 0.0
     workers: int = 0
     alone: float = 0.0
 
     def seconds(self, rates: Rates, processes: int) -> float:
         """Return the longest of arithmetic, decoding and disk access, which overlap, plus what one does alone."""
-        arithmetic = (self.single / rates.single + self.half / rates.half) / processes
+        arithmetic = self.single / rates.single + self.half / rates.half + self.encoder / rates.encoder
         decoding = self.images / (rates.decode * max(1, self.workers) * processes)
         together = (self.reads + self.writes - self.alone) / rates.disk
-        return max(arithmetic, decoding, together) + self.alone * (1 / rates.disk + 1 / HASHED_BYTES)
+        return max(arithmetic / processes, decoding, together) + self.alone * (1 / rates.disk + 1 / HASHED_BYTES)
 
 
 @dataclass(frozen=True)
@@ -222,7 +227,7 @@ class Resources:
     @property
     def flops(self) -> float:
         """Operations of all processes together."""
-        return self.work.single + self.work.half
+        return self.work.single + self.work.half + self.work.encoder
 
     def mem_mb(self, processes: int, on_gpu: bool) -> int:
         """Host memory of the whole job in MB."""

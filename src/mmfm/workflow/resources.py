@@ -43,7 +43,7 @@ class Estimator:
         )
         self.n, self.image_bytes = facts.n_images, facts.image_bytes
         self.card = costs.card_of(config.card)[1] if on_gpu else None
-        usual = costs.CPU if self.card is None else costs.gpu_rates(self.card)
+        usual = costs.CPU if self.card is None else costs.gpu_rates(self.card, entry.precision)
         self.rates = facts.rates or replace(usual, decode=min(usual.decode, costs.DECODED_BYTES / self.image_bytes))
         self.tokens = self.encoder.grid**2
         self.model = config.models[config.train.model]
@@ -108,7 +108,9 @@ class Estimator:
         extract, e = self.config.extract, self.encoder
         shards = -(-self.n // extract.shard_size)
         written = self.n * e.width * FLOAT + (shards + 1) * 2 * e.latent * DOUBLE + self.cached()
-        work = Work(self.n * self.image_bytes, written, self.n * e.flops, images=self.n, workers=extract.workers)
+        work = Work(
+            self.n * self.image_bytes, written, encoder=self.n * e.flops, images=self.n, workers=extract.workers
+        )
         host = extract.shard_size * e.width * FLOAT
         return self._resources(
             work, disk=written, device=self._encoding(extract.batch_size), host=host, cached=self.cached()
@@ -154,7 +156,9 @@ class Estimator:
         spatial = self.config.spatial_gmm
         stored = self.means * (2 if spatial.covariance_type == "diag" else 1)
         flops, written = self.n * self.encoder.flops, stored + self.cached()
-        work = Work(self.n * self.image_bytes, written, flops, images=self.n, workers=spatial.workers, alone=stored)
+        work = Work(
+            self.n * self.image_bytes, written, encoder=flops, images=self.n, workers=spatial.workers, alone=stored
+        )
         memory = {"device": self._encoding(spatial.batch_size), "host": self.n * 40}
         return self._resources(work, disk=written, cached=self.cached(), **memory)
 
@@ -170,7 +174,7 @@ class Estimator:
         work = Work(
             images * self.image_bytes,
             saved + self.cached(),
-            single=self._encoded(images) * self.encoder.flops,
+            encoder=self._encoded(images) * self.encoder.flops,
             half=3 * images * decoder_flops(decoder, self.tokens + 1),
             images=images,
             workers=decoder.workers,
@@ -213,7 +217,8 @@ class Estimator:
         work = Work(
             read,
             saved + cached,
-            single=encoded * self.encoder.flops + images * posterior + measured * single,
+            encoder=encoded * self.encoder.flops,
+            single=images * posterior + measured * single,
             half=passes * images * dit_flops(self.model, self.tokens, self.encoder.width) + measured * half,
             images=self.n if cached else images,
             workers=train.workers,
@@ -357,9 +362,10 @@ class Estimator:
         fid, detector, about = self.config.fid, self.detector, self.config.data
         n = PAIRS if about.heldout_root else min(about.holdout or self.n, PAIRS)  # a folder of unknown size
         moments = 2 * detector.features * (detector.features + 1) * DOUBLE
-        flops = self.encoder.flops + decoder_flops(self.config.decoder, self.tokens + 1) + 2 * detector.flops
+        flops = n * (decoder_flops(self.config.decoder, self.tokens + 1) + 2 * detector.flops)
         written = min(32, -(-n // 500)) * moments
-        work = Work(n * self.image_bytes, written, n * flops + 60 * detector.features**3, images=n, workers=fid.workers)
+        flops += 60 * detector.features**3
+        work = Work(n * self.image_bytes, written, flops, encoder=n * self.encoder.flops, images=n, workers=fid.workers)
         device = self._encoding(fid.batch_size) + costs.decoder_parameters(self.config.decoder) * FLOAT
         device += self._generating(fid.batch_size) + self._detecting(fid.batch_size)
         return self._resources(work, disk=written, device=device, host=4 * moments)
@@ -368,10 +374,10 @@ class Estimator:
         """The encoder on the generated images, encoder, decoder and encoder on real ones; posteriors in float64."""
         n, k, e, extract = self.config.sample.n_images, self.config.gmm.n_components, self.encoder, self.config.extract
         real, decoder = min(n, self.n), self.config.decoder
-        flops = (n + 2 * real) * e.flops + real * decoder_flops(decoder, self.tokens + 1)
-        flops += (n + 2 * real) * 4 * e.width * k * DOUBLE / FLOAT
+        encoded = n + 2 * real
+        flops = real * decoder_flops(decoder, self.tokens + 1) + encoded * 4 * e.width * k * DOUBLE / FLOAT
         reads, written = 2 * n * self.config.image.size**2 * 3 + real * self.image_bytes, 200 * k + 2e6
-        work = Work(reads, written, flops, images=real, workers=extract.workers)
+        work = Work(reads, written, flops, encoder=encoded * e.flops, images=real, workers=extract.workers)
         decoding = costs.decoder_parameters(decoder) * FLOAT
         decoding += extract.batch_size * self.tokens * decoder.hidden_size * FLOAT * costs.INFERENCE_COPIES
         mixture, joint = 6 * k * e.width * DOUBLE, 4 * extract.batch_size * k * DOUBLE

@@ -167,6 +167,17 @@ def test_measured_steps_are_those_of_the_formulas():
         assert 0.7 * CARDS["H200"].half < flops / seconds < 1.1 * CARDS["H200"].half
 
 
+@pytest.mark.parametrize(("precision", "measured"), [("float32", 932), ("tf32", 2906), ("bf16", 7010)])
+def test_an_encoder_takes_the_time_of_its_precision(precision, measured):
+    """DINOv2-base on one H100: docs/performance.md. Less than 1.05 times as fast, and at least half."""
+    entry = dataclasses.replace(FULL.encoders["dinov2"], precision=precision)
+    section = dataclasses.replace(FULL.extract, workers=1000)
+    read = dataclasses.replace(FULL, card="H100", encoders={"dinov2": entry}, extract=section)
+    found = Estimator(read, "dinov2", 1, True).extract()
+    assert 0.5 * measured < costs.IMAGENET_IMAGES / found.seconds < 1.05 * measured
+    assert found.flops == Estimator(FULL, "dinov2", 1, True).extract().flops
+
+
 def test_files_of_a_fixed_layout_are_exact():
     full = Estimator(FULL, "dinov2", 8, True)
     assert full.spatial_gmm().disk == 8192 * 768 * 16 * 16 * 4

@@ -15,7 +15,7 @@ DEFAULT_VALUES = yaml.safe_load(DEFAULTS.read_text())
 PHOTOS = Images("/data/my phötos: 1", 5_000, 10, 300, 50_000, False)
 SMALL = EncoderChoice("dinov2", "hf:facebook/dinov2-small", "a small one", 384, 12, 14)
 BASE = dataclasses.replace(SMALL, width=768)
-LAPTOP = Machine("8 cores", False, 8, costs.Rates(2e11, 2e11, 200, 2e8))
+LAPTOP = Machine("8 cores", False, 8, costs.Rates(2e11, 2e11, 2e11, 200, 2e8))
 GPU = Machine("a GPU", True, 16, dataclasses.replace(costs.gpu_rates(CARDS["A100-40GB"]), decode=200))
 
 
@@ -58,7 +58,7 @@ def test_all_settings_fit_the_budget(machine):
 
 
 def test_too_slow_a_machine_is_told_the_truth():
-    slow = dataclasses.replace(LAPTOP, rates=costs.Rates(1e9, 1e9, 200, 2e8))
+    slow = dataclasses.replace(LAPTOP, rates=costs.Rates(1e9, 1e9, 1e9, 200, 2e8))
     suggested = suggest(machine=slow)
     assert suggested.minutes > 60
     reason = next(line.reason for line in suggested.lines if line.key == "train.epochs")
