@@ -91,7 +91,7 @@ def test_a_dry_run_says_what_is_no_encoder(tmp_path):
 
 def test_models_of_the_hub_are_fetched_with_the_files_that_their_library_has(tmp_path):
     write_images(link_workflow(tmp_path) / "images", 4)
-    wanted = {"msn": ("hf", "some/vit", 3), "eva": ("timm", "timm/eva02.some", 2)}
+    wanted = {"msn": ("hf", "some/vit@v1.2", 3), "eva": ("timm", "timm/eva02.some", 2)}
     keys = {
         **SMALL,
         "encoders": {n: {"family": f, "weights": f"hf:{i}", "input_size": 48} for n, (f, i, _) in wanted.items()},

@@ -27,7 +27,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "files", nargs="+", metavar="FILE", help="path in the repository; with --url, the file to write"
     )
-    parser.add_argument("--repository", default=REPOSITORY, help="repository on the hub (default: %(default)s)")
+    parser.add_argument(
+        "--repository", default=REPOSITORY, help="repository on the hub, or ID@REVISION (default: %(default)s)"
+    )
     parser.add_argument("--revision", default="main", help="branch, tag or commit (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("published"), help="where to (default: %(default)s)")
     parser.add_argument("--url", help="fetch one file from this address; its name ends in digits of its SHA-256")
@@ -39,5 +41,6 @@ def main(arguments: list[str]) -> int:
             parser.error("--url fetches one file")
         fetching.fetch_url(options.url, Path(options.files[0]))
     else:
-        fetching.fetch(options.repository, options.revision, options.files, options.folder)
+        repository, _, revision = options.repository.partition("@")
+        fetching.fetch(repository, revision or options.revision, options.files, options.folder)
     return 0

@@ -207,7 +207,8 @@ def hub_config(name: str) -> dict[str, Any]:
     Raises:
         ValueError: no network, no such model, or not all files.
     """
-    place = f"{_HUB}/{name}/resolve/main"
+    repository, _, revision = name.partition("@")
+    place = f"{_HUB}/{repository}/resolve/{revision or 'main'}"
     try:
         with urllib.request.urlopen(f"{place}/{store.MODEL_FILES[0]}", timeout=4) as answer:
             values: dict[str, Any] = json.load(answer)

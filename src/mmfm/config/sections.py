@@ -94,7 +94,8 @@ class Encoder:
         choices=choices.ENCODER_FAMILIES,
     )
     weights: str = key(
-        "folder in the Hugging Face layout, or `hf:` followed by the id of a model to download", path=True
+        "folder in the Hugging Face layout, or `hf:` and the id of a model to download (`hf:ID@COMMIT` for one commit)",
+        path=True,
     )
     input_size: int = key("side of the encoder's input, to which images are resized", unit="pixels", minimum=8)
     precision: str = key(

@@ -51,6 +51,15 @@ def test_files_arrive_with_a_record_of_their_commit_and_digest(hub, tmp_path, la
     assert not any("resolve" in path for path, _ in hub.requests[before:]), "a whole file is fetched again"
 
 
+def test_a_repository_can_name_its_revision(hub, tmp_path):
+    line = ["fetch", "--repository", f"some/model@{COMMIT}", "--folder", str(tmp_path), "config.json"]
+    environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    run = subprocess.run([sys.executable, "-m", "mmfm.cli", *line], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "some/model at commit 0123456789ab" in run.stderr
+    assert any(path.endswith(f"some/model/revision/{COMMIT}") for path, _ in hub.requests), hub.requests
+
+
 def test_broken_connections_are_resumed_where_they_broke(hub, tmp_path):
     hub.drop_after = 2_000_000
     run = fetched(hub, tmp_path, "a/large.pt")
