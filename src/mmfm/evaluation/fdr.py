@@ -21,7 +21,8 @@ def mean_ratio(distances: Mapping[str, float], floors: Mapping[str, float]) -> f
     Raises:
         ValueError: no encoder, other encoders in one than in the other, or a floor that is not positive.
 
-    Source: FDr^k in Yang et al. 2026, "Representation Fréchet loss for visual generation", for k encoders.
+    Source: FDr^k in Yang et al. 2026, "Representation Fréchet loss for visual generation", for k encoders, and the
+    evaluation code of its authors, whose held-out images are ImageNet's validation set.
     """
     if not distances or distances.keys() != floors.keys():
         raise ValueError(
