@@ -27,9 +27,7 @@ def test_a_process_without_a_gpu_of_its_own_is_an_error(monkeypatch):
     monkeypatch.setenv("MMFM_HELD_GPUS", "GPU-a,GPU-b,GPU-c,GPU-d")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert distributed.choose_device(2) == torch.device("cuda", 2)
-    with pytest.raises(
-        ValueError, match="has 4 processes, but PyTorch sees only 3 of the GPUs GPU-a,GPU-b"
-    ):
+    with pytest.raises(ValueError, match="has 4 processes, but PyTorch sees only 3 of the GPUs GPU-a,GPU-b"):
         distributed.choose_device(3)
 
 
