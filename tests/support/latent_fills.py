@@ -1,11 +1,12 @@
 """Fills latent caches of tiny images: imported, or started by test_latent_cache.py as one process or several.
 
-python tests/support/latent_fills.py LISTING FOLDER [KILL_AFTER | slow | SIGNAL]
+python tests/support/latent_fills.py LISTING FOLDER [KILL_AFTER | slow | apart | SIGNAL]
 """
 
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def main(listing: Path, folder: Path, how: str = "") -> None:
     latent_cache._SHARD_IMAGES = SHARD
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
     fake = Fake()
+    if how == "apart":  # a relative folder is then each process's own, as a disk of its node is
+        os.chdir(tempfile.mkdtemp())
 
     def encode(images: Tensor) -> tuple[Tensor, Tensor]:
         if how.startswith("SIG") and fake.seen == AT:

@@ -20,6 +20,7 @@ import itertools
 import os
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from mmfm import data
 from mmfm.autoencoder.latent_shards import CacheKey, Index, LatentReader, image_keys, write_shard
-from mmfm.infra import disk, file_lock, store
+from mmfm.infra import disk, file_lock, nodes, store
 from mmfm.infra.distributed import Ranks, StopRequest
 from mmfm.infra.progress import Progress
 
@@ -239,10 +240,28 @@ class LatentCache:
                 future.result()
         return stopping
 
+    def _make_folder(self, ranks: Ranks) -> None:
+        """Make the folder, and check that all processes see it: on several nodes it could be on each one's own disk."""
+
+        def mark() -> Path:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=".seen-", dir=self.path)
+            os.close(handle)
+            return self.path / Path(name).name
+
+        marker = ranks.from_main(mark)
+        blind = sorted({name for name in ranks.gather(None if marker.exists() else nodes.name()) if name})
+        ranks.from_main(marker.unlink)
+        if blind:
+            raise ValueError(
+                f"{', '.join(blind)} can't see '{self.path}', which the main process made; set latents.folder to one "
+                "that all nodes share, or latents.cache to off (encodes at every use)"
+            )
+
     @contextmanager
     def _alone(self, ranks: Ranks, stage: str) -> Iterator[bool]:
         """Hold the lock of this cache; yields False if the file system has no locks. A collective call."""
-        ranks.from_main(lambda: self.path.mkdir(parents=True, exist_ok=True))
+        self._make_folder(ranks)
         with open(self.path / "lock", "a+") as handle:
             messages = itertools.chain([f"{stage}: waiting for a job that fills '{self.path}'"], itertools.repeat(""))
             # A single long wait could exceed the timeout of the process group.

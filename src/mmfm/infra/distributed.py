@@ -104,10 +104,17 @@ def choose_device(local_rank: int = 0) -> torch.device:
     """Return this process's GPU, or the CPU if no GPU is visible (``CUDA_VISIBLE_DEVICES=`` hides them).
 
     Raises:
-        ValueError: the launcher reserved GPUs, but PyTorch can't use them.
+        ValueError: the launcher reserved GPUs, but PyTorch can't use them; or there are fewer than processes.
     """
     if torch.cuda.is_available():
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
+        # CUDA hides a broken GPU, and those listed after it. NCCL refuses two processes on one.
+        if local_rank >= (there := torch.cuda.device_count()):
+            raise ValueError(
+                f"{nodes.name()} has {processes_here()} processes, but PyTorch sees only {there} of the GPUs "
+                f"{os.environ.get(HELD) or os.environ.get('CUDA_VISIBLE_DEVICES', '')}; look for a broken one "
+                "or one in MIG mode (nvidia-smi), and leave it out of CUDA_VISIBLE_DEVICES"
+            )
+        return torch.device("cuda", local_rank)
     if held := os.environ.get(HELD):
         raise ValueError(
             f"this job has GPU {held} on {nodes.name()}, but PyTorch {torch.__version__} can't use it: "

@@ -125,7 +125,8 @@ def command(stage: list[str], processes: int, nodes: int = 1) -> list[str]:
     # A stage saves its state when asked to stop: torchrun must forward signals and wait for a large checkpoint.
     torchrun += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout=600"]
     if nodes == 1:
-        torchrun.append("--standalone")
+        # Without the second, the processes meet at what the machine's full name resolves to, which may be nothing.
+        torchrun += ["--standalone", "--local-addr=127.0.0.1"]
     else:
         torchrun += several_nodes.torchrun_options(nodes)
     return [*torchrun, "-m", "mmfm.cli", *stage]

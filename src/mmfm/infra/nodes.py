@@ -21,6 +21,7 @@ FIRST = "MMFM_FIRST_NODE"
 """Environment variable with what the other nodes must know of the first, as JSON."""
 
 _NOWHERE = "192.0.2.1"  # reserved for documentation (RFC 5737); nothing is sent there
+_LOOPBACK = "127."  # Debian's /etc/hosts gives the machine's own name 127.0.1.1, at which no other node finds it
 _PORTS = 100
 _VISIBLE_WITHIN = 90.0
 """Seconds within which every node must see a new file; NFS keeps attributes for up to 60."""
@@ -118,8 +119,20 @@ def own_address(other: str = _NOWHERE) -> str:
         try:
             probe.connect((other, 9))
             return probe.getsockname()[0]
-        except OSError:
-            return socket.gethostbyname(socket.gethostname())
+        except OSError:  # nodes of a cluster often have no route out of it
+            return _address_without_route()
+
+
+def _address_without_route() -> str:
+    """Return the address that this machine's name stands for; if that is the loopback's, an interface's."""
+    named = socket.gethostbyname(socket.gethostname())
+    if not named.startswith(_LOOPBACK):
+        return named
+    import psutil
+
+    every = (entry for addresses in psutil.net_if_addrs().values() for entry in addresses)
+    found = (entry.address for entry in every if entry.family == socket.AF_INET)
+    return next((address for address in found if not address.startswith(_LOOPBACK)), named)
 
 
 def interface_of(address: str) -> str | None:

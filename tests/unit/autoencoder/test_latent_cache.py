@@ -19,7 +19,7 @@ from mmfm import data
 from mmfm.autoencoder import latent_cache, latent_shards
 from mmfm.autoencoder.encoders import load_encoder
 from mmfm.autoencoder.latent_cache import AUTO_LIMIT, use_cache
-from mmfm.infra import disk, store
+from mmfm.infra import disk, nodes, store
 from support.latent_fills import ALONE, SHARD, Fake, open_cache
 from support.places import ROOT
 from support.tiny import CHANNELS, GRID, SIZE, write_images, write_listing
@@ -191,6 +191,15 @@ def test_two_processes_make_the_same_files(tmp_path, listing, whole):
     assert finished.returncode == 0, finished.stderr
     assert sorted(re.findall(r"encoded \d+ of \d+", finished.stdout)) == ["encoded 16 of 40", "encoded 24 of 40"]
     assert contents(cache) == contents(whole)
+
+
+def test_a_folder_that_only_the_main_process_sees_is_refused_before_anything_is_encoded(tmp_path, listing):
+    line = command(listing, open_cache(Path("cache")), "apart", world=2)
+    refused = subprocess.run(line, env={**environment(), "TMPDIR": str(tmp_path)}, capture_output=True, text=True)
+    assert refused.returncode != 0
+    told = re.findall(r"rank (\d): ValueError: (.*) can't see 'cache/.*'.* latents\.folder", refused.stderr)
+    assert sorted(rank for rank, _ in told) == ["0", "1"] and {node for _, node in told} == {nodes.name()}
+    assert not list(tmp_path.glob("**/view*")) and not list(tmp_path.glob("**/.seen-*"))
 
 
 def test_of_two_jobs_the_second_waits_and_encodes_nothing(tmp_path, listing, whole):

@@ -21,6 +21,16 @@ def test_a_reserved_gpu_that_pytorch_cannot_use_is_an_error(monkeypatch):
         distributed.choose_device()
 
 
+def test_a_process_without_a_gpu_of_its_own_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("MMFM_HELD_GPUS", "GPU-a,GPU-b,GPU-c,GPU-d")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert distributed.choose_device(2) == torch.device("cuda", 2)
+    with pytest.raises(ValueError, match="has 4 processes, but PyTorch sees only 3 of the GPUs GPU-a,GPU-b"):
+        distributed.choose_device(3)
+
+
 def test_an_old_driver_is_named_with_the_one_that_is_needed(monkeypatch):
     def init():
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update\nmore")

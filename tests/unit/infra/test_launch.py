@@ -18,6 +18,18 @@ def test_one_process_is_the_module_itself():
     assert "torch.distributed.run" in launch.command(["extract"], processes=2)
 
 
+def test_processes_meet_on_a_machine_whose_full_name_leads_nowhere(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import socket\nsocket.getfqdn = lambda *_: 'nowhere.invalid'\n")
+    (tmp_path / "stage.py").write_text("import os\nprint('at', os.environ['MASTER_ADDR'])\n")
+    line, stage = launch.command(["stage"], processes=2), ["-m", "mmfm.cli", "stage"]
+    assert line[-3:] == stage
+    variables = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [*line[:-3], str(tmp_path / "stage.py")], capture_output=True, text=True, timeout=60, env=variables
+    )
+    assert (done.returncode, done.stdout.splitlines()) == (0, ["at 127.0.0.1"] * 2), done.stderr
+
+
 def test_threads_are_shared_among_processes():
     variables = launch.environment(threads=8, processes=3)
     assert {variables[n] for n in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")} == {"2"}

@@ -1,12 +1,15 @@
 """Several nodes of a SLURM job: the command on the first, torchrun's options, and what all must share."""
 
+import errno
 import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from mmfm.infra import launch, nodes
@@ -77,6 +80,29 @@ def test_nodes_that_can_not_be_had(tmp_path, arguments, variables, message):
 def test_the_interface_of_an_address_is_known_by_name():
     assert nodes.interface_of("127.0.0.1") == "lo"
     assert nodes.interface_of("192.0.2.77") is None
+
+
+@pytest.mark.parametrize(
+    ("named", "others", "expected"),
+    [
+        ("10.9.8.7", ["10.1.2.3"], "10.9.8.7"),
+        ("127.0.1.1", ["10.1.2.3"], "10.1.2.3"),
+        ("127.0.1.1", [], "127.0.1.1"),
+    ],
+)
+def test_without_a_route_the_address_is_one_that_other_nodes_find(monkeypatch, named, others, expected):
+    class NoRoute(socket.socket):
+        def connect(self, address):
+            raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    def entry(address, family=socket.AF_INET):
+        return SimpleNamespace(family=family, address=address)
+
+    interfaces = {"lo": [entry("127.0.0.1")], "eth0": [entry("fe80::1", socket.AF_INET6), *map(entry, others)]}
+    monkeypatch.setattr(socket, "socket", NoRoute)
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: named)
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: interfaces)
+    assert nodes.own_address() == expected
 
 
 @pytest.fixture
