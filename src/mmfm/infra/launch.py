@@ -122,8 +122,7 @@ def command(stage: list[str], processes: int, nodes: int = 1) -> list[str]:
     if processes == 1 and nodes == 1:
         return [sys.executable, "-m", "mmfm.cli", *stage]
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--max-restarts=0"]
-    # A stage saves its state when asked to stop: torchrun must forward signals and wait for a large checkpoint.
-    torchrun += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout=600"]
+    torchrun.append("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     if nodes == 1:
         # Without the second, the processes meet at what the machine's full name resolves to, which may be nothing.
         torchrun += ["--standalone", "--local-addr=127.0.0.1"]
@@ -141,6 +140,9 @@ def environment(threads: int, processes: int, gpus: int = 0) -> dict[str, str]:
     share = str(max(1, threads // processes))
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     added = {**dict.fromkeys(names, share), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # A stage saves its state when asked to stop; torchrun waits so many seconds for a large checkpoint. It has an
+    # option for that, too, but older releases refuse to start with it.
+    added["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "600"
     # PyTorch reads the first of these, and still the second, which is older.
     allocator = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     if gpus and not any(name in os.environ for name in allocator):

@@ -58,6 +58,9 @@ class Whole:
             compile_blocks(self.model)
         if self.ranks.world == 1:
             return self.model
+        if compiled:
+            # For models compiled as a whole: it would cut every block's graph at 25 MB of weights.
+            torch._dynamo.config.optimize_ddp = False
         return replicated(self.model, self.ranks.device)
 
     def part(self, forward: nn.Module, last: bool) -> contextlib.AbstractContextManager:

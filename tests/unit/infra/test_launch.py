@@ -30,6 +30,14 @@ def test_processes_meet_on_a_machine_whose_full_name_leads_nowhere(tmp_path):
     assert (done.returncode, done.stdout.splitlines()) == (0, ["at 127.0.0.1"] * 2), done.stderr
 
 
+def test_torchrun_waits_for_a_large_checkpoint(monkeypatch):
+    from torch.distributed.launcher.api import LaunchConfig
+
+    name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    monkeypatch.setenv(name, launch.environment(threads=2, processes=2)[name])
+    assert LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2).shutdown_timeout == 600
+
+
 def test_threads_are_shared_among_processes():
     variables = launch.environment(threads=8, processes=3)
     assert {variables[n] for n in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")} == {"2"}
