@@ -10,8 +10,8 @@ training (data.holdout of them, or all of another folder, data.heldout_root), an
 is image number i for all later stages. Only names and sizes are read, so a damaged image is found later and stops the
 stage that reads it.
 
-  mmfm list_images --config config/config.yaml --train listing.train.safetensors \\
-      --heldout listing.heldout.safetensors data.root=photos
+  mmfm list_images --config config/config.yaml --config mine.yaml --train listing.train.safetensors \\
+      --heldout listing.heldout.safetensors
 
 Files that are not images by their extension are ignored and counted. With data.unreadable=skip, every image is decoded
 here; damaged ones and dangling links are reported and left out of the listings. This reads the whole folder (ImageNet:

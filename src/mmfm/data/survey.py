@@ -83,7 +83,8 @@ class Survey:
             )
         empty = [name for name, images in self.classes.items() if not images]
         if empty:
-            return f"no images in '{self.root / empty[0]}' (looked for {', '.join(EXTENSIONS)}); add some or remove it"
+            where = self.root / empty[0] if self.paths else self.root
+            return f"no images in '{where}' (looked for {', '.join(EXTENSIONS)}); add some or remove it"
         return ""
 
 

@@ -175,7 +175,10 @@ def parse_target(name: str, configuration: config.Config) -> Target:
     folder, _, last = name.rpartition("/")
     own = _folder("fid", configuration)
     if folder and folder != own:
-        raise ValueError(f"'{name}' is not in '{own}', the folder of this configuration's results")
+        raise ValueError(
+            f"'{name}' is not in '{own}', the folder of this configuration's results; "
+            "give the configuration that it belongs to"
+        )
     encoders, models = configuration.encoders, configuration.models
     head = rf"{any_of(encoders)}_{any_of(SETTINGS)}(_ag)?"
     parts = rf"{head}({variant_pattern(models)})\.(txt|json)"
@@ -205,7 +208,10 @@ def parse_curve(name: str, configuration: config.Config) -> tuple[str, list[Targ
     folder, _, last = name.rpartition("/")
     own = _folder("curve", configuration)
     if folder and folder != own:
-        raise ValueError(f"'{name}' is not in '{own}', the folder of this configuration's curves")
+        raise ValueError(
+            f"'{name}' is not in '{own}', the folder of this configuration's curves; "
+            "give the configuration that it belongs to"
+        )
     part, names = curves.expand(re.sub(r"\.(png|txt|json)$", "", last))
     if part == "t" and SOLVERS[configuration.sample.solver].adaptive:
         raise ValueError(

@@ -91,6 +91,11 @@ def test_what_a_listing_would_refuse(odd):
     assert "birds" in survey(odd).refusal()
 
 
+def test_an_empty_folder_is_named_itself(tmp_path):
+    (tmp_path / "photos").mkdir()
+    assert survey(tmp_path / "photos").refusal().startswith(f"no images in '{tmp_path / 'photos'}' (")
+
+
 def test_a_flat_folder_is_one_class(odd):
     found = survey(odd / "dogs")
     assert found.classes == {"dogs": 4} and not found.refusal()
