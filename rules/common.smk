@@ -479,10 +479,14 @@ def completed(wildcards):
     return f"{encoder}_{setting}{ag or ''}", complete
 
 
-def complete_name(wildcards, kind, folder="fid"):
-    """Return the file with the complete name that a short name stands for; `kind` is its ending."""
-    head, complete = completed(wildcards)
-    return f"{RESULTS}/{folder}/{head}.{complete}.{kind}"
+def complete_names(kind):
+    """Return a function that gives the files of a kind of result with the complete name that a short one stands for."""
+
+    def files(wildcards):
+        head, complete = completed(wildcards)
+        return [f"{RESULTS}/{kind}/{head}.{complete}.{ending}" for ending in targets.ENDINGS[kind]]
+
+    return files
 
 
 def held_out(wildcards):
@@ -542,15 +546,23 @@ def of_seeds(wildcards):
     return [f"{RESULTS}/fid/{encoder}_{setting}{ag or ''}.{complete}.json" for complete in found]
 
 
+def parsed_curve(wildcards):
+    """Return what varies along a curve, and the result at each point."""
+    try:
+        return targets.parse_curve(wildcards.curve, C)
+    except ValueError:
+        raise refusal(targets.explain_unknown(f"{RESULTS}/curve/{wildcards.curve}.png", RESULTS, C)) from None
+
+
 def of_curve(wildcards):
     """Return the results at the points of a curve."""
-    found = checked(targets.parse_curve, wildcards.curve, C, document=targets.DOCUMENT)[1]
+    found = parsed_curve(wildcards)[1]
     return [f"{RESULTS}/fid/{each.encoder}_{each.setting}{'_ag' * each.guided}.{each.variant}.json" for each in found]
 
 
 def varying(wildcards):
     """Return what varies along a curve."""
-    return checked(targets.parse_curve, wildcards.curve, C, document=targets.DOCUMENT)[0]
+    return parsed_curve(wildcards)[0]
 
 
 def compared(template):
@@ -569,17 +581,7 @@ def compared(template):
 def unknown_target(wildcards):
     """Fail with what is wrong with the name; Snakemake would only say that no rule makes it."""
     folder = getattr(wildcards, "folder", RESULTS)
-    raise refusal(targets.explain_unknown(f"{folder}/fid/{wildcards.name}", RESULTS, C))
-
-
-def unknown_images(wildcards):
-    """Fail with what the name of a target about generated images must be like."""
-    folder = f"{RESULTS}/{wildcards.kind}"
-    raise refusal(
-        f"no target '{folder}/{wildcards.name}'; targets are {folder}/ENCODER_SETTING[_ag]"
-        f"[.seedN][.MODEL][.kN][.stepN][.tN][.gN].png, with {', '.join(ENCODERS)} and {', '.join(SETTINGS)}, as for "
-        f"distances (see {targets.DOCUMENT})"
-    )
+    raise refusal(targets.explain_unknown(f"{folder}/{wildcards.name}", RESULTS, C))
 
 
 def refuse_start():
