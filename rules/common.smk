@@ -31,6 +31,13 @@ METRICS = "docs/metrics.md#other-programs"
 MODES = "docs/metrics.md#modes"
 """The document that explains how modes are judged by their images."""
 
+REPORTED = {
+    "fid": ("Frechet distance", {"txt": {}}),
+    "memorisation": ("Memorisation", {"png": {}}),
+    "mode_quality": ("Modes", {"txt": {"as": "numbers"}, "png": {"as": "worst and best modes"}}),
+}
+"""What `--report` shows of each kind of result: its category, and more labels by the ending of a file."""
+
 CONFIGURATION, IMAGES, RUNS = "config/README.md", "docs/your-own-data.md", "README.md#changing-stopping-resuming"
 """The documents that explain errors of the configuration, of the images and of runs."""
 
@@ -350,10 +357,10 @@ def demanded_steps(wildcards):
     steps = set()
     for name in named:
         try:
-            named = targets.parse_targets(name.replace(".adm.txt", ".txt"), C)
+            asked = targets.parse_targets(name.replace(".adm.txt", ".txt"), C)
         except ValueError:
             continue  # another kind of file, or a name that the rules refuse
-        for target in named:
+        for target in asked:
             training = str(replace(target.variant, t=None, g=None, step=None))
             if (target.encoder, target.setting, training) == (wildcards.encoder, wildcards.setting, wildcards.training):
                 steps.add(target.variant.step)
@@ -487,6 +494,23 @@ def complete_names(kind):
         return [f"{RESULTS}/{kind}/{head}.{complete}.{ending}" for ending in targets.ENDINGS[kind]]
 
     return files
+
+
+def short_names(kind):
+    """Return the files of a kind of result under a short name, marked for `--report`."""
+    category, labels = REPORTED[kind]
+    files = {ending: f"<results>/{kind}/{{request}}.{ending}" for ending in targets.ENDINGS[kind]}
+    for ending, more in labels.items():
+        about = {"caption": f"../workflow/report/{kind}.rst", "category": category}
+        files[ending] = report(files[ending], labels={"result": "{request}", **more}, **about)
+    return list(files.values())
+
+
+def name_pattern(kind):
+    """Return a regular expression for the names of a kind of result that a rule makes."""
+    heads = {"fid": f"({NAME}|{SEVERAL})", "curve": "[^/]+", "reconstruction": targets.any_of(ENCODERS)}
+    found = rf"{heads.get(kind, NAME)}\.{targets.any_of(targets.ENDINGS[kind])}"
+    return rf"({found}|{NAME}\.adm\.txt)" if kind == "fid" else found
 
 
 def held_out(wildcards):

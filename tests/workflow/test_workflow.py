@@ -215,6 +215,24 @@ def test_memorisation_adds_the_held_out_images_and_knows_the_names_of_distances(
     assert "train.milestone_steps=[60]" in line.replace("\\", "").replace("'", "")
 
 
+def test_short_names_are_copies_of_every_file(finished):
+    """The rules are made in a loop: each must copy its own kind of result."""
+    wanted = {}
+    for kind in targets.OF_IMAGES:
+        folder = finished.folder / "results" / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        for ending in targets.ENDINGS[kind]:
+            text = wanted[folder / f"dinov2_mode.seed9.{ending}"] = f"{kind} as {ending}"
+            (folder / f"dinov2_mode.seed9.tiny.k256.t25.{ending}").write_text(text)
+    named = [f"results/{kind}/dinov2_mode.seed9.{targets.ENDINGS[kind][0]}" for kind in targets.OF_IMAGES]
+    rules = [f"short_{kind}" for kind in targets.OF_IMAGES]
+    made = finished.run(*named, "--allowed-rules", *rules)
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert {path: path.read_text() for path in wanted} == wanted
+    said = (finished.folder / "results" / "logs" / "short_mode_quality.dinov2_mode.seed9.log").read_text()
+    assert said == "mode_quality as txt"
+
+
 def test_a_sweep_reuses_the_tokens_and_the_fit_that_is_there(finished):
     sweep = "results/gmm/dinov2/sweep.png"
     assert finished.jobs(sweep) == {"fit_gmm", "spatial_gmm", "sweep"}
