@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from mmfm.data.images import UNREADABLE, as_rgb, center_crop, refuse_float
+from mmfm.data.loader import evenly
 from mmfm.infra.image_files import EXTENSIONS, why_ignored
 
 MOST_OPENED = 5_000
@@ -166,16 +167,15 @@ class _Looks:
         self.modes: Counter[str] = Counter()
 
 
-def evenly(items: Sequence[str], most: int) -> list[str]:
+def _spread(items: Sequence[str], most: int) -> list[str]:
     """Return at most so many items from all over a sequence, in their order."""
-    n = len(items)
-    return list(items) if n <= most else [items[i * n // most] for i in range(most)]
+    return [items[i] for i in evenly(len(items), most)]
 
 
 def _look(root: Path, paths: Sequence[str], seconds: float) -> _Looks:
     """Open images, and decode as many of them as time allows, from all over the folder."""
-    looks, chosen, end = _Looks(), evenly(paths, MOST_OPENED), time.monotonic() + seconds
-    # A stride that is coprime to most lengths, so that those decoded before time is up are spread as well.
+    looks, chosen, end = _Looks(), _spread(paths, MOST_OPENED), time.monotonic() + seconds
+    # Every 97th first, then those beside them, so that those decoded before time is up are spread as well.
     order = sorted(range(len(chosen)), key=lambda i: (i % 97, i))
     for path in (chosen[i] for i in order):
         looks.opened += 1
@@ -199,7 +199,7 @@ def _look(root: Path, paths: Sequence[str], seconds: float) -> _Looks:
 def _seconds_per_image(root: Path, paths: Sequence[str]) -> float:
     """Time reading and cropping some images; the median is not misled by what else runs."""
     times = []
-    for path in evenly(paths, _TIMED):
+    for path in _spread(paths, _TIMED):
         start = time.perf_counter()
         try:
             with Image.open(root / path) as image:
@@ -213,7 +213,7 @@ def _seconds_per_image(root: Path, paths: Sequence[str]) -> float:
 def pictures(looked: Survey, most: int = 64, side: int = 96) -> np.ndarray:
     """Return images from all over the folder, (n, 3, side, side) uint8, those left out that can't be read."""
     shown = []
-    for path in evenly(looked.paths, most):
+    for path in _spread(looked.paths, most):
         try:
             with Image.open(looked.root / path) as image:
                 shown.append(np.asarray(center_crop(as_rgb(image), side), np.uint8).transpose(2, 0, 1))

@@ -6,7 +6,6 @@ Unit of work: an optimiser step; the state holds checkpoints ``step-00000500/``.
 After a kill: training continues from the newest checkpoint. A larger ``decoder.steps`` continues a finished run.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,8 +142,7 @@ def _decoder_config(section: config.Decoder, encoder: Encoder, size: int) -> Dec
 @torch.no_grad()
 def _reconstructions(listing: Path, size: int, encoder: Encoder, model: Decoder) -> Any:
     """Draw images spread over the listing, each with its reconstruction."""
-    n = len(data.Listing.open(listing))
-    shown = [math.floor(i * n / min(n, _SHOWN)) for i in range(min(n, _SHOWN))]
+    shown = data.evenly(len(data.Listing.open(listing)), _SHOWN).tolist()
     _, images = next(data.image_batches(listing, size, [shown]))
     latent, _ = encoder(data.to_float(images, encoder.image_mean.device))
     return paired_grid(images, rae.to_uint8(rae.RAE(encoder, model.eval()).decode(latent)))
