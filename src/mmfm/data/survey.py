@@ -95,11 +95,11 @@ def survey(root: str | Path, seconds: float = 5.0) -> Survey:
         seconds: to spend on decoding images; those that are left are only opened.
 
     Raises:
-        FileNotFoundError: ``root`` is no folder.
+        FileNotFoundError: ``root`` is not a folder.
     """
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"'{root}' is no folder; give a folder of images, best with one subfolder per class")
+        raise FileNotFoundError(f"'{root}' is not a folder; give a folder of images, best with one subfolder per class")
     walk = _Walk()
     files = sorted(walk.images(root, ""))
     top = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
@@ -128,7 +128,7 @@ def survey(root: str | Path, seconds: float = 5.0) -> Survey:
 
 
 class _Walk:
-    """Walks a folder once and counts what is no image."""
+    """Walks a folder once and counts what is not an image."""
 
     def __init__(self) -> None:
         self.ignored: Counter[str] = Counter()

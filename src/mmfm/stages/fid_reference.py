@@ -5,7 +5,7 @@ Reads: the listings, the images and the detector; or, if ``fid.reference`` names
 Writes: ``reference.safetensors``. With held-out images it records the floor: their distance from the reference. Spatial
     moments and features of single images are kept only if a metric in ``fid.metrics`` needs them.
 Unit of work: a shard of consecutive images, whose statistics are ``shard-00003.safetensors`` in the state, or
-    ``heldout-00001.safetensors`` for held-out images. An ``.npz`` is read, or its images are seen, at one go.
+    ``heldout-00001.safetensors`` for held-out images. An ``.npz`` is read, or its images are seen, in one go.
 After a kill: whole shards are kept; missing and damaged ones are made again.
 """
 

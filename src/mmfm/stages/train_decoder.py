@@ -71,7 +71,7 @@ def train_decoder(config: StageConfig, listing: Path, encoder_weights: Path, out
     """Train a decoder for the latents of an encoder and publish it.
 
     Raises:
-        ValueError: ``image.size`` is no multiple of the latent's rows, or training meets NaN or Inf.
+        ValueError: ``image.size`` is not a multiple of the latent's rows, or training meets NaN or Inf.
         KeyboardInterrupt: a signal stopped training; a checkpoint was written first.
     """
     inputs = ranks.from_main(
@@ -131,7 +131,7 @@ def _decoder_config(section: config.Decoder, encoder: Encoder, size: int) -> Dec
     height, width = encoder.grid
     if size % height:
         raise ValueError(
-            f"image.size {size} is no multiple of the latent's {height} rows; take {height * (size // height or 1)}"
+            f"image.size {size} is not a multiple of the latent's {height} rows; take {height * (size // height or 1)}"
         )
     return DecoderConfig(
         encoder.hidden_size, section.hidden_size, section.intermediate_size, section.num_heads, section.num_layers,

@@ -334,7 +334,7 @@ def _corrected(kind: str, name: str, configuration: config.Config) -> tuple[list
     wrong = about_head + wrong
     for part in typed:
         if _place(part, kind, configuration) is None:
-            wrong.append(f"'{part}' is no part of a name, nor an entry of `models`")
+            wrong.append(f"'{part}' is neither a part of a name nor an entry of `models`")
             parts += [f".{model}" for model in difflib.get_close_matches(part[1:], list(configuration.models), n=1)]
         else:
             parts.append(part)
@@ -381,12 +381,12 @@ def _corrected_head(head: str, configuration: config.Config) -> tuple[list[str],
         meant = f"{named[0]}_{match[2]}" if len(named) == 1 else ""
         return [f"`encoders` has no '{match[1]}', it has {', '.join(encoders)}"], meant
     if encoder := next((name for name in encoders if head.startswith(f"{name}_")), None):
-        return [f"'{head.removeprefix(f'{encoder}_')}' is no setting"], meant
-    return [f"'{head}' is no encoder with a setting"], meant
+        return [f"'{head.removeprefix(f'{encoder}_')}' is not a setting"], meant
+    return [f"'{head}' is not an encoder with a setting"], meant
 
 
 def _place(part: str, kind: str, configuration: config.Config) -> int | None:
-    """Return a part's place in a name; None if it is no part."""
+    """Return a part's place in a name; None if it is not a part."""
     seeds, more = (r"\.seeds?\d+" if kind == "fid" else r"\.seed\d+"), rf"(,{curves.VALUE})*" if kind == "curve" else ""
     models = any_of(configuration.models)
     kinds = (seeds, rf"\.{models}", rf"\.k\d+{more}", rf"\.step\d+{more}", rf"\.t\d+{more}", rf"{_GUIDANCE}{more}")
