@@ -46,6 +46,7 @@ include: "rules/sample.smk"
 include: "rules/fid.smk"
 include: "rules/memorisation.smk"
 include: "rules/mode_quality.smk"
+include: "rules/names.smk"
 include: "rules/compare.smk"
 
 

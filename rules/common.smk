@@ -31,6 +31,13 @@ METRICS = "docs/metrics.md#other-programs"
 MODES = "docs/metrics.md#modes"
 """The document that explains how modes are judged by their images."""
 
+REPORTED = {
+    "fid": ("Frechet distance", {"txt": {}}),
+    "memorisation": ("Memorisation", {"png": {}}),
+    "mode_quality": ("Modes", {"txt": {"as": "numbers"}, "png": {"as": "worst and best modes"}}),
+}
+"""What `--report` shows of each kind of result: its category, and more labels by the ending of a file."""
+
 CONFIGURATION, IMAGES, RUNS = "config/README.md", "docs/your-own-data.md", "README.md#changing-stopping-resuming"
 """The documents that explain errors of the configuration, of the images and of runs."""
 
@@ -350,10 +357,10 @@ def demanded_steps(wildcards):
     steps = set()
     for name in named:
         try:
-            named = targets.parse_targets(name.replace(".adm.txt", ".txt"), C)
+            asked = targets.parse_targets(name.replace(".adm.txt", ".txt"), C)
         except ValueError:
             continue  # another kind of file, or a name that the rules refuse
-        for target in named:
+        for target in asked:
             training = str(replace(target.variant, t=None, g=None, step=None))
             if (target.encoder, target.setting, training) == (wildcards.encoder, wildcards.setting, wildcards.training):
                 steps.add(target.variant.step)
@@ -479,10 +486,31 @@ def completed(wildcards):
     return f"{encoder}_{setting}{ag or ''}", complete
 
 
-def complete_name(wildcards, kind, folder="fid"):
-    """Return the file with the complete name that a short name stands for; `kind` is its ending."""
-    head, complete = completed(wildcards)
-    return f"{RESULTS}/{folder}/{head}.{complete}.{kind}"
+def complete_names(kind):
+    """Return a function that gives the files of a kind of result with the complete name that a short one stands for."""
+
+    def files(wildcards):
+        head, complete = completed(wildcards)
+        return [f"{RESULTS}/{kind}/{head}.{complete}.{ending}" for ending in targets.ENDINGS[kind]]
+
+    return files
+
+
+def short_names(kind):
+    """Return the files of a kind of result under a short name, marked for `--report`."""
+    category, labels = REPORTED[kind]
+    files = {ending: f"<results>/{kind}/{{request}}.{ending}" for ending in targets.ENDINGS[kind]}
+    for ending, more in labels.items():
+        about = {"caption": f"../workflow/report/{kind}.rst", "category": category}
+        files[ending] = report(files[ending], labels={"result": "{request}", **more}, **about)
+    return list(files.values())
+
+
+def name_pattern(kind):
+    """Return a regular expression for the names of a kind of result that a rule makes."""
+    heads = {"fid": f"({NAME}|{SEVERAL})", "curve": "[^/]+", "reconstruction": targets.any_of(ENCODERS)}
+    found = rf"{heads.get(kind, NAME)}\.{targets.any_of(targets.ENDINGS[kind])}"
+    return rf"({found}|{NAME}\.adm\.txt)" if kind == "fid" else found
 
 
 def held_out(wildcards):
@@ -542,15 +570,23 @@ def of_seeds(wildcards):
     return [f"{RESULTS}/fid/{encoder}_{setting}{ag or ''}.{complete}.json" for complete in found]
 
 
+def parsed_curve(wildcards):
+    """Return what varies along a curve, and the result at each point."""
+    try:
+        return targets.parse_curve(wildcards.curve, C)
+    except ValueError:
+        raise refusal(targets.explain_unknown(f"{RESULTS}/curve/{wildcards.curve}.png", RESULTS, C)) from None
+
+
 def of_curve(wildcards):
     """Return the results at the points of a curve."""
-    found = checked(targets.parse_curve, wildcards.curve, C, document=targets.DOCUMENT)[1]
+    found = parsed_curve(wildcards)[1]
     return [f"{RESULTS}/fid/{each.encoder}_{each.setting}{'_ag' * each.guided}.{each.variant}.json" for each in found]
 
 
 def varying(wildcards):
     """Return what varies along a curve."""
-    return checked(targets.parse_curve, wildcards.curve, C, document=targets.DOCUMENT)[0]
+    return parsed_curve(wildcards)[0]
 
 
 def compared(template):
@@ -569,17 +605,7 @@ def compared(template):
 def unknown_target(wildcards):
     """Fail with what is wrong with the name; Snakemake would only say that no rule makes it."""
     folder = getattr(wildcards, "folder", RESULTS)
-    raise refusal(targets.explain_unknown(f"{folder}/fid/{wildcards.name}", RESULTS, C))
-
-
-def unknown_images(wildcards):
-    """Fail with what the name of a target about generated images must be like."""
-    folder = f"{RESULTS}/{wildcards.kind}"
-    raise refusal(
-        f"no target '{folder}/{wildcards.name}'; targets are {folder}/ENCODER_SETTING[_ag]"
-        f"[.seedN][.MODEL][.kN][.stepN][.tN][.gN].png, with {', '.join(ENCODERS)} and {', '.join(SETTINGS)}, as for "
-        f"distances (see {targets.DOCUMENT})"
-    )
+    raise refusal(targets.explain_unknown(f"{folder}/{wildcards.name}", RESULTS, C))
 
 
 def refuse_start():

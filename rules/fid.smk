@@ -1,4 +1,4 @@
-"""Frechet distances: the reference, one result per variant, and short names for results."""
+"""Frechet distances: the reference, one result per variant, those of several seeds, curves."""
 
 # With the detector `encoder` there is a reference for each encoder whose tokens are the features.
 _FEATURES = "{features}/" if C.fid.detector == "encoder" else ""
@@ -104,40 +104,6 @@ rule fid:
         " {resources.operation} 2>&1 | tee {log:q}"
 
 
-# Both match a name that lacks only the guidance scale; such a name is short.
-ruleorder: short_name > fid
-
-
-# Short names, such as results/fid/dinov2_mode.txt and results/fid/dinov2_mode.k512.txt; the rest is as configured.
-rule short_name:
-    input:
-        text=lambda wildcards: complete_name(wildcards, "txt"),
-        json=lambda wildcards: complete_name(wildcards, "json"),
-    output:
-        text=report(
-            "<results>/fid/{request}.txt",
-            caption="../workflow/report/fid.rst",
-            category="Frechet distance",
-            labels={"result": "{request}"},
-        ),
-        json="<results>/fid/{request}.json",
-    log:
-        "<logs>/short_name.{request}.log",
-    benchmark:
-        "<benchmarks>/short_name.{request}.tsv"
-    wildcard_constraints:
-        request=rf"(?!{COMPLETE_NAME}\.(txt|json)$){NAME}",
-    localrule: True
-    conda:
-        "../envs/mmfm.yaml"
-    threads: 1
-    resources:
-        mem_mb=100,
-        runtime=1,
-    shell:
-        "(cp {input.text:q} {output.text:q} && cp {input.json:q} {output.json:q} && cat {output.text:q}) 2>&1 | tee {log:q}"
-
-
 # Mean and range of several seeds: results/fid/dinov2_mode.seeds5.txt has those of the seeds 0 to 4.
 rule seeds:
     input:
@@ -226,53 +192,3 @@ rule adm_evaluator:
     shell:
         '"${{EVALUATOR_PYTHON:-python}}" {resources.script:q} --evaluator {input.evaluator:q}'
         " --reference {input.reference:q} --images {input.images:q} --out {output:q} 2>&1 | tee {log:q}"
-
-
-rule unknown_target:
-    input:
-        unknown_target,
-    output:
-        "<results>/fid/{name}",
-    log:
-        "<logs>/unknown_target.{name}.log",
-    wildcard_constraints:
-        name=rf"(?!({NAME}|{SEVERAL})\.(txt|json)$|{NAME}\.adm\.txt$)[^/]+",
-    conda:
-        "../envs/mmfm.yaml"
-    shell:
-        "false 2> {log:q}"
-
-
-rule unknown_images:
-    input:
-        unknown_images,
-    output:
-        "<results>/{kind}/{name}",
-    log:
-        "<logs>/unknown_images.{kind}.{name}.log",
-    wildcard_constraints:
-        kind="memorisation|mode_quality",
-        name=rf"(?!{NAME}\.(png|json|txt)$)[^/]+",
-    conda:
-        "../envs/mmfm.yaml"
-    shell:
-        "false 2> {log:q}"
-
-
-# The results of a configuration with another `run`, or with none; a workflow that imports this one may have such files.
-if not IMPORTED:
-
-    rule unknown_run:
-        input:
-            unknown_target,
-        output:
-            "{folder}/fid/{name}",
-        log:
-            "<logs>/unknown_run.{folder}.{name}.log",
-        wildcard_constraints:
-            folder=rf"(?!{RESULTS}/fid/)results(/[^/]+)?",
-            name=r"[^/]+",
-        conda:
-            "../envs/mmfm.yaml"
-        shell:
-            "false 2> {log:q}"

@@ -1,4 +1,4 @@
-"""Whether generated images are copies of training images; short names as for distances."""
+"""Whether generated images are copies of training images."""
 
 
 rule memorisation:
@@ -31,36 +31,3 @@ rule memorisation:
         " --train {input.train:q} --heldout {input.heldout:q} --listing {input.listing:q}"
         ' --encoder-weights "$(dirname {input.encoder[0]:q})" --out-png {output.picture:q} --out-json {output.json:q}'
         " 2>&1 | tee {log:q}"
-
-
-# Both match a name that lacks only the guidance scale; such a name is short.
-ruleorder: short_memorisation > memorisation
-
-
-rule short_memorisation:
-    input:
-        picture=lambda wildcards: complete_name(wildcards, "png", "memorisation"),
-        json=lambda wildcards: complete_name(wildcards, "json", "memorisation"),
-    output:
-        picture=report(
-            "<results>/memorisation/{request}.png",
-            caption="../workflow/report/memorisation.rst",
-            category="Memorisation",
-            labels={"result": "{request}"},
-        ),
-        json="<results>/memorisation/{request}.json",
-    log:
-        "<logs>/short_memorisation.{request}.log",
-    benchmark:
-        "<benchmarks>/short_memorisation.{request}.tsv"
-    wildcard_constraints:
-        request=rf"(?!{COMPLETE_NAME}\.(png|json)$){NAME}",
-    localrule: True
-    conda:
-        "../envs/mmfm.yaml"
-    threads: 1
-    resources:
-        mem_mb=100,
-        runtime=1,
-    shell:
-        "(cp {input.picture:q} {output.picture:q} && cp {input.json:q} {output.json:q}) 2>&1 | tee {log:q}"

@@ -1,4 +1,4 @@
-"""Which modes are poor: numbers and a picture, and short names for them."""
+"""Which modes are poor: numbers and a picture."""
 
 
 rule mode_quality:
@@ -45,44 +45,3 @@ rule mode_quality:
         " --train-listing {input.listing:q} --heldout-listing {input.heldout:q}"
         " --out-json {output.json:q} --out-txt {output.text:q} --out-png {output.picture:q}"
         " {resources.operation} 2>&1 | tee {log:q}"
-
-
-# As for distances, a name that lacks only the guidance scale is short.
-ruleorder: short_mode_quality > mode_quality
-
-
-rule short_mode_quality:
-    input:
-        json=lambda wildcards: complete_name(wildcards, "json", "mode_quality"),
-        text=lambda wildcards: complete_name(wildcards, "txt", "mode_quality"),
-        picture=lambda wildcards: complete_name(wildcards, "png", "mode_quality"),
-    output:
-        json="<results>/mode_quality/{request}.json",
-        text=report(
-            "<results>/mode_quality/{request}.txt",
-            caption="../workflow/report/mode_quality.rst",
-            category="Modes",
-            labels={"result": "{request}", "as": "numbers"},
-        ),
-        picture=report(
-            "<results>/mode_quality/{request}.png",
-            caption="../workflow/report/mode_quality.rst",
-            category="Modes",
-            labels={"result": "{request}", "as": "worst and best modes"},
-        ),
-    log:
-        "<logs>/short_mode_quality.{request}.log",
-    benchmark:
-        "<benchmarks>/short_mode_quality.{request}.tsv"
-    wildcard_constraints:
-        request=rf"(?!{COMPLETE_NAME}\.(json|txt|png)$){NAME}",
-    localrule: True
-    conda:
-        "../envs/mmfm.yaml"
-    threads: 1
-    resources:
-        mem_mb=100,
-        runtime=1,
-    shell:
-        "(cp {input.json:q} {output.json:q} && cp {input.text:q} {output.text:q} && cp {input.picture:q} {output.picture:q}"
-        " && cat {output.text:q}) 2>&1 | tee {log:q}"

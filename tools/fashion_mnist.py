@@ -15,7 +15,8 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 
-from mmfm.data.fashion_mnist import pad_to_rgb, read_idx, sha256
+from mmfm.data.fashion_mnist import pad_to_rgb, read_idx
+from mmfm.infra.store import file_digest
 
 DEMO = Path(__file__).resolve().parent.parent / "resources" / "demo"
 
@@ -81,7 +82,7 @@ def _load(folder: Path, prefix: str) -> Split:
     images, labels = read_idx(path), read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
     if len(images) != len(labels):
         raise ValueError(f"{folder}: {len(images)} images but {len(labels)} labels in the {prefix} files")
-    return Split(torch.from_numpy(pad_to_rgb(images)), torch.from_numpy(labels).long(), sha256(path))
+    return Split(torch.from_numpy(pad_to_rgb(images)), torch.from_numpy(labels).long(), file_digest(path))
 
 
 def batch_indices(step: int, batch: int, total: int, seed: int) -> Tensor:

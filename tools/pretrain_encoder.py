@@ -39,7 +39,7 @@ from fashion_mnist import (
     write_json,
 )
 from mmfm.config.choices import ENCODER_FAMILIES
-from mmfm.data.fashion_mnist import sha256
+from mmfm.infra.store import file_digest
 
 DESCRIPTION = """\
 Pretrain a tiny encoder (DINOv2 with registers, SigLIP or ViT-MAE) on the 60,000 training images of Fashion-MNIST,
@@ -120,7 +120,7 @@ def grow(encoder: Dinov2WithRegistersModel, folder: Path) -> str:
         for layer in encoder.encoder.layer[base.config.num_hidden_layers :]:
             layer.layer_scale1.lambda1.zero_()
             layer.layer_scale2.lambda1.zero_()
-    return sha256(folder / "model.safetensors")
+    return file_digest(folder / "model.safetensors")
 
 
 def normalise(pixels: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def open(target: str | Path, device: torch.device | str | None = None) -> "Model
     Raises:
         FileNotFoundError: the target or a file that it was made from is missing; the message names the file and the
             command that makes it.
-        ValueError: the path is no finished target, or a file was made again since.
+        ValueError: the path is not a finished target, or a file was made again since.
 
     >>> model = mmfm.open("results/fid/dinov2_mode.txt", device="cpu")
     >>> model

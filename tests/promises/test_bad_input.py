@@ -526,7 +526,7 @@ def snakemake(tmp_path):
         ("fid: {detector: inception, weights: ''}", ["'fid.weights' is empty", "download"]),
         ("fid: {encoder: siglip2}", ["no 'siglip2' in 'encoders'", "dinov2"]),
         ("data: {heldout_root: others}", ["'data.holdout' is 2000 and 'data.heldout_root' is 'others'", "to 0"]),
-        ("data: {holdout: 0, heldout_root: nowhere}", ["'data.heldout_root' is 'nowhere', which is no folder"]),
+        ("data: {holdout: 0, heldout_root: nowhere}", ["'data.heldout_root' is 'nowhere', which is not a folder"]),
     ],
 )
 def test_workflow(snakemake, overlay, words):

@@ -30,12 +30,12 @@ def test_it_requires_the_three_settings_and_follows_them(checkout):
             {"keys": {**keys, "guide": {"scale": 2.0}}, "targets": target},
         ],
     )
-    assert {"train", "sample", "fid", "comparison"} <= set(made) and "short_name" not in made
+    assert {"train", "sample", "fid", "comparison"} <= set(made) and "short_fid" not in made
     assert graph["comparison"]["outputs"] == ["comparison.png", "comparison.txt", "comparison.json", "comparison.html"]
     assert graph["comparison"]["parents"] == ["fid", "sample", "spatial_gmm", "train"]
     assert bare == [
         "all",
-        "short_name",
+        "short_fid",
     ]  # the default target has the comparison, and the distances by their short names
     assert again == other == []
     assert sampled == ["comparison", "fid", "sample"]

@@ -81,7 +81,7 @@ def importing(folder: Path, keys: dict | None = None, more: str = "") -> Path:
 def test_a_workflow_of_ones_own_plans_the_rules_under_other_names(tmp_path):
     status, said = snakemake(importing(tmp_path), "-n", "-p")
     assert status == 0, said
-    for name in ("demo_images", "extract", "fit_gmm", "train", "sample", "fid", "short_name"):
+    for name in ("demo_images", "extract", "fit_gmm", "train", "sample", "fid", "short_fid"):
         assert f"rule mmfm_{name}:" in said
     assert "rule mine:" in said and "results/flow/gmm/dinov2/k8/gmm.safetensors" in said
     assert f"{ROOT}/resources/demo/encoder/config.json" in said

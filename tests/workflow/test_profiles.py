@@ -51,7 +51,7 @@ def test_every_stage_asks_for_a_node_of_the_profile(checkout):
         assert (jobs[rule]["gpu"], jobs[rule]["nodes"], jobs[rule]["threads"]) == ("8", "1", "64"), rule
     assert all(job["slurm_extra"] == "--signal=TERM@180" for job in jobs.values())
     # The signal must not come before a job has begun.
-    assert all(int(job["runtime"]) >= 10 for rule, job in jobs.items() if rule != "short_name")
+    assert all(int(job["runtime"]) >= 10 for rule, job in jobs.items() if rule != "short_fid")
     assert "gpu" not in jobs["list_images"]
 
 

@@ -96,7 +96,7 @@ def test_images_of_ones_own_with_a_published_decoder(checkout):
     assert {"fetch_encoder", "fetch_published", "import_decoder", "given_statistics", "fit_gmm", "train"} <= rules
     assert not {"train_decoder", "latent_stats", "fetch_detector"} & rules
     without = subprocess.run([*command, "data={root: ''}"], cwd=folder, capture_output=True, text=True)
-    assert without.returncode and "'data.root' is '', which is no folder" in without.stdout + without.stderr
+    assert without.returncode and "'data.root' is '', which is not a folder" in without.stdout + without.stderr
 
 
 def test_a_file_that_the_folder_lacks_is_named(checkout):

@@ -70,4 +70,4 @@ def test_a_step_is_a_milestone_of_the_same_training(checkout):
     assert flags[folder + TRAIN].split("milestone_steps=")[1].split()[0] == "[9,30]"
     plain = [{"keys": keys, "targets": names[:1], "touch": True}, {"keys": keys, "targets": names[:2]}]
     later = dry_runs(checkout, plain)[1]
-    assert later == ["fid", "milestone", "sample", "short_name"]
+    assert later == ["fid", "milestone", "sample", "short_fid"]

@@ -148,7 +148,7 @@ def finished(tmp_path_factory):
     return checkout
 
 
-FROM_SAMPLE = {"sample", "fid", "short_name"}
+FROM_SAMPLE = {"sample", "fid", "short_fid"}
 FROM_TRAIN = {"train"} | FROM_SAMPLE
 
 
@@ -213,9 +213,24 @@ def test_memorisation_adds_the_held_out_images_and_knows_the_names_of_distances(
     assert "results/sample/dinov2_mode/seed7.tiny.k256.step60.t25/images.npz" in plan.stdout
     (line,) = (line for line in plan.stdout.splitlines() if " -- train " in line)
     assert "train.milestone_steps=[60]" in line.replace("\\", "").replace("'", "")
-    for kind in ("memorisation", "mode_quality"):
-        wrong = finished.run(f"results/{kind}/dinov2_moed.png", "-n")
-        assert wrong.returncode != 0 and f"targets are results/{kind}/ENCODER_SETTING" in wrong.stdout + wrong.stderr
+
+
+def test_short_names_are_copies_of_every_file(finished):
+    """The rules are made in a loop: each must copy its own kind of result."""
+    wanted = {}
+    for kind in targets.OF_IMAGES:
+        folder = finished.folder / "results" / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        for ending in targets.ENDINGS[kind]:
+            text = wanted[folder / f"dinov2_mode.seed9.{ending}"] = f"{kind} as {ending}"
+            (folder / f"dinov2_mode.seed9.tiny.k256.t25.{ending}").write_text(text)
+    named = [f"results/{kind}/dinov2_mode.seed9.{targets.ENDINGS[kind][0]}" for kind in targets.OF_IMAGES]
+    rules = [f"short_{kind}" for kind in targets.OF_IMAGES]
+    made = finished.run(*named, "--allowed-rules", *rules)
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert {path: path.read_text() for path in wanted} == wanted
+    said = (finished.folder / "results" / "logs" / "short_mode_quality.dinov2_mode.seed9.log").read_text()
+    assert said == "mode_quality as txt"
 
 
 def test_a_sweep_reuses_the_tokens_and_the_fit_that_is_there(finished):
@@ -298,13 +313,20 @@ def test_a_scale_without_guidance_is_refused(finished):
         ("", "results/imagenet256/fid/dinov2_mode.txt", "pass it with --configfile"),
         ("flowers", "results/fid/dinov2_mode.txt", "did you mean 'results/flowers/fid/dinov2_mode.txt'"),
         ("flowers", "results/flowers/fid/dinov2_mode.t4.seed1.txt", "results/flowers/fid/dinov2_mode.seed1.t4.txt"),
+        ("", "results/memorisation/dinov2_moed.png", "did you mean 'results/memorisation/dinov2_mode.png'"),
+        ("", "results/mode_quality/dinov2_mode.k9", "did you mean 'results/mode_quality/dinov2_mode.k9.png'"),
+        ("", "results/curve/dinov2_moed.t5,10.png", "did you mean 'results/curve/dinov2_mode.t5,10.png'"),
+        ("", "results/curve/dinov2_mode.t5,10.pdf", "did you mean 'results/curve/dinov2_mode.t5,10.png'"),
+        ("", "results/reconstruction/dinov.txt", "did you mean 'results/reconstruction/dinov2.txt'"),
+        ("flowers", "results/reconstruction/dinov2.txt", "did you mean 'results/flowers/reconstruction/dinov2.txt'"),
     ],
 )
 def test_a_wrong_target_is_explained(finished, run, typed, said):
     """Each kind of mistake is tried in test_targets.py."""
     result = finished.run(typed, "-n", keys={"gpus": 0, "run": run})
     message = result.stdout + result.stderr
-    assert result.returncode != 0 and said in message and "{uncond,gmm,mode,class,class_gmm}[_ag][.seedN]" in message
+    form = "{dinov2}.txt" if "reconstruction" in typed else "{dinov2}_{uncond,gmm,mode,class,class_gmm}[_ag][.seedN]"
+    assert result.returncode != 0 and said in message and form in message and "Traceback" not in message
 
 
 @pytest.mark.parametrize("options", [["--summary"], ["--dag"], ["--report", "report.html"], ["-n"]])

@@ -217,7 +217,7 @@ def load_decoder(path: str | Path, device: torch.device | str = "cpu", *, latent
 
 
 def read_provenance(path: str | Path) -> dict[str, Any]:
-    """Return the record of how a decoder was made; empty for an imported one, and for a file that is no decoder."""
+    """Return the record of how a decoder was made; empty for an imported one, and for a file that is not a decoder."""
     try:
         with safe_open(path, "pt") as file:
             return json.loads((file.metadata() or {}).get(PROVENANCE_KEY, "{}"))

@@ -150,7 +150,7 @@ def choose_encoder(wanted: str | None) -> EncoderChoice:
     """Return the encoder that is wanted, or the best that is at hand.
 
     Raises:
-        ValueError: it is no encoder that can be read, or its model can't be looked up.
+        ValueError: it is not an encoder that can be read, or its model can't be looked up.
     """
     if wanted is not None:
         if not wanted.startswith("hf:"):

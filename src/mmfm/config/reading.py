@@ -158,7 +158,7 @@ def build(kind: type, values: Any, where: str = "") -> Any:
 
 
 def _require_known(kind: type, values: Any, where: str) -> None:
-    """Raise ValueError at what is no section, and at a key that does not exist, in nested sections too."""
+    """Raise ValueError at what is not a section, and at a key that does not exist, in nested sections too."""
     if not isinstance(values, Mapping):
         raise ValueError(f"'{where}' must be a section with keys, got {values!r}")
     hints = typing.get_type_hints(kind)

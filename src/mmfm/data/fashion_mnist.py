@@ -1,7 +1,6 @@
 """Fashion-MNIST, the data of the embedded demo, read from its original idx files."""
 
 import gzip
-import hashlib
 import math
 import struct
 from pathlib import Path
@@ -64,12 +63,6 @@ def pad_to_rgb(images: np.ndarray) -> np.ndarray:
         raise ValueError(f"expected uint8 images (N, 28, 28), got {images.dtype} {images.shape}")
     padded = np.pad(images, ((0, 0), (_BORDER, _BORDER), (_BORDER, _BORDER)))
     return np.repeat(padded[:, None], 3, axis=1)
-
-
-def sha256(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unpack(source: Path, out: Path) -> None:

@@ -90,6 +90,24 @@ def image_batches(
     return iter(loader)
 
 
+def batches_of_parts(
+    listing: str | Path, size: int, parts: Sequence[Sequence[int]], batch_size: int, workers: int = 0, pin: bool = False
+) -> Iterator[Iterator[torch.Tensor]]:
+    """Read parts of a listing, each in batches of its own; one loader prefetches across the parts.
+
+    Args:
+        parts: global indices of each part.
+        listing, size, workers, pin: see :func:`image_batches`.
+
+    Yields:
+        For each part an iterator of images (B, 3, size, size) uint8, to be exhausted before the next part is asked for.
+    """
+    cut = [[part[rows.start : rows.stop] for rows in ranges(0, len(part), batch_size)] for part in parts]
+    loaded = image_batches(listing, size, [batch for batches in cut for batch in batches], workers, pin)
+    for batches in cut:
+        yield (next(loaded)[1] for _ in batches)
+
+
 def _require_shared_memory(workers: int, batch_bytes: int) -> None:
     """Raise ValueError if the batches that workers read ahead do not fit into the shared memory of this machine.
 
@@ -121,3 +139,11 @@ def evenly(n: int, most: int) -> np.ndarray:
 def ranges(start: int, stop: int, step: int) -> list[range]:
     """Split [start, stop) into consecutive ranges of ``step``; the last one may be shorter."""
     return [range(first, min(first + step, stop)) for first in range(start, stop, step)]
+
+
+def shards(n: int, size: int, most: int) -> list[range]:
+    """Split range(n) into shards of ``size``, or of more, so that there are at most ``most``.
+
+    They depend on n alone, so that any number of processes makes the same.
+    """
+    return ranges(0, n, max(size, -(-n // most)))

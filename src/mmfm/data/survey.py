@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from mmfm.data.images import UNREADABLE, as_rgb, center_crop, refuse_float
+from mmfm.data.loader import evenly
 from mmfm.infra.image_files import EXTENSIONS, why_ignored
 
 MOST_OPENED = 5_000
@@ -95,11 +96,11 @@ def survey(root: str | Path, seconds: float = 5.0) -> Survey:
         seconds: to spend on decoding images; those that are left are only opened.
 
     Raises:
-        FileNotFoundError: ``root`` is no folder.
+        FileNotFoundError: ``root`` is not a folder.
     """
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"'{root}' is no folder; give a folder of images, best with one subfolder per class")
+        raise FileNotFoundError(f"'{root}' is not a folder; give a folder of images, best with one subfolder per class")
     walk = _Walk()
     files = sorted(walk.images(root, ""))
     top = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
@@ -128,7 +129,7 @@ def survey(root: str | Path, seconds: float = 5.0) -> Survey:
 
 
 class _Walk:
-    """Walks a folder once and counts what is no image."""
+    """Walks a folder once and counts what is not an image."""
 
     def __init__(self) -> None:
         self.ignored: Counter[str] = Counter()
@@ -167,16 +168,15 @@ class _Looks:
         self.modes: Counter[str] = Counter()
 
 
-def evenly(items: Sequence[str], most: int) -> list[str]:
+def _spread(items: Sequence[str], most: int) -> list[str]:
     """Return at most so many items from all over a sequence, in their order."""
-    n = len(items)
-    return list(items) if n <= most else [items[i * n // most] for i in range(most)]
+    return [items[i] for i in evenly(len(items), most)]
 
 
 def _look(root: Path, paths: Sequence[str], seconds: float) -> _Looks:
     """Open images, and decode as many of them as time allows, from all over the folder."""
-    looks, chosen, end = _Looks(), evenly(paths, MOST_OPENED), time.monotonic() + seconds
-    # A stride that is coprime to most lengths, so that those decoded before time is up are spread as well.
+    looks, chosen, end = _Looks(), _spread(paths, MOST_OPENED), time.monotonic() + seconds
+    # Every 97th first, then those beside them, so that those decoded before time is up are spread as well.
     order = sorted(range(len(chosen)), key=lambda i: (i % 97, i))
     for path in (chosen[i] for i in order):
         looks.opened += 1
@@ -200,7 +200,7 @@ def _look(root: Path, paths: Sequence[str], seconds: float) -> _Looks:
 def _seconds_per_image(root: Path, paths: Sequence[str]) -> float:
     """Time reading and cropping some images; the median is not misled by what else runs."""
     times = []
-    for path in evenly(paths, _TIMED):
+    for path in _spread(paths, _TIMED):
         start = time.perf_counter()
         try:
             with Image.open(root / path) as image:
@@ -214,7 +214,7 @@ def _seconds_per_image(root: Path, paths: Sequence[str]) -> float:
 def pictures(looked: Survey, most: int = 64, side: int = 96) -> np.ndarray:
     """Return images from all over the folder, (n, 3, side, side) uint8, those left out that can't be read."""
     shown = []
-    for path in evenly(looked.paths, most):
+    for path in _spread(looked.paths, most):
         try:
             with Image.open(looked.root / path) as image:
                 shown.append(np.asarray(center_crop(as_rgb(image), side), np.uint8).transpose(2, 0, 1))

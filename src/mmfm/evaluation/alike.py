@@ -42,7 +42,7 @@ def require_alike(records: Mapping[str, Mapping[str, Any]], varied: Collection[s
 
     Raises:
         ValueError: two results differ in another setting; the message names them.
-        KeyError, TypeError, AttributeError: a record is no result of the stage `fid`.
+        KeyError, TypeError, AttributeError: a record is not a result of the stage `fid`.
     """
     settings = {name: setting(record) for name, record in records.items()}
     known: dict[str, tuple[str, Any]] = {}

@@ -92,17 +92,17 @@ def read(path: Path) -> Beat:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: the file is no heartbeat, or damaged.
+        ValueError: the file is not a heartbeat, or damaged.
     """
     try:
         value = json.loads(path.read_text())
         beat = Beat(**value)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"'{path}' is no heartbeat of a stage ({error})") from error
+        raise ValueError(f"'{path}' is not a heartbeat of a stage ({error})") from error
     for field in fields(Beat):
         found = getattr(beat, field.name)
         if not isinstance(found, (int, float) if field.type is float else field.type):  # type: ignore[arg-type]
-            raise ValueError(f"'{path}' is no heartbeat of a stage ('{field.name}' is {found!r})")
+            raise ValueError(f"'{path}' is not a heartbeat of a stage ('{field.name}' is {found!r})")
     return beat
 
 

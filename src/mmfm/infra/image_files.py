@@ -15,7 +15,7 @@ _FIRST_BYTES = 200
 
 
 def why_ignored(name: str) -> str:
-    """Return why a file is no image, as a class of files to count; empty if it is one."""
+    """Return why a file is not an image, as a class of files to count; empty if it is one."""
     if name.startswith("."):
         return "hidden"
     if name.lower().endswith(EXTENSIONS):

@@ -117,7 +117,7 @@ def command(stage: list[str], processes: int, nodes: int = 1) -> list[str]:
     """Return the command line that runs ``stage`` (name and arguments) in ``processes`` processes per node.
 
     Raises:
-        ValueError: with several nodes, this is no task of :func:`mmfm.infra.nodes.on_every_node`.
+        ValueError: with several nodes, this is not a task of :func:`mmfm.infra.nodes.on_every_node`.
     """
     if processes == 1 and nodes == 1:
         return [sys.executable, "-m", "mmfm.cli", *stage]

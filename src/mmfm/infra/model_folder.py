@@ -114,7 +114,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """Return the contents of a folder's config.json; errors as for :func:`read`."""
     values = json.loads((Path(folder) / "config.json").read_text())
     if not isinstance(values, dict):
-        raise ValueError(f"'{folder}/config.json' is no JSON object; fetch the model again")
+        raise ValueError(f"'{folder}/config.json' is not a JSON object; fetch the model again")
     return values
 
 

@@ -40,10 +40,10 @@ def on_every_node(arguments: list[str], nodes: int, threads: int, gpus: int) -> 
         threads, gpus: on each node.
 
     Raises:
-        ValueError: this is no SLURM job, or a task of one, from which srun can't reach the other nodes.
+        ValueError: this is not a SLURM job, or a task of one, from which srun can't reach the other nodes.
     """
     if "SLURM_JOB_ID" not in os.environ or shutil.which("srun") is None:
-        raise ValueError(f"{nodes} nodes requested, but this is no SLURM job; use the profiles for SLURM")
+        raise ValueError(f"{nodes} nodes requested, but this is not a SLURM job; use the profiles for SLURM")
     if "SLURM_STEP_ID" in os.environ:
         raise ValueError(
             f"{nodes} nodes requested, but the job runs on one; take the resources of profiles/slurm-multinode "
@@ -73,7 +73,7 @@ def torchrun_options(nodes: int) -> list[str]:
     if missing:
         raise ValueError(f"{', '.join(missing)} not in the environment of a node's task; srun must pass it on")
     first = json.loads(os.environ[FIRST])
-    # Without the last two, torchrun guesses by host names, and waits for ever where they resolve to 127.0.1.1.
+    # Without the last two, torchrun guesses by host names, and waits forever where they resolve to 127.0.1.1.
     return [
         f"--nnodes={nodes}",
         "--rdzv-backend=c10d",

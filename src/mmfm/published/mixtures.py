@@ -37,7 +37,7 @@ def _estimator(content: Any, path: Path) -> dict[str, Any]:
 def _array(attributes: dict[str, Any], name: str, path: Path) -> StoredArray:
     array = attributes[name]
     if not isinstance(array, StoredArray) or array.dtype.kind != "f":
-        raise ValueError(f"{name} of the mixture in '{path}' is no array of numbers; give another file")
+        raise ValueError(f"{name} of the mixture in '{path}' is not an array of numbers; give another file")
     return array
 
 
@@ -162,7 +162,7 @@ def _checked(
         )
     if covariances.shape != (k,) or means.shape != (k, size):
         raise ValueError(
-            f"'{source}' is no spatial mixture of these latents: it has means {list(means.shape)} and covariances "
+            f"'{source}' is not a spatial mixture of these latents: it has means {list(means.shape)} and covariances "
             f"{list(covariances.shape)}, not {[k, size]} and {[k]}; give the one of this encoder"
         )
     if not np.allclose(weights / weights.sum(), tokens.weights.numpy(), rtol=1e-3, atol=1e-7):

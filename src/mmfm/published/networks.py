@@ -81,8 +81,8 @@ def read_torch(path: Path) -> Any:
     except Exception as error:  # a damaged file can raise anything
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(
-            f"'{path}' ({path.stat().st_size:,} bytes) is no PyTorch file of tensors and plain values, or is damaged "
-            f"({reason[:200]}); fetch it again"
+            f"'{path}' ({path.stat().st_size:,} bytes) is not a PyTorch file of tensors and plain values, or is "
+            f"damaged ({reason[:200]}); fetch it again"
         ) from None
 
 
@@ -288,7 +288,7 @@ def import_decoder(source: Path, out: Path, stats: Path, num_heads: int, image_s
             num_patches=state["decoder_pos_embed"].shape[1] - 1,
         )
     except (KeyError, IndexError) as error:
-        raise ValueError(f"'{source}' is no decoder in the published layout (it lacks {error}); give one") from None
+        raise ValueError(f"'{source}' is not a decoder in the published layout (it lacks {error}); give one") from None
     found = (config.latent_dim, config.num_patches, config.patch_size * math.isqrt(config.num_patches))
     if found != (channels, height * width, image_size):
         raise ValueError(

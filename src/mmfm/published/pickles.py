@@ -29,7 +29,7 @@ _MOST_STEPS = 200_000
 _LARGEST_KEY = 1 << 31
 
 _DTYPES = frozenset(["f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"])
-_REMEDY = "it is no mixture of scikit-learn, or damaged; fetch it again, or give another"
+_REMEDY = "it is not a mixture of scikit-learn, or damaged; fetch it again, or give another"
 
 
 @dataclass
@@ -48,7 +48,7 @@ def load(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is no pickle, is damaged, or names anything else; the message is one line.
+        ValueError: the file is not a pickle, is damaged, or names anything else; the message is one line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file '{path}'; fetch it, or give another")
@@ -77,7 +77,7 @@ class _Named:
     Attributes:
         name: as in the file.
         call: of the arguments, in place of a call.
-        new: of the arguments, in place of making an object of this class; None for what is no class.
+        new: of the arguments, in place of making an object of this class; None for what is not a class.
     """
 
     name: str
@@ -103,7 +103,7 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 def _dtype(code: Any, *_: Any) -> _DType:
     if type(code) is not str or code.lstrip("<|=") not in _DTYPES:
-        raise Refused(f"has an array of the type {_short(code)}, which is no plain number")
+        raise Refused(f"has an array of the type {_short(code)}, which is not a plain number")
     return _DType(code.lstrip("<|="))
 
 
@@ -281,7 +281,7 @@ class _Machine:
         """Call a stand-in."""
         arguments, named = self.pop(), self.pop()
         if type(named) is not _Named or named.call is None or type(arguments) is not tuple:
-            raise Refused("calls something that is no function")
+            raise Refused("calls something that is not a function")
         made = named.call(*arguments)
         self.made += len(made) if type(made) is bytes else 0
         if self.made > self.size:  # the same text can be encoded again and again
@@ -308,14 +308,14 @@ class _Machine:
             _filled(built, shape, dtype, bool(fortran), content)
         elif type(built) is _DType and type(state) is tuple and len(state) >= 2:
             if state[1] not in ("<", "|", "=") or any(part is not None for part in state[2:5]):
-                raise Refused("has an array of a type that is no plain little-endian number")
+                raise Refused("has an array of a type that is not a plain little-endian number")
         else:
             raise Refused(f"gives a {type(built).__name__} a state")
 
 
 def _memoise(machine: _Machine, number: int) -> None:
     if number < 0 or machine.stack[-1] is _MARK:
-        raise Refused("remembers something that is no value")
+        raise Refused("remembers something that is not a value")
     machine.memo[number] = machine.stack[-1]
 
 

@@ -5,12 +5,11 @@ Reads: the listings, the images and the detector; or, if ``fid.reference`` names
 Writes: ``reference.safetensors``. With held-out images it records the floor: their distance from the reference. Spatial
     moments and features of single images are kept only if a metric in ``fid.metrics`` needs them.
 Unit of work: a shard of consecutive images, whose statistics are ``shard-00003.safetensors`` in the state, or
-    ``heldout-00001.safetensors`` for held-out images. An ``.npz`` is read, or its images are seen, at one go.
+    ``heldout-00001.safetensors`` for held-out images. An ``.npz`` is read, or its images are seen, in one go.
 After a kill: whole shards are kept; missing and damaged ones are made again.
 """
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,7 +106,7 @@ class _Shard:
 def cut(
     name: str, listing: Path, state: Path, kinds: frozenset[str] = frozenset({"gaussian"}), most: int = 0
 ) -> list[_Shard]:
-    """Cut a listing into shards by its length alone, so that the result is the same for any number of processes.
+    """Cut a listing into shards.
 
     The moments of a shard take 34 MB at 2048 features, so a million images are cut into fewer and larger shards.
 
@@ -117,7 +116,7 @@ def cut(
     """
     n = len(data.Listing.open(listing))
     spaced, found = data.evenly(n, most if "bank" in kinds else 0), []
-    for i, rows in enumerate(data.ranges(0, n, max(_SHARD_IMAGES, math.ceil(n / _MOST_SHARDS)))):
+    for i, rows in enumerate(data.shards(n, _SHARD_IMAGES, _MOST_SHARDS)):
         first, last = np.searchsorted(spaced, (rows.start, rows.stop))
         file = state / f"{name}-{i:05d}.safetensors"
         found.append(_Shard(listing, rows, file, tuple(spaced[first:last].tolist()), kinds))
@@ -149,9 +148,13 @@ class _FeatureMoments:
 
     def make(self, shards: list[_Shard], advance: Advance) -> None:
         """Write the moments of shards."""
+        section, size, pin = self.context.config.fid, self.context.config.image.size, self.device.type == "cuda"
         for listing in dict.fromkeys(shard.listing for shard in shards):
             group = [shard for shard in shards if shard.listing == listing]
-            for shard, images in zip(group, self.images(group), strict=True):
+            parts = data.batches_of_parts(
+                listing, size, [shard.rows for shard in group], section.batch_size, section.workers, pin
+            )
+            for shard, images in zip(group, parts, strict=True):
                 store.write_arrays(shard.file, self.statistics(shard, images, advance), {"first": shard.rows.start})
 
     def statistics(self, shard: _Shard, images: Iterator[Tensor], advance: Advance) -> dict[str, np.ndarray]:
@@ -174,16 +177,6 @@ class _FeatureMoments:
         if spatial is not None:
             arrays |= {_SPATIAL + name: array for name, array in spatial.to_arrays().items()}
         return arrays | ({"bank": np.concatenate(bank)} if "bank" in shard.kinds else {})
-
-    def images(self, shards: list[_Shard]) -> Iterator[Iterator[Tensor]]:
-        """Yield an iterator of image batches for every shard; one loader prefetches across the shards."""
-        section, size = self.context.config.fid, self.context.config.image.size
-        batches = [data.ranges(shard.rows.start, shard.rows.stop, section.batch_size) for shard in shards]
-        indices = [rows for of_shard in batches for rows in of_shard]
-        pin = self.device.type == "cuda"
-        loaded = data.image_batches(shards[0].listing, size, indices, section.workers, pin=pin)
-        for of_shard in batches:
-            yield (next(loaded)[1] for _ in of_shard)
 
     def publish(self, finished: Path) -> None:
         """Write the reference."""

@@ -228,7 +228,7 @@ def load_iteration(path: Path, device: torch.device | str = "cpu", local: range 
     names = ("lower_bounds", "converged", "reseeded", "slack")
     missing = [name for name in names if name not in metadata]
     if missing:
-        raise ValueError(f"{path} is no checkpoint of fit_gmm (it has no {', '.join(missing)}); delete it")
+        raise ValueError(f"{path} is not a checkpoint of fit_gmm (it has no {', '.join(missing)}); delete it")
     if metadata.get("metadata_digest") != store.fingerprint({name: metadata[name] for name in names}):
         raise ValueError(f"{path} is damaged; delete it")
     return EMState(

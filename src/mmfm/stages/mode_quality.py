@@ -183,8 +183,8 @@ class _Judge:
     @torch.no_grad()
     def real(self, listing: Path, n: int, kind: str) -> tuple[Real, np.ndarray] | None:
         """Place ``n`` evenly spaced images of a listing; also return the sums of their posteriors, (K,)."""
-        total, size = len(data.Listing.open(listing)), self.section.batch_size
-        batches = [[i * total // n for i in batch] for batch in data.ranges(0, n, size)]
+        images = data.evenly(len(data.Listing.open(listing)), n).tolist()
+        batches = [images[batch.start : batch.stop] for batch in data.ranges(0, n, self.section.batch_size)]
         pin, workers, made = self.ranks.device.type == "cuda", self.section.workers, []
         with self.progress(n, kind) as progress:
             for _, pixels in data.image_batches(listing, self.side, self.own(batches), workers, pin=pin):

@@ -10,7 +10,6 @@ After a kill: whole shards are kept; missing and damaged ones are made again.
 """
 
 import functools
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,14 +131,14 @@ class _Shard:
 
 
 class _Reconstruction:
-    """The shards of one run. They depend on the number of images alone, so any number of processes makes the same."""
+    """The shards of one run."""
 
     def __init__(self, context: Context, detector: Detector, files: Files, images: np.ndarray) -> None:
         self.context, self.detector, self.files = context, detector, files
         self.section, self.device = context.config.fid, context.ranks.device
         self.n, shown = len(images), data.evenly(len(images), _SHOWN)
         self.shards = []
-        for i, rows in enumerate(data.ranges(0, self.n, max(_SHARD_IMAGES, math.ceil(self.n / _MOST_SHARDS)))):
+        for i, rows in enumerate(data.shards(self.n, _SHARD_IMAGES, _MOST_SHARDS)):
             places = tuple(int(row) - rows.start for row in shown if row in rows)
             file = context.state / f"shard-{i:05d}.safetensors"
             self.shards.append(_Shard(images[rows.start : rows.stop], file, places))
@@ -168,13 +167,9 @@ class _Reconstruction:
     def make(self, shards: list[_Shard], advance: Advance) -> None:
         """Write the statistics of shards; one loader prefetches across them."""
         section, size, pin = self.section, self.context.config.image.size, self.device.type == "cuda"
-        batches = [
-            np.split(shard.images, range(section.batch_size, len(shard), section.batch_size)) for shard in shards
-        ]
-        indices = [batch.tolist() for of_shard in batches for batch in of_shard]
-        loaded = data.image_batches(self.files.listing, size, indices, section.workers, pin=pin)
-        for shard, of_shard in zip(shards, batches, strict=True):
-            images = (next(loaded)[1] for _ in of_shard)
+        indices = [shard.images.tolist() for shard in shards]
+        parts = data.batches_of_parts(self.files.listing, size, indices, section.batch_size, section.workers, pin)
+        for shard, images in zip(shards, parts, strict=True):
             store.write_arrays(shard.file, self.statistics(shard, images, advance), {"first": int(shard.images[0])})
 
     def statistics(self, shard: _Shard, images: Iterator[Tensor], advance: Advance) -> dict[str, np.ndarray]:

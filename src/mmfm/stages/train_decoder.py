@@ -6,7 +6,6 @@ Unit of work: an optimiser step; the state holds checkpoints ``step-00000500/``.
 After a kill: training continues from the newest checkpoint. A larger ``decoder.steps`` continues a finished run.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,7 @@ def train_decoder(config: StageConfig, listing: Path, encoder_weights: Path, out
     """Train a decoder for the latents of an encoder and publish it.
 
     Raises:
-        ValueError: ``image.size`` is no multiple of the latent's rows, or training meets NaN or Inf.
+        ValueError: ``image.size`` is not a multiple of the latent's rows, or training meets NaN or Inf.
         KeyboardInterrupt: a signal stopped training; a checkpoint was written first.
     """
     inputs = ranks.from_main(
@@ -132,7 +131,7 @@ def _decoder_config(section: config.Decoder, encoder: Encoder, size: int) -> Dec
     height, width = encoder.grid
     if size % height:
         raise ValueError(
-            f"image.size {size} is no multiple of the latent's {height} rows; take {height * (size // height or 1)}"
+            f"image.size {size} is not a multiple of the latent's {height} rows; take {height * (size // height or 1)}"
         )
     return DecoderConfig(
         encoder.hidden_size, section.hidden_size, section.intermediate_size, section.num_heads, section.num_layers,
@@ -143,8 +142,7 @@ def _decoder_config(section: config.Decoder, encoder: Encoder, size: int) -> Dec
 @torch.no_grad()
 def _reconstructions(listing: Path, size: int, encoder: Encoder, model: Decoder) -> Any:
     """Draw images spread over the listing, each with its reconstruction."""
-    n = len(data.Listing.open(listing))
-    shown = [math.floor(i * n / min(n, _SHOWN)) for i in range(min(n, _SHOWN))]
+    shown = data.evenly(len(data.Listing.open(listing)), _SHOWN).tolist()
     _, images = next(data.image_batches(listing, size, [shown]))
     latent, _ = encoder(data.to_float(images, encoder.image_mean.device))
     return paired_grid(images, rae.to_uint8(rae.RAE(encoder, model.eval()).decode(latent)))

@@ -23,7 +23,8 @@ def images(root: str) -> None:
     """Raise ValueError unless ``data.root`` is a folder."""
     if not root or not Path(root).is_dir():
         raise ValueError(
-            f"'data.root' is '{root}', which is no folder; set it to a folder of images, best with one folder per class"
+            f"'data.root' is '{root}', which is not a folder; set it to a folder of images, best with one folder per "
+            "class"
         )
 
 
@@ -31,8 +32,8 @@ def heldout_images(root: str) -> None:
     """Raise ValueError unless ``data.heldout_root`` is empty or a folder."""
     if root and not Path(root).is_dir():
         raise ValueError(
-            f"'data.heldout_root' is '{root}', which is no folder; set it to a folder of images like 'data.root', or "
-            "leave it empty"
+            f"'data.heldout_root' is '{root}', which is not a folder; set it to a folder of images like 'data.root', "
+            "or leave it empty"
         )
 
 
@@ -40,8 +41,8 @@ def encoder(name: str, about: Encoder) -> None:
     """Check an encoder's local folder against its entry in the configuration.
 
     Raises:
-        ValueError: another family, a model without square patches, an input size that is no multiple of the patch size,
-            or a file that is missing.
+        ValueError: another family, a model without square patches, an input size that is not a multiple of the patch
+            size, or a file that is missing.
     """
     folder, key = Path(about.weights), f"encoders.{name}"
     if not folder.is_dir():
@@ -153,7 +154,7 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{what}, but its {path.name} can't be read ({error}); fetch the model again") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{what}, but its {path.name} is no JSON object; fetch the model again")
+        raise ValueError(f"{what}, but its {path.name} is not a JSON object; fetch the model again")
     return values
 
 

@@ -2,8 +2,10 @@
 
 import re
 
-_VALUE = r"\d+(?:\.\d+)?"
-_LIST = re.compile(rf"\.(t|step|g|k)({_VALUE}(?:,{_VALUE})+)(?![^.])")
+VALUE = r"\d+(?:\.\d+)?"
+"""Regular expression for a value."""
+
+_LIST = re.compile(rf"\.(t|step|g|k)({VALUE}(?:,{VALUE})+)(?![^.])")
 
 EXAMPLE = "dinov2_mode.t5,10,25"
 

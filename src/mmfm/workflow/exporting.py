@@ -89,7 +89,7 @@ def _size(path: Path) -> int:
 
 
 def _result(found: Finished) -> dict[str, Any] | None:
-    """Return the result that was exported; None if the target is no result."""
+    """Return the result that was exported; None if the target is not a result."""
     path = found.target.with_suffix(".json")
     return store.read_json(path) if found.target.suffix in (".txt", ".json") and path.is_file() else None
 

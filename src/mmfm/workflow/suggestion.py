@@ -196,7 +196,7 @@ class _Base:
         """
         if self.size % 4:
             below = self.size // 4 * 4
-            raise ValueError(f"an image size of {self.size} is no multiple of 4; take {below} or {below + 4}")
+            raise ValueError(f"an image size of {self.size} is not a multiple of 4; take {below} or {below + 4}")
         if self.size:
             return [self.size]
         fitting = [size for size in _SIZES if size <= min(self.largest, 1.1 * self.images.side)] or [_SIZES[0]]

@@ -10,6 +10,18 @@ from mmfm import config
 from mmfm.config.choices import SETTINGS, SOLVERS
 from mmfm.workflow import curves
 
+ENDINGS = {
+    "fid": ("txt", "json"),
+    "memorisation": ("png", "json"),
+    "mode_quality": ("png", "txt", "json"),
+    "curve": ("png", "txt", "json"),
+    "reconstruction": ("txt", "json", "png"),
+}
+"""Folders of results that have targets' names, and the endings of their files, the usual one first."""
+
+OF_IMAGES = ("fid", "memorisation", "mode_quality")
+"""Those about one set of generated images, whose names may be short: what they leave out is as configured."""
+
 _GUIDANCE = r"\.g\d+(\.\d+)?"
 
 
@@ -224,7 +236,7 @@ def parse_curve(name: str, configuration: config.Config) -> tuple[str, list[Targ
 def parse_targets(name: str, configuration: config.Config) -> list[Target]:
     """Parse the name of a result, or of several seeds or a curve, which stands for all of them.
 
-    The names ``memorisation/NAME.png`` and ``mode_quality/NAME.png`` stand for the result of the same images.
+    A name in another folder of :data:`OF_IMAGES`, such as ``mode_quality/NAME.png``, stands for the same images.
 
     Raises:
         ValueError: see :func:`parse_target` and :func:`parse_curve`.
@@ -232,7 +244,7 @@ def parse_targets(name: str, configuration: config.Config) -> list[Target]:
     folder, _, last = name.rpartition("/")
     if folder.endswith("/curve"):
         return parse_curve(name, configuration)[1]
-    if folder.endswith(("/memorisation", "/mode_quality")):
+    if folder.rpartition("/")[2] in OF_IMAGES[1:]:
         return [parse_target(f"{folder.rpartition('/')[0]}/fid/{Path(last).stem}.txt", configuration)]
     number = re.search(r"\.seeds(\d+)(?=\.)", last)
     if number is None:
@@ -257,7 +269,7 @@ def guidance_of(scale: float | None, guided: bool, configuration: config.Config)
 DOCUMENT = "README.md#what-it-does"
 """It explains the names of targets."""
 
-_PART = re.compile(r"\.g\d+(?:\.\d+)?(?![^.])|\.[^.]*")
+_PART = re.compile(rf"\.g{curves.VALUE}(?:,{curves.VALUE})*(?![^.])|\.[^.]*")
 """A part of a name with its dot; the number of a guidance scale may have another."""
 
 
@@ -269,14 +281,14 @@ def snakemake_command(path: Path) -> str:
 
 
 def explain_unknown(target: str, results: str, configuration: config.Config) -> str:
-    """Say what is wrong with the name of a Frechet distance that no rule makes, and which name is meant, if any.
+    """Say what is wrong with the name of a result that no rule makes, and which name is meant, if any.
 
     Args:
-        target: the name as typed, ``FOLDER/fid/NAME``.
+        target: the name as typed, ``FOLDER/KIND/NAME`` with a kind of :data:`ENDINGS`.
         results: folder of the configuration's results: ``results``, or ``results/RUN``.
     """
-    folder, _, name = target.rpartition("/fid/")
-    wrong, meant = _corrected(name, configuration)
+    folder, kind, name = target.rsplit("/", 2)
+    wrong, meant = _corrected(kind, name, configuration)
     if folder != results:
         run = folder.removeprefix("results").strip("/")
         own = f"this one has {f'`run: {configuration.run}`' if configuration.run else 'no `run`'}"
@@ -288,34 +300,51 @@ def explain_unknown(target: str, results: str, configuration: config.Config) -> 
             wrong.insert(0, f"'{folder}' belongs to a configuration without `run` ({own})")
         if run and not difflib.get_close_matches(run, [configuration.run]):
             meant = ""  # another configuration is, not another name
-    hint = f" (did you mean '{results}/fid/{meant}'?)" if meant and f"{results}/fid/{meant}" != target else ""
-    heads = f"{{{','.join(configuration.encoders)}}}_{{{','.join(SETTINGS)}}}"
+    own_folder = f"{results}/{kind}"
+    hint = f" (did you mean '{own_folder}/{meant}'?)" if meant and f"{own_folder}/{meant}" != target else ""
     return (
         f"no target '{target}'{hint}: {'; '.join(wrong)}.\n"
-        f"Targets are {results}/fid/{heads}[_ag][.seedN][.MODEL][.kN][.stepN][.tN][.gN].txt, "
-        f"or .seedsN for the range of N seeds, with MODEL one of {', '.join(configuration.models)} (see {DOCUMENT})"
+        f"Targets are {own_folder}/{_form(kind, configuration)} (see {DOCUMENT})"
     )
 
 
-def _corrected(name: str, configuration: config.Config) -> tuple[list[str], str]:
-    """Return what is wrong with ``ENCODER_SETTING[_ag].VARIANT.txt``, and the name that is meant, if any."""
+def _form(kind: str, configuration: config.Config) -> str:
+    """Return the form of the names of a kind of result."""
+    encoders, ending = f"{{{','.join(configuration.encoders)}}}", ENDINGS[kind][0]
+    if kind == "reconstruction":
+        return f"{encoders}.{ending}"
+    form = f"{encoders}_{{{','.join(SETTINGS)}}}[_ag][.seedN][.MODEL][.kN][.stepN][.tN][.gN].{ending}"
+    more = {
+        "fid": ", or .seedsN for the range of N seeds",
+        "curve": f", of which one of .k, .step, .t and .g lists values as in {curves.EXAMPLE}",
+    }
+    return f"{form}{more.get(kind, '')}, with MODEL one of {', '.join(configuration.models)}"
+
+
+def _corrected(kind: str, name: str, configuration: config.Config) -> tuple[list[str], str]:
+    """Return what is wrong with a result's name, and the name that is meant, if any."""
     head = name.partition(".")[0]
-    wrong, meant = _corrected_head(head, configuration)
-    typed, parts, ending = _PART.findall(name[len(head) :]), [], ".txt"
-    if typed and typed[-1] in (".txt", ".json"):
+    typed, parts, wrong = _PART.findall(name[len(head) :]), [], []
+    endings = [f".{ending}" for ending in ENDINGS[kind]]
+    ending = endings[0]
+    if typed and typed[-1] in endings:
         ending = typed.pop()
     else:
-        wrong.append("the name ends in neither .txt nor .json")
-        if typed and (close := difflib.get_close_matches(typed[-1], [".txt", ".json"], n=1)):
+        wrong.append(f"the name must end in {', '.join(endings[:-1])} or {endings[-1]}")
+        if typed and (close := difflib.get_close_matches(typed[-1], endings, n=1)):
             ending = close[0]
             typed.pop()
+    if kind == "reconstruction":
+        return _corrected_encoder(f"{head}{''.join(typed)}", ending, wrong, configuration)
+    about_head, meant = _corrected_head(head, configuration)
+    wrong = about_head + wrong
     for part in typed:
-        if _place(part, configuration) is None:
-            wrong.append(f"'{part}' is no part of a name, nor an entry of `models`")
+        if _place(part, kind, configuration) is None:
+            wrong.append(f"'{part}' is neither a part of a name nor an entry of `models`")
             parts += [f".{model}" for model in difflib.get_close_matches(part[1:], list(configuration.models), n=1)]
         else:
             parts.append(part)
-    places = [_place(part, configuration) or 0 for part in parts]
+    places = [_place(part, kind, configuration) or 0 for part in parts]
     if len(set(places)) < len(places):
         return [*wrong, "a part is there twice"], ""
     if places != sorted(places):
@@ -324,12 +353,25 @@ def _corrected(name: str, configuration: config.Config) -> tuple[list[str], str]
     if match is None:
         return wrong, ""
     text = "".join(part for _, part in sorted(zip(places, parts, strict=True)))
-    parse = parse_seeds if text.startswith(".seeds") else parse_variant
     try:
-        parse(text, match[2], configuration, match[3] is not None)
+        if kind == "curve":
+            parse_curve(f"{meant}{text}", configuration)
+        else:
+            parse = parse_seeds if kind == "fid" and text.startswith(".seeds") else parse_variant
+            parse(text, match[2], configuration, match[3] is not None)
     except ValueError as error:
         return [*wrong, str(error)], ""
     return wrong, f"{meant}{text}{ending}"
+
+
+def _corrected_encoder(stem: str, ending: str, wrong: list[str], configuration: config.Config) -> tuple[list[str], str]:
+    """Return what is wrong with a name that consists of an encoder's, and the name that is meant, if any."""
+    encoders = list(configuration.encoders)
+    if stem in encoders:
+        return wrong, f"{stem}{ending}"
+    close = difflib.get_close_matches(stem, encoders, n=1) or (encoders if len(encoders) == 1 else [])
+    wrong = [f"`encoders` has no '{stem}', it has {', '.join(encoders)}", *wrong]
+    return wrong, f"{close[0]}{ending}" if close else ""
 
 
 def _corrected_head(head: str, configuration: config.Config) -> tuple[list[str], str]:
@@ -345,11 +387,13 @@ def _corrected_head(head: str, configuration: config.Config) -> tuple[list[str],
         meant = f"{named[0]}_{match[2]}" if len(named) == 1 else ""
         return [f"`encoders` has no '{match[1]}', it has {', '.join(encoders)}"], meant
     if encoder := next((name for name in encoders if head.startswith(f"{name}_")), None):
-        return [f"'{head.removeprefix(f'{encoder}_')}' is no setting"], meant
-    return [f"'{head}' is no encoder with a setting"], meant
+        return [f"'{head.removeprefix(f'{encoder}_')}' is not a setting"], meant
+    return [f"'{head}' is not an encoder with a setting"], meant
 
 
-def _place(part: str, configuration: config.Config) -> int | None:
-    """Return a part's place in a name; None if it is no part."""
-    kinds = (r"\.seeds?\d+", rf"\.{any_of(configuration.models)}", r"\.k\d+", r"\.step\d+", r"\.t\d+", _GUIDANCE)
-    return next((place for place, kind in enumerate(kinds) if re.fullmatch(kind, part)), None)
+def _place(part: str, kind: str, configuration: config.Config) -> int | None:
+    """Return a part's place in a name; None if it is not a part."""
+    seeds, more = (r"\.seeds?\d+" if kind == "fid" else r"\.seed\d+"), rf"(,{curves.VALUE})*" if kind == "curve" else ""
+    models = any_of(configuration.models)
+    kinds = (seeds, rf"\.{models}", rf"\.k\d+{more}", rf"\.step\d+{more}", rf"\.t\d+{more}", rf"{_GUIDANCE}{more}")
+    return next((place for place, form in enumerate(kinds) if re.fullmatch(form, part)), None)

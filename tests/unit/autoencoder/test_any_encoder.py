@@ -235,5 +235,5 @@ def test_the_other_librarys_family_is_named(tmp_path):
     refused("hf", ours, 32, r"timm's 'vit_small_patch16_224', but the family is hf; set the family to timm")
     refused("timm", theirs, 32, r"'vit' model of transformers, but the family is timm; set the family to hf")
     refused("dinov2", theirs, 32, r"'vit' model, but the family is dinov2 .*; set the family to hf, or give weights of")
-    with pytest.raises(FileNotFoundError, match=re.escape("is no folder; set `hf:`")):
+    with pytest.raises(FileNotFoundError, match=re.escape("is not a folder; set `hf:`")):
         load_encoder("timm", "timm/vit", 32)

@@ -207,7 +207,7 @@ def test_folders_of_several_runs_are_told_apart(results, garments, tmp_path, cap
 def test_what_is_no_result_is_one_line(given, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results" / "fid").mkdir(parents=True)
-    (tmp_path / "results" / "fid" / "dinov2_mode.json").write_text("{}")  # a short name alone is no finished result
+    (tmp_path / "results" / "fid" / "dinov2_mode.json").write_text("{}")  # a short name alone is not a finished result
     (tmp_path / "runs" / "birds" / "fid").mkdir(parents=True)
     for name, text in (("damaged.json", "{"), ("other.json", '{"a": 1}'), ("list.json", "[]"), ("picture.png", "")):
         (tmp_path / name).write_text(text)

@@ -96,7 +96,7 @@ def test_what_a_listing_would_refuse_is_said_at_once(photos, tmp_path, capsys):
     assert run(photos, "--out", tmp_path / "mine.yaml") == 2
     assert "both class folders and images of its own" in capsys.readouterr().err
     assert run(photos / "absent", "--out", tmp_path / "mine.yaml") == 2
-    assert "absent' is no folder" in capsys.readouterr().err
+    assert "absent' is not a folder" in capsys.readouterr().err
 
 
 def test_which_encoder_is_taken(tmp_path, monkeypatch):

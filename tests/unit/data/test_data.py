@@ -50,6 +50,24 @@ def test_digest_notices_a_changed_folder(folder, tmp_path):
     assert before == again != after
 
 
+def test_parts_are_read_in_batches_of_their_own(folder, tmp_path):
+    write(folder, tmp_path / "l.safetensors")
+    parts = [range(3, 8), np.array([9, 0, 11]), range(0), [5]]
+    read = data.batches_of_parts(tmp_path / "l.safetensors", 8, parts, 2)
+    found = [[batch.flatten(1)[:, 0].tolist() for batch in batches] for batches in read]
+    (_, whole), *_ = data.image_batches(tmp_path / "l.safetensors", 8, [range(12)])
+    pixel = whole.flatten(1)[:, 0].tolist()
+    wanted = [[[3, 4], [5, 6], [7]], [[9, 0], [11]], [], [[5]]]
+    assert found == [[[pixel[i] for i in batch] for batch in part] for part in wanted]
+    assert len(set(pixel)) > 6
+
+
+def test_shards_are_few_and_not_small():
+    assert [len(part) for part in data.shards(25, 10, 4)] == [10, 10, 5]
+    assert [len(part) for part in data.shards(25, 5, 4)] == [7, 7, 7, 4]
+    assert data.shards(0, 10, 4) == []
+
+
 def test_flat_folder_is_one_class(folder):
     classes, paths, labels, _ = data.scan(folder / "cats" / "deep")
     assert classes == ["deep"] and len(paths) == 2 and set(labels.tolist()) == {0}

@@ -129,7 +129,7 @@ def test_elsewhere_silence_counts(tmp_path, monkeypatch):
 def test_what_is_no_heartbeat_is_named(tmp_path, content):
     path = tmp_path / FILE
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=r"progress\.json' is no heartbeat"):
+    with pytest.raises(ValueError, match=r"progress\.json' is not a heartbeat"):
         read(path)
 
 

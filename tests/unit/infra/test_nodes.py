@@ -60,7 +60,7 @@ def test_the_nodes_meet_at_the_first_ones_address(slurm_job):
 @pytest.mark.parametrize(
     ("arguments", "variables", "message"),
     [
-        (["--nodes", "2"], {}, "2 nodes requested, but this is no SLURM job; use the profiles for SLURM"),
+        (["--nodes", "2"], {}, "2 nodes requested, but this is not a SLURM job; use the profiles for SLURM"),
         (["--nodes", "2"], {**JOB, "SLURM_STEP_ID": "0"}, "the job runs on one; take the resources of profiles/slurm-"),
         (["--nodes", "2", "--gpus", "3"], JOB, "3 GPUs can't be divided among 2 nodes evenly; take a multiple of 2"),
         (["--nodes", "2", "--processes", "3"], {**JOB, nodes.FIRST: "{}"}, "3 processes can't be divided"),

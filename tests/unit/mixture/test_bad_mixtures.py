@@ -136,7 +136,7 @@ def test_a_foreign_checkpoint_is_named(tmp_path):
     path = tmp_path / "iteration-00003.safetensors"
     mixture = a_start(clustered(), 5)
     mixture.save(path, {})
-    with pytest.raises(ValueError, match="no checkpoint of fit_gmm"):
+    with pytest.raises(ValueError, match="not a checkpoint of fit_gmm"):
         stage.load_iteration(path)
 
 

@@ -182,9 +182,9 @@ class Hostile:
 
 def test_nothing_in_a_file_runs(imported, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(imported, "no PyTorch file of tensors and plain values", {"ema": Hostile()})
+    refused(imported, "not a PyTorch file of tensors and plain values", {"ema": Hostile()})
     (tmp_path / "source.pt").write_bytes(pickle.dumps(Hostile()))
-    with pytest.raises(ValueError, match="no PyTorch file"):
+    with pytest.raises(ValueError, match="not a PyTorch file"):
         import_weights(tmp_path / "source.pt", tmp_path / "e", tmp_path / "stats.pt", expected())
     assert not (tmp_path / "hostile-was-here").exists()
 
@@ -254,7 +254,7 @@ def test_other_decoders_are_refused(stats, tmp_path):
     state = tiny.decoder().state_dict()
     with pytest.raises(ValueError, match=r"images of 32 pixels, but .* 'image.size' is 64"):
         decoded(tmp_path, state, stats, size=64)
-    with pytest.raises(ValueError, match=r"no decoder in the published layout \(it lacks 'decoder_embed.weight'\)"):
+    with pytest.raises(ValueError, match=r"not a decoder in the published layout \(it lacks 'decoder_embed.weight'\)"):
         decoded(tmp_path, {"a": torch.ones(2)}, stats)
     del state["decoder_layers.0.output.dense.bias"]
     with pytest.raises(ValueError, match=r"lacks 'decoder_layers.0.output.dense.bias'"):

@@ -145,7 +145,7 @@ def test_a_state_that_is_hostile_inside_a_mixture(tmp_path, monkeypatch):
 
 def test_arrays_of_objects_and_of_structures_are_refused(tmp_path):
     for array in (np.array([{}, None], object), np.zeros(2, [("a", "f8")]), np.array(["text"]), np.zeros(2, ">f8")):
-        assert "no plain" in refusal(tmp_path, pickle.dumps(array)), array.dtype
+        assert "not a plain" in refusal(tmp_path, pickle.dumps(array)), array.dtype
 
 
 GM = b"csklearn.mixture._gaussian_mixture\nGaussianMixture\n"
@@ -179,10 +179,10 @@ LIES = {
     "no opcode": (b"\x80\x02\xff.", "where an opcode should be"),
     "a state for a list": (b"\x80\x02]}b.", "gives a list a state"),
     "a state for a function": (b"\x80\x02cnumpy\ndtype\n}X\x04\x00\x00\x00callK\x01sb.", "gives a _Named a state"),
-    "a call of a value": (b"\x80\x02K\x01)R.", "no function"),
+    "a call of a value": (b"\x80\x02K\x01)R.", "not a function"),
     "a class that is none": (b"\x80\x02cnumpy\ndtype\n)\x81.", "unknown class"),
     "arguments for a mixture": (b"\x80\x02" + GM + b"K\x01\x85\x81.", "unknown class"),
-    "a name that is no text": (b"\x80\x04K\x01K\x02\x93.", "names int int"),
+    "a name that is not text": (b"\x80\x04K\x01K\x02\x93.", "names int int"),
     "a tuple as a key": (b"\x80\x02}K\x01\x85K\x02s.", "a tuple as a key"),
     "appending to a dictionary": (b"\x80\x02}K\x01a.", "as if it were a list"),
     "an empty stack": (b"\x80\x020.", "IndexError"),

@@ -115,5 +115,5 @@ def test_noise_is_part_of_the_loss(tiny_pipeline, undisturbed, tmp_path):
 
 
 def test_an_image_size_that_the_latent_does_not_divide_is_refused(tiny_pipeline, tmp_path):
-    with pytest.raises(ValueError, match=r"image.size 30 is no multiple of the latent's 4 rows; take 28"):
+    with pytest.raises(ValueError, match=r"image.size 30 is not a multiple of the latent's 4 rows; take 28"):
         run(tiny_pipeline, tmp_path, sections={"image": {"size": 30}})

@@ -98,7 +98,7 @@ def test_a_restart_makes_only_what_is_missing(listings, tmp_path, monkeypatch):
     load = data.image_batches
     with monkeypatch.context() as patch:
         patch.setattr(
-            data,
+            data.loader,
             "image_batches",
             lambda path, size, batches, *a, **k: (seen.extend(batches), load(path, size, batches, *a, **k))[1],
         )

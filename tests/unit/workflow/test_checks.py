@@ -89,7 +89,7 @@ def test_a_detector_of_another_size():
 
 def test_images_that_are_no_folder(tmp_path):
     checks.images(str(tmp_path))
-    with pytest.raises(ValueError, match=r"'data.root' is '.*photos', which is no folder"):
+    with pytest.raises(ValueError, match=r"'data.root' is '.*photos', which is not a folder"):
         checks.images(str(tmp_path / "photos"))
 
 

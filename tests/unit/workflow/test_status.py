@@ -210,7 +210,7 @@ def test_damaged_heartbeats_are_named(tmp_path, capsys):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "odd.log").write_bytes(b"\xff\x00\r")
     text = told(tmp_path, capsys)
-    assert f"ignored: '{place / FILE}' is no heartbeat of a stage" in text and "Traceback" not in text
+    assert f"ignored: '{place / FILE}' is not a heartbeat of a stage" in text and "Traceback" not in text
 
 
 def test_empty_and_missing_folders_are_one_line(tmp_path, capsys):

@@ -78,7 +78,7 @@ def test_every_line_has_a_reason_beside_it(tmp_path):
 
 def test_a_size_that_is_asked_for():
     assert suggest(size=48).value("image.size") == 48
-    with pytest.raises(ValueError, match="50 is no multiple of 4; take 48 or 52"):
+    with pytest.raises(ValueError, match="50 is not a multiple of 4; take 48 or 52"):
         suggest(size=50)
 
 

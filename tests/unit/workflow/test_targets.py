@@ -14,23 +14,23 @@ DEMO = config.load([DEFAULTS])
 @pytest.mark.parametrize(
     ("typed", "meant", "why"),
     [
-        ("dinov2_mode", "dinov2_mode.txt", "neither .txt nor .json"),
-        ("dinov2_mode.k4", "dinov2_mode.k4.txt", "neither .txt nor .json"),
-        ("dinov2_mode.jsn", "dinov2_mode.json", "neither .txt nor .json"),
+        ("dinov2_mode", "dinov2_mode.txt", "must end in .txt or .json"),
+        ("dinov2_mode.k4", "dinov2_mode.k4.txt", "must end in .txt or .json"),
+        ("dinov2_mode.jsn", "dinov2_mode.json", "must end in .txt or .json"),
         ("dinov2_mode.t4.seed1.txt", "dinov2_mode.seed1.t4.txt", "wrong order"),
         ("dinov2_mode_ag.g1.5.t4.json", "dinov2_mode_ag.t4.g1.5.json", "wrong order"),
-        ("dinov2_moed.txt", "dinov2_mode.txt", "'moed' is no setting"),
+        ("dinov2_moed.txt", "dinov2_mode.txt", "'moed' is not a setting"),
         ("dino_class_gmm.t4.txt", "dinov2_class_gmm.t4.txt", "`encoders` has no 'dino'"),
         ("clip_mode.txt", "dinov2_mode.txt", "`encoders` has no 'clip'"),
-        ("dinov2_mode.XXL.txt", "dinov2_mode.XL.txt", "'.XXL' is no part of a name"),
+        ("dinov2_mode.XXL.txt", "dinov2_mode.XL.txt", "'.XXL' is neither a part of a name"),
         ("dinov2_mode.XXL.t4.k9.txt", "dinov2_mode.XL.k9.t4.txt", "wrong order"),
         ("dinov2_mode.t4.step60.k9.txt", "dinov2_mode.k9.step60.t4.txt", "wrong order"),
-        ("dinov2_mode.step60", "dinov2_mode.step60.txt", "neither .txt nor .json"),
+        ("dinov2_mode.step60", "dinov2_mode.step60.txt", "must end in .txt or .json"),
         ("dinov2_mode.step0.json.txt", None, "before the first step"),
         ("dinov2_mode.t4.t5.txt", None, "twice"),
         ("dinov2_uncond.t4.k4.txt", None, "has no mixture"),
-        ("readme", None, "no encoder with a setting"),
-        ("dinov2_moed.seeds5.txt", "dinov2_mode.seeds5.txt", "'moed' is no setting"),
+        ("readme", None, "not an encoder with a setting"),
+        ("dinov2_moed.seeds5.txt", "dinov2_mode.seeds5.txt", "'moed' is not a setting"),
         ("dinov2_mode.k9.seeds5.txt", "dinov2_mode.seeds5.k9.txt", "wrong order"),
         ("dinov2_mode.t4.seeds1.txt", None, "'.seeds1' has no range"),
         ("dinov2_mode.seed1.seeds5.txt", None, "twice"),
@@ -41,6 +41,30 @@ def test_a_wrong_name_is_explained_and_corrected(typed, meant, why):
     assert why in message and "(see README.md#what-it-does)" in message
     assert (f"(did you mean 'results/fid/{meant}'?)" in message) if meant else ("did you mean" not in message)
     assert f"did you mean 'results/fid/{typed}'" not in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "typed", "meant", "why"),
+    [
+        ("memorisation", "dinov2_moed.png", "dinov2_mode.png", "'moed' is not a setting"),
+        ("memorisation", "dinov2_mode.txt", "dinov2_mode.png", "must end in .png or .json"),
+        ("memorisation", "dinov2_mode.seeds5.png", "dinov2_mode.png", "'.seeds5' is neither a part of a name"),
+        ("mode_quality", "dinov2_mode.t4.k9.txt", "dinov2_mode.k9.t4.txt", "wrong order"),
+        ("mode_quality", "dinov2_mode.pgn", "dinov2_mode.png", "must end in .png, .txt or .json"),
+        ("curve", "dinov2_moed.t5,10.txt", "dinov2_mode.t5,10.txt", "'moed' is not a setting"),
+        ("curve", "dinov2_mode_ag.g1,1.5.k9", "dinov2_mode_ag.k9.g1,1.5.png", "wrong order"),
+        ("curve", "dinov2_mode.t5.png", None, "no part of it lists values"),
+        ("curve", "dinov2_uncond.k8,9.png", None, "has no mixture"),
+        ("reconstruction", "dino.json", "dinov2.json", "`encoders` has no 'dino', it has dinov2"),
+        ("reconstruction", "dinov2_mode.txt", "dinov2.txt", "`encoders` has no 'dinov2_mode'"),
+        ("reconstruction", "dinov2", "dinov2.txt", "must end in .txt, .json or .png"),
+        ("reconstruction", "dinov2.pgn", "dinov2.png", "must end in .txt, .json or .png"),
+    ],
+)
+def test_so_are_names_of_other_results(kind, typed, meant, why):
+    message = targets.explain_unknown(f"results/{kind}/{typed}", "results", DEMO)
+    assert why in message and f"\nTargets are results/{kind}/{{dinov2" in message
+    assert (f"(did you mean 'results/{kind}/{meant}'?)" in message) if meant else ("did you mean" not in message)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def grid_side(tokens: int, input_size: int, patch: int, what: str) -> int:
         what: the model, for error messages.
 
     Raises:
-        ValueError: the input size is no multiple of the patch size, or there are fewer tokens than patches.
+        ValueError: the input size is not a multiple of the patch size, or there are fewer tokens than patches.
     """
     if input_size % patch:
         raise ValueError(

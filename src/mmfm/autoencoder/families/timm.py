@@ -21,7 +21,9 @@ class _Timm:
     def load(self, weights: str, input_size: int, norm_affine: bool) -> Backbone:
         """Load an encoder from a folder; see :meth:`mmfm.autoencoder.family.AnyFamily.load`."""
         if not Path(weights).is_dir():
-            raise FileNotFoundError(f"encoder {weights} is no folder; set `hf:` and the model's id, which fetches it")
+            raise FileNotFoundError(
+                f"encoder {weights} is not a folder; set `hf:` and the model's id, which fetches it"
+            )
         try:
             about = model_folder.read(weights)
             prepared = model_folder.preprocessing(weights)
