@@ -3,6 +3,7 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mmfm import data
 from mmfm.generation.generator import Generator
 from mmfm.infra.pictures import image_grid
 
@@ -12,16 +13,18 @@ IMAGES = 32
 _COLUMNS = 4
 
 
-def draw_grid(generator: Generator, images: np.ndarray) -> Image.Image:
+def draw_grid(generator: Generator, images: np.ndarray, batch_size: int) -> Image.Image:
     """Draw the first images and, in the same arrangement beside them, the decoded source sample of each.
 
     Args:
         images: (n, S, S, 3) uint8, starting with image number 0.
+        batch_size: number of source samples that are decoded at once.
     """
     generated = images[:IMAGES].transpose(0, 3, 1, 2)
     if len(generator.times) == 1:
         return _panels({"Decoded source samples (no flow step)": generated})
-    source = generator.source_images(range(len(generated))).cpu().numpy()
+    batches = data.ranges(0, len(generated), batch_size)
+    source = np.concatenate([generator.source_images(numbers).cpu().numpy() for numbers in batches])
     evaluations = generator.function_evaluations()
     how = generator.solver if evaluations is None else f"{evaluations} evaluations"
     return _panels({f"Generated, {how}": generated, "Their source samples, decoded": source})

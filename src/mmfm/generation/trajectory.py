@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mmfm import data
 from mmfm.flow.path import interpolate, time_grid, time_shift
 from mmfm.flow.solver import VelocityFn
 from mmfm.generation.generator import Field, Generator
@@ -65,10 +66,10 @@ def trajectory(generator: Generator, velocity: VelocityFn, x: Tensor) -> Traject
     return Trajectory(generator.times.cpu(), torch.stack(states))
 
 
-def mean_straightness(generator: Generator, field: Field, n: int) -> float | None:
+def mean_straightness(generator: Generator, field: Field, n: int, batch_size: int) -> float | None:
     """Return the mean of :meth:`Trajectory.straightness` over the first n images, along Euler's steps in float32.
 
-    All states are in memory: 39 MB an image of latents [768, 16, 16].
+    All states of a batch are in memory: 39 MB an image of latents [768, 16, 16].
 
     Args:
         field: the velocity field of the network with guidance.
@@ -78,7 +79,10 @@ def mean_straightness(generator: Generator, field: Field, n: int) -> float | Non
     """
     times = time_grid(STRAIGHTNESS_POINTS, time_shift(generator.latent_shape))
     along = replace(generator, times=times, solver="euler", dtype=torch.float32)
-    drawn = along.draw(range(n))
-    path = trajectory(along, field(drawn.labels), along.source.draw(drawn.modes, drawn.noise))
-    mean = path.straightness().mean().item()
+    found = []
+    for numbers in data.ranges(0, n, batch_size):
+        drawn = along.draw(numbers)
+        path = trajectory(along, field(drawn.labels), along.source.draw(drawn.modes, drawn.noise))
+        found.append(path.straightness())
+    mean = torch.cat(found).mean().item()
     return mean if math.isfinite(mean) else None

@@ -245,7 +245,8 @@ class _Shards:
         """Join the shards, draw the grid, and describe the set."""
         images, shape = finished / "images.npz", self.shape(range(self.section.n_images))
         digest = npz.write_parts(images, shape, np.uint8, map(self.images, self.ranges))
-        save_picture(draw_grid(self.sampler.generator, npz.map_array(images)), finished / "grid.png")
+        grid = draw_grid(self.sampler.generator, npz.map_array(images), self.section.batch_size)
+        save_picture(grid, finished / "grid.png")
         store.write_json(finished / "samples.json", self.describe(digest))
         if self.detector is not None:
             self.write_features(finished, self.detector)
@@ -274,7 +275,8 @@ class _Shards:
         if self.section.time_points == 1:
             return None
         n = min(_STRAIGHTNESS_IMAGES, self.section.n_images)
-        return {"deviation": mean_straightness(self.sampler.generator, self.sampler.field, n), "n_images": n}
+        deviation = mean_straightness(self.sampler.generator, self.sampler.field, n, self.section.batch_size)
+        return {"deviation": deviation, "n_images": n}
 
     def describe(self, images_digest: str) -> dict[str, Any]:
         """Return ``samples.json``: everything that determined the images, and their time, as JSON values."""

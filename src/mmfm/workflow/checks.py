@@ -3,6 +3,7 @@
 A dry run fails at once, in one line, instead of a job after hours. Nothing here imports PyTorch.
 """
 
+import contextlib
 import io
 import json
 import pickle
@@ -14,7 +15,7 @@ from typing import Any
 
 from mmfm.config import Config, Encoder
 from mmfm.config.choices import DETECTORS, ENCODER_FAMILIES
-from mmfm.infra import model_folder
+from mmfm.infra import model_folder, store
 
 PROCESSOR = "preprocessor_config.json"
 
@@ -99,12 +100,12 @@ def _latent_shape(about: Encoder) -> tuple[int, int, int] | None:
 
 
 def decoder(name: str, config: Config, path: Path) -> None:
-    """Check the sizes in a decoder's file against an encoder's local folder and the image size.
+    """Check what a decoder's file says of itself against an encoder's local folder and the image size.
 
     Raises:
-        ValueError: it decodes latents of another shape, or images of another size.
+        ValueError: it decodes latents of another shape or images of another size, or was trained with another encoder.
     """
-    sizes, latent = _decoder_sizes(path), _latent_shape(config.encoders[name])
+    (sizes, trained_with), latent = _decoder_about(path), _latent_shape(config.encoders[name])
     if sizes is None or latent is None:
         return  # the stages that read it say what is wrong
     expected = (latent[0], latent[1] * latent[2], config.image.size)
@@ -115,6 +116,13 @@ def decoder(name: str, config: Config, path: Path) -> None:
             f"{actual[2]} pixels, but the encoder '{name}' gives {expected[1]} tokens of {expected[0]} channels for "
             f"images of {expected[2]} pixels; set 'decoder.weights' to `train`, or to a decoder of this encoder"
         )
+    folder = Path(config.encoders[name].weights)
+    with contextlib.suppress(FileNotFoundError):  # a missing file of the encoder is another check's
+        if trained_with not in ("", store.folder_digest(folder)):
+            raise ValueError(
+                f"'decoder.weights' is '{path}', which was trained with another encoder than '{name}' in '{folder}'; "
+                "set 'decoder.weights' to `train`, or to a decoder of this encoder"
+            )
 
 
 def statistics(name: str, config: Config, path: Path) -> None:
@@ -183,13 +191,14 @@ def _statistics_shape(path: Path) -> tuple[int, ...] | None:
         return None
 
 
-def _decoder_sizes(path: Path) -> dict[str, int] | None:
-    """Return the sizes in the header of a decoder's safetensors file; None if there are none to be read."""
+def _decoder_about(path: Path) -> tuple[dict[str, int] | None, str]:
+    """Return a decoder's sizes and its encoder's digest, by the header of its file; None and "" if it has none."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             metadata = json.loads(file.read(min(length, 100_000_000)))["__metadata__"]
         sizes: dict[str, int] = json.loads(metadata["decoder_config"])
-        return sizes
+        about = json.loads(metadata.get("provenance", "{}"))
+        return sizes, about.get("digests", {}).get("encoder", "")
     except (OSError, ValueError, KeyError, struct.error):
-        return None
+        return None, ""

@@ -23,6 +23,7 @@ OF_IMAGES = ("fid", "memorisation", "mode_quality")
 """Those about one set of generated images, whose names may be short: what they leave out is as configured."""
 
 _GUIDANCE = r"\.g\d+(\.\d+)?"
+_NUMBER = r"(0|[1-9]\d*)"  # as `str` writes it: another spelling would be another name of the same thing
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,12 @@ def complete_pattern(configuration: config.Config) -> str:
     """Return a regular expression for ``SETTING[_ag].VARIANT`` with no part missing."""
     whole = []
     for name, setting in SETTINGS.items():
-        modes = r"\.k\d+" if setting.mixture else ""
+        modes = rf"\.k{_NUMBER}" if setting.mixture else ""
         for model in configuration.models:
             for guide in ("", "_ag"):
-                scale = _GUIDANCE if guide or has_null_label(name, model, configuration) else ""
-                whole.append(rf"{name}{guide}\.seed\d+\.{re.escape(model)}{modes}(\.step\d+)?\.t\d+{scale}")
+                scale = rf"\.g{_NUMBER}(\.\d*[1-9])?" if guide or has_null_label(name, model, configuration) else ""
+                before = rf"{name}{guide}\.seed{_NUMBER}\.{re.escape(model)}{modes}"
+                whole.append(rf"{before}(\.step{_NUMBER})?\.t{_NUMBER}{scale}")
     return f"({'|'.join(whole)})"
 
 
@@ -107,8 +109,8 @@ def parse_variant(text: str, setting: str, configuration: config.Config, guided:
         guided: whether the target uses autoguidance (``_ag``).
 
     Raises:
-        ValueError: it has a number of modes for a setting without a mixture, a guidance scale without guidance, or a
-            step that the training does not have.
+        ValueError: it has a number of modes for a setting without a mixture, a guidance scale without guidance, no
+            modes or time points, or a step that the training does not have.
     """
     match = re.fullmatch(variant_pattern(configuration.models), text)
     if match is None:
@@ -118,6 +120,10 @@ def parse_variant(text: str, setting: str, configuration: config.Config, guided:
     has_mixture, has_scale = SETTINGS[setting].mixture, guided or has_null_label(setting, model, configuration)
     if k and not has_mixture:
         raise ValueError(f"the setting '{setting}' has no mixture; leave out '{k}'")
+    if k and int(k[2:]) == 0:
+        raise ValueError(f"'{k}' is a mixture without modes; name one or more")
+    if t and int(t[2:]) == 0:
+        raise ValueError(f"'{t}' has no time point; name two or more, or .t1 for the source alone, decoded")
     if step:
         _check_step(int(step[5:]), configuration.train_of(setting, model).steps)
     if g and not has_scale:
@@ -339,6 +345,8 @@ def _corrected(kind: str, name: str, configuration: config.Config) -> tuple[list
     about_head, meant = _corrected_head(head, configuration)
     wrong = about_head + wrong
     for part in typed:
+        if kind == "curve" and (strays := _no_numbers(part)):
+            return [*wrong, f"'{part}' lists {strays}, which is not a number"], ""
         if _place(part, kind, configuration) is None:
             wrong.append(f"'{part}' is neither a part of a name nor an entry of `models`")
             parts += [f".{model}" for model in difflib.get_close_matches(part[1:], list(configuration.models), n=1)]
@@ -389,6 +397,13 @@ def _corrected_head(head: str, configuration: config.Config) -> tuple[list[str],
     if encoder := next((name for name in encoders if head.startswith(f"{name}_")), None):
         return [f"'{head.removeprefix(f'{encoder}_')}' is not a setting"], meant
     return [f"'{head}' is not an encoder with a setting"], meant
+
+
+def _no_numbers(part: str) -> str:
+    """Return what is not a number in a part that lists values, each in quotes; empty if there is none."""
+    match = re.match(r"\.(t|step|g|k)(?=[^,]*,)", part)
+    values = part[match.end() :].split(",") if match else []
+    return " and ".join(repr(value) for value in values if not re.fullmatch(curves.VALUE, value))
 
 
 def _place(part: str, kind: str, configuration: config.Config) -> int | None:

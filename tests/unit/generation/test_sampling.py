@@ -28,6 +28,7 @@ from mmfm.generation.sampler import SampleFiles, Sampler
 from mmfm.generation.trajectory import Trajectory
 from mmfm.infra import npz, store
 from mmfm.infra.progress import Progress
+from mmfm.models.dit import DiT
 from mmfm.models.weights import load_ema
 from support.places import DETECTOR
 from support.sample_runs import CLASSES, SAMPLE, arguments, files, run, weights, write_ema  # noqa: F401 (fixtures)
@@ -88,6 +89,23 @@ def test_image_is_the_flow_of_its_own_noise(made, files, weights):
     assert_equal_to_rounding(pixels[0].permute(1, 2, 0).numpy(), images[13])
 
 
+def test_no_network_sees_more_images_at_once_than_a_batch(files, weights, tmp_path, monkeypatch):
+    """Neither for the picture nor for the straightness: a small GPU would run out of memory at the very end."""
+    seen = []
+
+    def noting(forward):
+        def noted(self, x, *rest):
+            seen.append(len(x))
+            return forward(self, x, *rest)
+
+        return noted
+
+    for network in (DiT, Decoder):
+        monkeypatch.setattr(network, "forward", noting(network.forward))
+    run(files, weights["mode"], tmp_path, batch_size=3)
+    assert max(seen) == 3
+
+
 def test_straightness_is_that_of_the_first_paths(made, files, weights, tmp_path):
     """Of 49 steps of Euler, whatever the solver and its grid."""
     sampler = load(files, weights["mode"])
@@ -100,7 +118,7 @@ def test_straightness_is_that_of_the_first_paths(made, files, weights, tmp_path)
     expected = Trajectory(times, torch.stack(states)).straightness().mean().item()
     assert made[1]["straightness"] == {"deviation": pytest.approx(expected, rel=1e-4), "n_images": 16}
     assert 0.001 < expected < 1
-    _, about = run(files, weights["mode"], tmp_path, solver="heun", time_points=2)
+    _, about = run(files, weights["mode"], tmp_path, solver="heun", time_points=2, batch_size=16)
     assert about["straightness"]["deviation"] == pytest.approx(expected, rel=1e-4)
 
 

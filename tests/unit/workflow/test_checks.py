@@ -82,6 +82,17 @@ def test_a_decoder_of_another_encoder(folder):
         checks.decoder("dinov2", changed, DECODER)
 
 
+def test_a_decoder_that_was_trained_with_another_encoder(folder):
+    mine = dataclasses.replace(CONFIGURATION, encoders={"dinov2": entry(folder)})
+    checks.decoder("dinov2", mine, DECODER)
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(ValueError, match=r"was trained with another encoder than 'dinov2' in '.*`train`"):
+        checks.decoder("dinov2", mine, DECODER)
+    (folder / "model.safetensors").unlink()
+    checks.decoder("dinov2", mine, DECODER)
+
+
 def test_a_detector_of_another_size():
     with pytest.raises(ValueError, match=r"32 x 32 pixels, but 'image.size' is 64.*inception"):
         checks.detector(config.load([DEFAULTS], ["image.size=64"]))

@@ -1,5 +1,6 @@
 """Names that are no target: what is wrong with them, and which is meant."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -27,6 +28,8 @@ DEMO = config.load([DEFAULTS])
         ("dinov2_mode.t4.step60.k9.txt", "dinov2_mode.k9.step60.t4.txt", "wrong order"),
         ("dinov2_mode.step60", "dinov2_mode.step60.txt", "must end in .txt or .json"),
         ("dinov2_mode.step0.json.txt", None, "before the first step"),
+        ("dinov2_mode.t0.txt", None, "'.t0' has no time point"),
+        ("dinov2_mode.k0.txt", None, "'.k0' is a mixture without modes"),
         ("dinov2_mode.t4.t5.txt", None, "twice"),
         ("dinov2_uncond.t4.k4.txt", None, "has no mixture"),
         ("readme", None, "not an encoder with a setting"),
@@ -54,6 +57,7 @@ def test_a_wrong_name_is_explained_and_corrected(typed, meant, why):
         ("curve", "dinov2_moed.t5,10.txt", "dinov2_mode.t5,10.txt", "'moed' is not a setting"),
         ("curve", "dinov2_mode_ag.g1,1.5.k9", "dinov2_mode_ag.k9.g1,1.5.png", "wrong order"),
         ("curve", "dinov2_mode.t5.png", None, "no part of it lists values"),
+        ("curve", "dinov2_mode.t5,x,.png", None, "'.t5,x,' lists 'x' and '', which is not a number"),
         ("curve", "dinov2_uncond.k8,9.png", None, "has no mixture"),
         ("reconstruction", "dino.json", "dinov2.json", "`encoders` has no 'dino', it has dinov2"),
         ("reconstruction", "dinov2_mode.txt", "dinov2.txt", "`encoders` has no 'dinov2_mode'"),
@@ -135,3 +139,21 @@ def test_a_name_of_a_curve_stands_for_its_points():
 def test_what_is_no_curve_is_explained(name, message):
     with pytest.raises(ValueError, match=message):
         targets.parse_curve(name, DEMO)
+
+
+@pytest.mark.parametrize(
+    ("name", "complete"),
+    [
+        ("mode.seed0.tiny.k256.t25", True),
+        ("mode_ag.seed10.tiny.k256.step60.t25.g1.5", True),
+        ("mode_ag.seed10.tiny.k256.t25.g0.05", True),
+        ("mode.seed00.tiny.k256.t25", False),
+        ("mode.seed0.tiny.k0256.t25", False),
+        ("mode.seed0.tiny.k256.t025", False),
+        ("mode_ag.seed0.tiny.k256.t25.g1.50", False),
+        ("mode_ag.seed0.tiny.k256.t25.g01", False),
+    ],
+)
+def test_a_number_written_otherwise_makes_no_second_training(name, complete):
+    """It is a short name, which is completed to the usual one."""
+    assert bool(re.fullmatch(targets.complete_pattern(DEMO), name)) is complete
