@@ -57,8 +57,8 @@ if not IMPORTED:
         log:
             "<logs>/unknown_run.{folder}.{name}.log",
         wildcard_constraints:
-            folder=rf"(?!{RESULTS}/[^/]+/[^/]+$)results(/[^/]+)?",
-            name=rf"{targets.any_of(targets.ENDINGS)}/[^/]+",
+            folder=rf"(?!{RESULTS}/({targets.any_of(targets.ENDINGS)}/[^/]+|{targets.COMPARISON}\.\w+)$)results(/[^/]+)?",
+            name=rf"{targets.any_of(targets.ENDINGS)}/[^/]+|{targets.COMPARISON}\.(txt|json|png|html)",
         conda:
             "../envs/mmfm.yaml"
         shell:

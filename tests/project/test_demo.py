@@ -14,8 +14,9 @@ from safetensors import safe_open
 from mmfm import config
 from mmfm.autoencoder.decoder import load_decoder
 from mmfm.autoencoder.encoders import load_encoder
-from mmfm.data.fashion_mnist import CLASSES, pad_to_rgb, read_idx, sha256, unpack
+from mmfm.data.fashion_mnist import CLASSES, pad_to_rgb, read_idx, unpack
 from mmfm.evaluation.detector import load_detector
+from mmfm.infra import store
 from mmfm.workflow import checks
 from support.places import DEFAULTS, DEMO, ROOT
 
@@ -29,7 +30,7 @@ def test_the_readme_lists_every_file_with_its_digest():
     files = {str(p.relative_to(DEMO)): p for p in DEMO.rglob("*") if p.is_file() and p.suffix not in (".md", "")}
     assert set(table) == set(files)
     for name, path in files.items():
-        assert sha256(path) == table[name], name
+        assert store.file_digest(path) == table[name], name
     assert sum(p.stat().st_size for p in files.values()) < 25e6
 
 

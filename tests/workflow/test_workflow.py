@@ -329,6 +329,19 @@ def test_a_wrong_target_is_explained(finished, run, typed, said):
     assert result.returncode != 0 and said in message and form in message and "Traceback" not in message
 
 
+@pytest.mark.parametrize(
+    ("run", "typed", "said"),
+    [
+        ("", "results/pics/comparison.txt", "`run: pics`, pass it with --configfile"),
+        ("flowers", "results/comparison.html", "is results/flowers/comparison.txt"),
+    ],
+)
+def test_a_comparison_of_another_run_is_explained(finished, run, typed, said):
+    result = finished.run(typed, "-n", keys={"gpus": 0, "run": run})
+    message = result.stdout + result.stderr
+    assert result.returncode != 0 and said in message and "MissingRule" not in message
+
+
 @pytest.mark.parametrize("options", [["--summary"], ["--dag"], ["--report", "report.html"], ["-n"]])
 def test_the_profile_gives_the_number_of_cores(finished, options):
     """A plain call, without --cores."""

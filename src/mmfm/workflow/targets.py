@@ -19,6 +19,9 @@ ENDINGS = {
 }
 """Folders of results that have targets' names, and the endings of their files, the usual one first."""
 
+COMPARISON = "comparison"
+"""Stem of the files that compare the settings of a run; they lie in the folder of its results."""
+
 OF_IMAGES = ("fid", "memorisation", "mode_quality")
 """Those about one set of generated images, whose names may be short: what they leave out is as configured."""
 
@@ -290,20 +293,17 @@ def explain_unknown(target: str, results: str, configuration: config.Config) -> 
     """Say what is wrong with the name of a result that no rule makes, and which name is meant, if any.
 
     Args:
-        target: the name as typed, ``FOLDER/KIND/NAME`` with a kind of :data:`ENDINGS`.
+        target: the name as typed, ``FOLDER/KIND/NAME`` with a kind of :data:`ENDINGS`, or another run's comparison.
         results: folder of the configuration's results: ``results``, or ``results/RUN``.
     """
+    if Path(target).stem == COMPARISON:
+        another = _of_another_run(str(Path(target).parent), configuration)
+        return f"no target '{target}': {another}.\nThe comparison of this configuration is {results}/{COMPARISON}.txt"
     folder, kind, name = target.rsplit("/", 2)
     wrong, meant = _corrected(kind, name, configuration)
     if folder != results:
-        run = folder.removeprefix("results").strip("/")
-        own = f"this one has {f'`run: {configuration.run}`' if configuration.run else 'no `run`'}"
-        if run:
-            wrong.insert(
-                0, f"'{folder}' belongs to a configuration with `run: {run}`, pass it with --configfile ({own})"
-            )
-        else:
-            wrong.insert(0, f"'{folder}' belongs to a configuration without `run` ({own})")
+        wrong.insert(0, _of_another_run(folder, configuration))
+        run = _run(folder)
         if run and not difflib.get_close_matches(run, [configuration.run]):
             meant = ""  # another configuration is, not another name
     own_folder = f"{results}/{kind}"
@@ -312,6 +312,18 @@ def explain_unknown(target: str, results: str, configuration: config.Config) -> 
         f"no target '{target}'{hint}: {'; '.join(wrong)}.\n"
         f"Targets are {own_folder}/{_form(kind, configuration)} (see {DOCUMENT})"
     )
+
+
+def _run(folder: str) -> str:
+    return folder.removeprefix("results").strip("/")
+
+
+def _of_another_run(folder: str, configuration: config.Config) -> str:
+    """Say that a folder of results is that of another configuration."""
+    own = f"this one has {f'`run: {configuration.run}`' if configuration.run else 'no `run`'}"
+    if run := _run(folder):
+        return f"'{folder}' belongs to a configuration with `run: {run}`, pass it with --configfile ({own})"
+    return f"'{folder}' belongs to a configuration without `run` ({own})"
 
 
 def _form(kind: str, configuration: config.Config) -> str:

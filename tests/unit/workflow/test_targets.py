@@ -78,6 +78,8 @@ def test_so_are_names_of_other_results(kind, typed, meant, why):
         ("flowers", "results/fid/dinov2_mode.txt", "did you mean 'results/flowers/fid/dinov2_mode.txt'"),
         ("flowers", "results/flower/fid/dinov2_mode.t4", "did you mean 'results/flowers/fid/dinov2_mode.t4.txt'"),
         ("flowers", "results/birds/fid/x.txt", "`run: birds`, pass it with --configfile (this one has `run: flowers`)"),
+        ("flowers", "results/comparison.txt", "of this configuration is results/flowers/comparison.txt"),
+        ("", "results/flowers/comparison.html", "`run: flowers`, pass it with --configfile (this one has no `run`)"),
     ],
 )  # fmt: skip
 def test_results_of_another_run_are_said_to_be_so(run, typed, said):
