@@ -114,11 +114,13 @@ def cautions(
     generated: Statistics,
     reference: Statistics,
     remedy: str = "Score more images (sample.n_images).",
+    published: bool = True,
 ) -> list[str]:
     """Return what a reader must know to judge the numbers: a sentence each.
 
     Args:
         remedy: how to get more generated images.
+        published: whether the detector is one of published numbers, which readers may compare these with.
     """
     wanted, lines, count = frozenset(metrics), [], generated.count
     for name, moments in (("frechet", generated.gaussian), ("sfid", generated.spatial)):
@@ -129,16 +131,16 @@ def cautions(
                     f"{name}: {count:,} images are too few for {dimension:,} features: the covariance is singular and "
                     f"the distance far too large. {remedy}"
                 )
-    if count is not None and count < PUBLISHED_IMAGES:
+    if published and count is not None and count < PUBLISHED_IMAGES:
         score = " and a smaller Inception Score" if "inception_score" in wanted else ""
         lines.append(
             f"Published numbers use {PUBLISHED_IMAGES:,} images; {count:,} give larger Frechet distances{score}, so "
             "compare only results of equally many."
         )
-    return lines + _cautions_of_reference(wanted, reference)
+    return lines + _cautions_of_reference(wanted, reference, published)
 
 
-def _cautions_of_reference(wanted: frozenset[str], reference: Statistics) -> list[str]:
+def _cautions_of_reference(wanted: frozenset[str], reference: Statistics, published: bool) -> list[str]:
     """Return the sentences on a small reference; a file of moments alone does not say of how many images they are."""
     lines, count = [], reference.count
     for name, moments in (("frechet", reference.gaussian), ("sfid", reference.spatial)):
@@ -147,7 +149,7 @@ def _cautions_of_reference(wanted: frozenset[str], reference: Statistics) -> lis
                 f"{name}: the reference's {count:,} images are too few for {len(moments.mean):,} features: its "
                 "covariance is singular and the distance far too large. Compare with more real images."
             )
-    if count is not None and count < PUBLISHED_IMAGES and wanted & {"frechet", "sfid"}:
+    if published and count is not None and count < PUBLISHED_IMAGES and wanted & {"frechet", "sfid"}:
         lines.append(
             f"The reference is of {count:,} real images; fewer give larger Frechet distances, so compare only results "
             "with the same reference."

@@ -257,10 +257,12 @@ def _cautions(
 ) -> list[str]:
     if detector is None:
         return []
-    lines = cautions(metrics, generated, reference)
+    lines = cautions(metrics, generated, reference, published=detector.standard)
     if not detector.standard:
         lines.insert(
-            0, "These numbers are not those of the Inception network and can't be compared with published ones."
+            0,
+            "These numbers are not those of the Inception network and can't be compared with published ones, only with "
+            "those of the same detector, reference and number of images: fewer images give larger distances.",
         )
     return lines
 

@@ -66,7 +66,7 @@ def measure(
         assert statistics is not None  # on the main process
         values = scores.scores(section.metrics, statistics, reference.statistics(), ranks.device)
         warnings = _warnings(detector, reference, samples) + scores.cautions(
-            section.metrics, statistics, reference.statistics()
+            section.metrics, statistics, reference.statistics(), published=detector.standard
         )
         return values, warnings
 
@@ -118,7 +118,7 @@ def _warnings(detector: Detector, reference: Reference, samples: dict[str, Any])
     if not detector.standard:
         lines.append(
             "This number is NOT an ImageNet FID and can't be compared with any published FID. Compare it only with "
-            "numbers for the same detector, reference and number of images."
+            "numbers for the same detector, reference and number of images: fewer images give larger distances."
         )
     elif reference.about["n_images"] is not None:
         lines.append(

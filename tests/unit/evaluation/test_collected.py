@@ -163,6 +163,7 @@ def test_cautions_say_what_few_images_mean():
     assert any("frechet: 12 images are too few for 12 features" in line for line in lines)
     assert any("Published numbers use 50,000 images; 12 give larger" in line for line in lines)
     assert not any("sfid" in line for line in lines)
+    assert len(cautions(["frechet", "sfid"], few, full, published=False)) == 1
     enough = Statistics(count=50_000, gaussian=few.gaussian)
     assert cautions(["frechet", "precision"], enough, full) == []
 

@@ -117,8 +117,8 @@ def test_guidance_and_source_are_told(garments, reference, tmp_path):
 
 def test_too_few_images_are_a_warning(garments, reference, tmp_path):
     text, result = run(write_samples(tmp_path, garments[300:364]), reference, tmp_path)
-    assert "64 images are too few for 64 features" in text and len(result["warnings"]) == 4
-    assert "The reference is of 300 real images" in result["warnings"][3]
+    assert "64 images are too few for 64 features" in text
+    assert len(result["warnings"]) == 2, "that no published number compares says what the number of images does"
     text, _ = run(write_samples(tmp_path, garments[300:365]), reference, tmp_path)
     assert "too few" not in text
 
