@@ -250,7 +250,7 @@ def document(suggested: Suggestion, run: str, machine: Machine, out: Path) -> st
     return f"""\
 # yaml-language-server: $schema=workflow/schemas/config.schema.json
 # For the images in {suggested.value("data.root")}, by `mmfm init`; laid over config/config.yaml.
-# Every key: config/README.md. What it costs: mmfm scale --config {out} --gpus {int(machine.gpu)}
+# Every key: config/README.md. What it costs: mmfm scale --configfile {out} --gpus {int(machine.gpu)}
 
 {f"run: {suggestion.scalar(run)}":<34}  # results/{run}/ keeps this configuration's results apart
 {suggestion.as_yaml(suggested.lines)}
