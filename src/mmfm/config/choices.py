@@ -208,7 +208,7 @@ DETECTORS = Choices(
     "detector",
     {
         "fashion": DetectorKind(
-            "mmfm.evaluation.detectors.fashion:load", 64, 2e7, 1e6, "make it with tools/train_detector.py", 32
+            "mmfm.evaluation.detectors.fashion:load", 64, 2e7, 1e6, "`tools/train_detector.py` makes them", 32
         ),
         "encoder": DetectorKind(
             "mmfm.evaluation.detectors.encoder:load",
@@ -219,7 +219,7 @@ DETECTORS = Choices(
             2048,
             11.4e9,
             0.1e9,
-            f"set fid.weights to fetch, or to the file, from {INCEPTION_URL} (95.7 MB)",
+            f"`mmfm fetch --url {INCEPTION_URL} FILE` gets them (95.7 MB)",
             cpu_rate=1.4,
             classifies=True,
         ),
