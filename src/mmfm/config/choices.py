@@ -212,7 +212,8 @@ DETECTORS = Choices(
         ),
         "encoder": DetectorKind(
             "mmfm.evaluation.detectors.encoder:load",
-            remedy="needs none: the global tokens of fid.encoder, an entry of encoders, or of the run's own encoder",
+            remedy="they are the model.safetensors in an encoder's folder (a workflow takes those of fid.encoder, an "
+            "entry of encoders, or of the run's own encoder)",
         ),
         "inception": DetectorKind(
             "mmfm.evaluation.detectors.inception:load",
