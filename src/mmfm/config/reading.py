@@ -91,6 +91,10 @@ def load(files: Iterable[str | Path], overrides: Iterable[str] = ()) -> Config:
 
     try:
         files, over = list(files), parse_overrides(overrides)
+        if absent := [file for file in files if not Path(file).exists()]:
+            raise ValueError(
+                f"there is no configuration file '{absent[0]}'; correct the path, or let `mmfm init FOLDER` write one"
+            )
 
         def merge(layers: list[str | Path]) -> Any:
             loaded = [(file, OmegaConf.load(file)) for file in layers]

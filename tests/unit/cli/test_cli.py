@@ -54,6 +54,21 @@ def test_a_users_mistake_is_one_line():
 
 
 @pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("extract --encoder-weights e --listing l --out-tokens t --out-moments m", "no listing at 'l'; make one with"),
+        ("sweep --fits absent --spatial s --out-dir o", "there is no 'absent'; correct the path, or run the stage"),
+        ("scale --configfile absent.yaml", "there is no configuration file 'absent.yaml'; correct the path"),
+    ],
+)
+def test_a_missing_file_is_named_with_a_remedy(line, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Errno" not in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--settings", "{}", "gmm.tolerance=1"], "gmm.tolerance"),

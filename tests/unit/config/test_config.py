@@ -111,7 +111,7 @@ def test_where_latents_are_kept_is_no_part_of_any_parameter_or_fingerprint():
 
 
 def test_a_missing_file_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"absent\.yaml"):
+    with pytest.raises(ValueError, match=r"no configuration file '.*absent\.yaml'; correct the path, or let"):
         config.load([tmp_path / "absent.yaml"])
 
 
