@@ -1,6 +1,7 @@
 """The command line: every stage explains itself, and mistakes are one line."""
 
 import dataclasses
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -44,6 +45,12 @@ def test_every_command_exists():
 def test_an_unknown_command_names_the_nearest(capsys):
     assert main(["extrat"]) == 2
     assert "did you mean 'extract'" in capsys.readouterr().err
+
+
+def test_the_version_and_the_package_as_a_command():
+    for program in ("mmfm", "mmfm.cli"):
+        run = subprocess.run([sys.executable, "-m", program, "--version"], capture_output=True, text=True, check=True)
+        assert run.stdout == f"mmfm {importlib.metadata.version('mmfm')}\n"
 
 
 def test_a_users_mistake_is_one_line():
