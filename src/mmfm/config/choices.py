@@ -10,10 +10,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+_OTHER_NAMES = {"fid": "frechet"}
+"""Usual names of what has another one here, for hints."""
+
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` (did you mean '...'?)`` for the closest known word; an empty string if none is close."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    if _OTHER_NAMES.get(word) in (known := list(known)):
+        return f" (did you mean '{_OTHER_NAMES[word]}'?)"
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" (did you mean '{match[0]}'?)" if match else ""
 
 

@@ -251,6 +251,14 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     wanted = " or ".join(names[kind] for kind in kinds)
     hint_text = ""
-    if isinstance(value, str) and any(kind in (int, float) for kind in kinds):
+    if isinstance(value, str) and any(kind in (int, float) for kind in kinds) and _is_number(value):
         hint_text = " (YAML reads 1e-3 as text: write 1.0e-3; on the command line use --configfile, not --config)"
     raise ValueError(f"'{where}' must be {wanted}, got {value!r}{hint_text}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
