@@ -241,6 +241,9 @@ def test_encode_takes_what_people_have(model, tiny_pipeline):
     assert torch.equal(model.encode(large).latent, model.encode(torch.full((3, SIZE, SIZE), 128).byte()).latent)
     torch.testing.assert_close(model.mixture.posterior(token).sum(1), torch.ones(3))
     floats = stacked.float()
+    for wrong in ("a.png", Path("a.png"), ["a.png", "b.png"], stacked.numpy()):
+        with pytest.raises(ValueError, match=r"of type (str|PosixPath|ndarray); give PIL images \(`PIL.Image.open"):
+            model.encode(wrong)
     for wrong in (stacked[:, :1], stacked[..., 1:], stacked.int(), floats, floats / 100, floats / 255 - 0.1, []):
         with pytest.raises(ValueError, match=r"images|pixels"):
             model.encode(wrong)
