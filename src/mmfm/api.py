@@ -128,7 +128,7 @@ class Model:
             ``latent`` (n, C, H, W), normalised, and ``global_token`` (n, C), float32 on the model's device.
 
         Raises:
-            ValueError: the images have the wrong shape, dtype or range.
+            ValueError: the images have the wrong type, shape, dtype or range.
 
         >>> latent, token = model.encode(images)
         >>> latent.shape == (4, *model.latent_shape) and token.shape == (4, model.latent_shape[0])

@@ -211,7 +211,7 @@ def test_given_modes_and_labels(root, model):
         ("mode", {"labels": 0}, "this setting has no labels"),
         ("uncond", {"modes": 0}, "this setting has no modes"),
         ("class_gmm", {"labels": [0, 3]}, "labels must be from 0 to 2"),
-        ("mode", {"guidance": 2.0}, "needs weights trained with label dropout"),
+        ("mode", {"guidance": 2.0}, "trained with label dropout.*set it to 1, or open a target with autoguidance"),
         ("mode", {"solver": "eulre"}, r"did you mean 'euler'\?"),
         ("mode", {"time_points": 0}, "'sample.time_points' is 0; it must be at least 1"),
         ("mode", {"steps": 3}, "unknown configuration key 'sample.steps'"),
@@ -241,6 +241,9 @@ def test_encode_takes_what_people_have(model, tiny_pipeline):
     assert torch.equal(model.encode(large).latent, model.encode(torch.full((3, SIZE, SIZE), 128).byte()).latent)
     torch.testing.assert_close(model.mixture.posterior(token).sum(1), torch.ones(3))
     floats = stacked.float()
+    for wrong in ("a.png", Path("a.png"), ["a.png", "b.png"], stacked.numpy()):
+        with pytest.raises(ValueError, match=r"of type (str|PosixPath|ndarray); give PIL images \(`PIL.Image.open"):
+            model.encode(wrong)
     for wrong in (stacked[:, :1], stacked[..., 1:], stacked.int(), floats, floats / 100, floats / 255 - 0.1, []):
         with pytest.raises(ValueError, match=r"images|pixels"):
             model.encode(wrong)

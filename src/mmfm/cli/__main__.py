@@ -7,6 +7,7 @@ import sys
 from mmfm.config.registry import STAGES
 from mmfm.infra.disk import explain
 from mmfm.infra.launch import join_gpus
+from mmfm.infra.versions import version
 
 GROUPS: dict[str, dict[str, str]] = {
     "Before a run, and for troubleshooting": {
@@ -53,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; a mistake of the user is reported in one line on standard error, with exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     name = arguments[0] if arguments else "--help"
+    if name == "--version":
+        print(f"mmfm {version('mmfm') or '(not installed)'}")
+        return 0
     if name in ("-h", "--help"):
         print("usage: mmfm COMMAND [ARGUMENTS]\n")
         print("Image generation by flow matching from a Gaussian mixture. Usually you do not run the stages yourself:")

@@ -122,7 +122,7 @@ def _libraries() -> list[str]:
 
 
 def _room(name: str, files: list[str]) -> list[str]:
-    """Print what a target's stages take and what there is of it; return what will not fit.
+    """Print what a target's stages take and what there is of it; return what is missing or will not fit.
 
     Raises:
         ValueError: the configuration is wrong, or it has no such result.
@@ -162,6 +162,8 @@ def _room(name: str, files: list[str]) -> list[str]:
     of_gpu = f", of the smallest GPU {card / 1e9:,.1f} GB" if card and gpus else ""
     print(f"memory: {machine.memory / 1e9:,.1f} GB{of_gpu}")
     print(f"time: about {duration(sum(taken.seconds for taken in left.values()))}\n")
+    if missing := room.missing_images(left, loaded, results):
+        found_wrong.append(missing)
     return [*found_wrong, *room.problems(left, disks, machine)]
 
 

@@ -23,7 +23,7 @@ out, also record the floor, which is their own distance from the reference: no s
 After an interruption, the same command resumes at the first unfinished shard of images. To share the shards among N
 processes, use torchrun or `python -m mmfm.infra.launch --gpus N -- fid_reference ...`; the result does not depend on N.
 
-Detectors (fid.detector), and how to get their weights (fid.weights):
+Detectors (fid.detector), and how to get their weights (fid.weights; Snakemake gets Inception's if that is `fetch`):
 """ + "\n".join(f"  {name:<10} {kind.remedy}" for name, kind in DETECTORS.items())
 
 

@@ -94,7 +94,8 @@ def summary(found: Survey) -> Iterator[str]:
     classes, sizes = found.classes, sorted(found.classes.values())
     many = f"{len(classes):,} classes of {sizes[0]:,} to {sizes[-1]:,}" if len(classes) > 1 else "one class"
     size = found.mean_bytes * len(found.paths)
-    yield f"{found.root}: {len(found.paths):,} images in {many}, {size / 1e6:,.0f} MB"
+    taken = f"{size / 1e6:,.0f} MB" if size >= 1e6 else f"{size / 1e3:,.0f} kB"
+    yield f"{found.root}: {len(found.paths):,} images in {many}, {taken}"
     yield f"  formats  {', '.join(f'{n:,} {extension}' for extension, n in found.extensions.items()) or 'none'}"
     if len(found.sides):
         low, middle, high = (int(q) for q in np.quantile(found.shorter, (0, 0.5, 1)))
@@ -250,7 +251,7 @@ def document(suggested: Suggestion, run: str, machine: Machine, out: Path) -> st
     return f"""\
 # yaml-language-server: $schema=workflow/schemas/config.schema.json
 # For the images in {suggested.value("data.root")}, by `mmfm init`; laid over config/config.yaml.
-# Every key: config/README.md. What it costs: mmfm scale --config {out} --gpus {int(machine.gpu)}
+# Every key: config/README.md. What it costs: mmfm scale --configfile {out} --gpus {int(machine.gpu)}
 
 {f"run: {suggestion.scalar(run)}":<34}  # results/{run}/ keeps this configuration's results apart
 {suggestion.as_yaml(suggested.lines)}

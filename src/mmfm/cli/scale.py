@@ -15,8 +15,8 @@ DESCRIPTION = """\
 Estimate, for every stage of a configuration, the bytes it reads and writes, its disk space, the memory of each process,
 its operations and its time. Nothing is run: docs/scale.md says what was counted, measured and assumed.
 
-  mmfm scale --config config/imagenet256.yaml --gpus 1 8
-  mmfm scale --config config/small.yaml --config mine.yaml --gpus 0
+  mmfm scale --configfile config/imagenet256.yaml --gpus 1 8
+  mmfm scale --configfile config/small.yaml mine.yaml --gpus 0
   mmfm scale results/fid/dinov2_mode.k16.t10.txt
 
 With the name of a result, only the stages that it needs are shown, with the modes, model and time points in its name.
@@ -44,18 +44,20 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("target", nargs="?", help="name of a result, as given to Snakemake (default: all stages)")
     parser.add_argument(
+        "--configfile",
         "--config",
         metavar="YAML",
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
-        help="file that overrides config/config.yaml; repeat it for several",
+        help="files that override config/config.yaml, as given to Snakemake; later ones override earlier ones",
     )
     parser.add_argument("--encoder", help="entry of `encoders` (default: the target's, or the first)")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8], help="numbers of GPUs; 0 for one CPU core")
     parser.add_argument("--card", choices=list(CARDS), help="GPU (default: the key `card`)")
     parser.add_argument("--images", type=int, help="number of training images (default: see above)")
     options = parser.parse_args(arguments)
-    loaded = config.load(["config/config.yaml", *options.config])
+    loaded = config.load(["config/config.yaml", *options.configfile])
     loaded = replace(loaded, card=options.card or loaded.card)
     target = targets.parse_target(options.target, loaded) if options.target else None
     encoder = options.encoder or (target.encoder if target else next(iter(loaded.encoders)))

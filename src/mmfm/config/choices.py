@@ -10,10 +10,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+_OTHER_NAMES = {"fid": "frechet"}
+"""Usual names of what has another one here, for hints."""
+
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` (did you mean '...'?)`` for the closest known word; an empty string if none is close."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    if _OTHER_NAMES.get(word) in (known := list(known)):
+        return f" (did you mean '{_OTHER_NAMES[word]}'?)"
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" (did you mean '{match[0]}'?)" if match else ""
 
 
@@ -208,18 +213,19 @@ DETECTORS = Choices(
     "detector",
     {
         "fashion": DetectorKind(
-            "mmfm.evaluation.detectors.fashion:load", 64, 2e7, 1e6, "make it with tools/train_detector.py", 32
+            "mmfm.evaluation.detectors.fashion:load", 64, 2e7, 1e6, "`tools/train_detector.py` makes them", 32
         ),
         "encoder": DetectorKind(
             "mmfm.evaluation.detectors.encoder:load",
-            remedy="needs none: the global tokens of fid.encoder, an entry of encoders, or of the run's own encoder",
+            remedy="they are the model.safetensors in an encoder's folder (a workflow takes those of fid.encoder, an "
+            "entry of encoders, or of the run's own encoder)",
         ),
         "inception": DetectorKind(
             "mmfm.evaluation.detectors.inception:load",
             2048,
             11.4e9,
             0.1e9,
-            f"set fid.weights to fetch, or to the file, from {INCEPTION_URL} (95.7 MB)",
+            f"`mmfm fetch --url {INCEPTION_URL} FILE` gets them (95.7 MB)",
             cpu_rate=1.4,
             classifies=True,
         ),

@@ -91,6 +91,10 @@ def load(files: Iterable[str | Path], overrides: Iterable[str] = ()) -> Config:
 
     try:
         files, over = list(files), parse_overrides(overrides)
+        if absent := [file for file in files if not Path(file).exists()]:
+            raise ValueError(
+                f"there is no configuration file '{absent[0]}'; correct the path, or let `mmfm init FOLDER` write one"
+            )
 
         def merge(layers: list[str | Path]) -> Any:
             loaded = [(file, OmegaConf.load(file)) for file in layers]
@@ -247,6 +251,14 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     wanted = " or ".join(names[kind] for kind in kinds)
     hint_text = ""
-    if isinstance(value, str) and any(kind in (int, float) for kind in kinds):
+    if isinstance(value, str) and any(kind in (int, float) for kind in kinds) and _is_number(value):
         hint_text = " (YAML reads 1e-3 as text: write 1.0e-3; on the command line use --configfile, not --config)"
     raise ValueError(f"'{where}' must be {wanted}, got {value!r}{hint_text}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -307,8 +307,11 @@ class Fid:
                         f"or set '{where}.detector' to inception"
                     )
         if self.detector != "encoder" and not self.weights:
-            remedy = choices.DETECTORS[self.detector].remedy
-            raise ValueError(f"'{where}.weights' is empty, but the detector {self.detector} has weights: {remedy}")
+            remedy = "set it to fetch, or to the file" if self.detector == "inception" else "set it to the file"
+            raise ValueError(
+                f"'{where}.weights' is empty, but the detector {self.detector} has weights; {remedy}: "
+                f"{choices.DETECTORS[self.detector].remedy}"
+            )
         if self.weights == "fetch" and self.detector != "inception":
             raise ValueError(f"'{where}.weights' is fetch, but only inception can be fetched, not {self.detector}")
 

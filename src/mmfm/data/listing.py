@@ -57,6 +57,8 @@ class Listing:
     @classmethod
     def open(cls, path: str | Path) -> "Listing":
         """Open a listing written by :func:`write_listing`; errors as in :func:`mmfm.infra.store.map_arrays`."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no listing at '{path}'; make one with list_images")
         arrays, metadata = store.map_arrays(path)
         try:
             return cls(

@@ -121,5 +121,6 @@ def render(found: Mapping[str, Any]) -> str:
         for name, ratio in found["ratios"].items()
     ]
     rows += ["", *(f"WARNING: {warning}" for warning in found["warnings"])] if found["warnings"] else []
-    head = f"FDr, mean ratio over {len(found['ratios'])} detectors: {found['fdr']:.4f}"
+    count = len(found["ratios"])
+    head = f"FDr, mean ratio over {count} detector{'s' * (count != 1)}: {found['fdr']:.4f}"
     return "\n".join([head, "", *rows]) + "\n"

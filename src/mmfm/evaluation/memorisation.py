@@ -119,7 +119,8 @@ def draw(path: str | Path, found: Memorisation, generated: np.ndarray, training:
     above.set_yticks([sheet.shape[0] / 4, 3 * sheet.shape[0] / 4], ["generated", "nearest training image"], fontsize=8)
     chosen = found.generated[found.closest(len(generated))]
     centres = (np.arange(len(generated)) + 0.5) * sheet.shape[1] / len(generated)
-    above.set_xticks(centres, [f"{distance:.3g}" for distance in chosen], fontsize=7)
+    digits = max(0, 2 - math.floor(math.log10(chosen.max() or 1)))
+    above.set_xticks(centres, [f"{distance:.{digits}f}" for distance in chosen], fontsize=7)
     above.tick_params(length=0)
     above.spines[:].set_visible(False)
     above.set_title("closest pairs and their distances", loc="left", fontsize=9, fontweight="bold")

@@ -109,14 +109,15 @@ def plot_weights(path: Path, weights: np.ndarray, counts: np.ndarray) -> None:
     axes.plot(rank[shares > 0], shares[shares > 0], label="share of images (largest posterior)", linestyle="--")
     axes.axhline(1 / len(weights), color="0.6", linewidth=1, label="1 / K")
     axes.set_yscale("log")
-    axes.set_ylim(bottom=min(shares[shares > 0].min(), 1 / len(weights)) / 10)
+    axes.set_ylim(bottom=min(shares[shares > 0].min(), 1 / len(weights)) / 2)  # empty components lie far below
     axes.set_xlabel("component, largest first")
     axes.set_ylabel("share")
     axes.set_title(
-        f"{(counts > 0).sum():,} of {len(counts):,} components have images; "
+        f"{(counts > 0).sum():,} of {len(counts):,} components have images\n"
         f"effective number {effective_number(weights):,.1f} (weights), {effective_number(counts):,.1f} (images)",
         fontsize=8.5,
     )
+    axes.locator_params(axis="x", integer=True)
     axes.legend(frameon=False)
     save()
 

@@ -1,6 +1,6 @@
 """Images of the Python API: sequences of PIL images, and tensors of pixels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from typing import TypeAlias, overload
 
@@ -74,7 +74,8 @@ def pixels(images: ImageInput, size: int | None = None) -> Tensor:
             images must have the same size, which is kept.
 
     Raises:
-        ValueError: no images, images of different sizes, or a tensor of the wrong shape, dtype or range.
+        ValueError: no images, values of another type, images of different sizes, or a tensor of the wrong shape, dtype
+            or range.
     """
     if isinstance(images, Images):
         images = images.tensor
@@ -101,6 +102,13 @@ def pixels(images: ImageInput, size: int | None = None) -> Tensor:
 
 def _stacked(images: Sequence[Image.Image], size: int | None) -> Tensor:
     """Stack PIL images to (n, 3, S, S) uint8."""
+    images = [images] if isinstance(images, str) or not isinstance(images, Iterable) else list(images)
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise ValueError(
+                f"images are of type {type(image).__name__}; give PIL images (`PIL.Image.open(path)` opens a file), "
+                "or a tensor"
+            )
     converted = [data.as_rgb(image) for image in images]
     if size is not None:
         converted = [data.center_crop(image, size) for image in converted]

@@ -100,7 +100,7 @@ class Sampler:
         sizes = self.model.config
         self.latent_shape = (sizes.in_channels, sizes.input_size, sizes.input_size)
         self.guide, self.guide_weights = self._load_guide(files)
-        self._require_guidance(config)
+        self._require_guidance(config, "give the weaker model for autoguidance: --guide")
         means = trained_means(self.weights)
         self.source: Source = source_for(
             self.weights["setting"], files.spatial_gmm, self.device, means_device=config.means_device, precision=means
@@ -120,7 +120,7 @@ class Sampler:
         Raises:
             ValueError: these weights do not support the requested guidance.
         """
-        self._require_guidance(config)
+        self._require_guidance(config, "open a target with autoguidance (`_ag` in its name)")
         other = copy.copy(self)
         other._configure(config, self.seed if seed is None else seed)
         return other
@@ -167,13 +167,13 @@ class Sampler:
             return "autoguidance"
         return None if config.guidance.scale == 1 else "classifier-free"
 
-    def _require_guidance(self, config: Sample) -> None:
-        """Raise ValueError if the weights do not support the configured guidance."""
+    def _require_guidance(self, config: Sample, otherwise: str) -> None:
+        """Raise ValueError, with what else the caller can do, if the weights do not support the guidance."""
         if self._guidance_kind(config) == "classifier-free" and self.model.null_label is None:
             raise ValueError(
                 f"sample.guidance.scale is {config.guidance.scale:g}, but classifier-free guidance needs weights "
                 f"trained with label dropout, and these (setting '{self.weights['setting']}') were not; set it to 1, "
-                "or give the weaker model for autoguidance: --guide"
+                f"or {otherwise}"
             )
 
     def _load_guide(self, files: SampleFiles) -> tuple[DiT | None, dict[str, Any] | None]:

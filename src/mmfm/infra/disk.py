@@ -90,4 +90,6 @@ def explain(error: OSError) -> str:
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{error.strerror}{where}: results can't be written there; make it writable, or use another folder"
+    if error.errno == errno.ENOENT and error.filename:
+        return f"there is no '{error.filename}'; correct the path, or run the stage that makes it"
     return str(error)

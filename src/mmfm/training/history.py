@@ -83,6 +83,7 @@ def draw_curve(
     bottom.set_ylim(bottom=0)
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("step")
+    bottom.locator_params(axis="x", integer=True)
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

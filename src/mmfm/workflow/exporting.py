@@ -11,6 +11,7 @@ import torch
 
 from mmfm.autoencoder.decoder import load_decoder
 from mmfm.config import keys_of_kind
+from mmfm.config.choices import METRICS
 from mmfm.generation.sampler import trained_means
 from mmfm.infra import disk, model_folder, store
 from mmfm.mixture.gaussian import Mixture
@@ -130,7 +131,7 @@ def _card(found: Finished, weights: dict[str, Any], result: dict[str, Any] | Non
     ]
     rows = {
         "images": f"{found.image_size} x {found.image_size} pixels",
-        "encoder": found.encoder.weights.removeprefix("hf:"),
+        "encoder": _encoder(found, weights),
         "step": weights.get("step"),
         "images seen in training": weights.get("images_seen"),
         "weights": f"digest {weights['digest'][:12]}",
@@ -139,8 +140,24 @@ def _card(found: Finished, weights: dict[str, Any], result: dict[str, Any] | Non
         rows[result["measure"]] = f"{result['frechet_distance']:.4f}, {result['detector']['name']}"
         rows["images measured"] = f"{result['samples']['n_images']:,}, seed {result['samples']['seed']}"
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value is not None), ""]
+    cautions = [f"> {line}\n" for line in _warnings(result)]
     method = "The method: Flow Matching for Multimodal Distributions, Luo et al., CVPR 2026."
-    return "\n".join([*head, title, "", *picture, *code, *table, method, ""])
+    return "\n".join([*head, title, "", *picture, *code, *table, *cautions, method, ""])
+
+
+def _encoder(found: Finished, weights: dict[str, Any]) -> str:
+    """Return the encoder's id on the hub; of a local folder, which means nothing elsewhere, its family and digest."""
+    section = found.encoder
+    if section.weights.startswith("hf:"):
+        return section.weights.removeprefix("hf:")
+    digest = weights.get("encoder_digest")
+    return f"{section.family}, digest {digest[:12]}" if digest else section.family
+
+
+def _warnings(result: dict[str, Any] | None) -> list[str]:
+    """Return the warnings of a result, without those on other metrics than the distance, which the card lacks."""
+    others = tuple(name for name in METRICS if name != "frechet")
+    return [line for line in result["warnings"] if not line.startswith(others)] if result else []
 
 
 def _write_published(parts: dict[str, Path], folder: Path) -> None:

@@ -24,5 +24,5 @@ def duration(seconds: float) -> str:
     """Format a time in the largest unit that it fills."""
     for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= unit:
-            return f"{seconds / unit:.1f} {name}"
+            return f"{seconds / unit:,.1f} {name}"
     return f"{seconds:.0f} s"

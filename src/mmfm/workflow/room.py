@@ -5,10 +5,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmfm.config import Config
+from mmfm.config.registry import STAGES
 from mmfm.infra import disk
-from mmfm.workflow import outputs
+from mmfm.workflow import checks, outputs
 from mmfm.workflow.costs import USABLE, Resources
+from mmfm.workflow.outlook import duration
 from mmfm.workflow.targets import Target
+
+_LONGEST = 60 * 86400
+"""Seconds beyond which a machine counts as too slow."""
 
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -89,6 +95,21 @@ def _device(folder: Path) -> int:
     return next(path.stat().st_dev for path in (folder, *folder.parents) if path.exists())
 
 
+def missing_images(left: Mapping[str, Resources], config: Config, results: Path) -> str:
+    """Return why the images of ``data.root`` can't be listed, with the remedy; empty if they can, or need not be."""
+    listed = (results / "list_images" / "listing.train.safetensors").exists()
+    stages = {name.partition(" ")[0] for name in left}
+    if config.fid.reference != "train":
+        stages.discard("fid_reference")
+    if listed or config.data.root == "demo" or not any("list_images" in STAGES[stage].parents for stage in stages):
+        return ""
+    try:
+        checks.images(config.data.root)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def problems(
     left: Mapping[str, Resources], disks: list[tuple[list[Path], float, int]], machine: Machine
 ) -> Iterator[str]:
@@ -100,6 +121,11 @@ def problems(
                 f"{names} will take about {_gb(needed)} more, but only {_gb(free)} are free; free some space, or link "
                 "to a larger disk"
             )
+    if (seconds := sum(taken.seconds for taken in left.values())) > _LONGEST:
+        yield (
+            f"this machine is too slow: the stages would take about {duration(seconds)}; take one with "
+            f"{'more ' if machine.on_gpu else ''}GPUs, or a smaller configuration"
+        )
     for stage, taken in left.items():
         host, card = 1e6 * taken.mem_mb(machine.processes, machine.on_gpu), machine.gpu_memory
         remedy = f"lower {_REMEDIES[stage]}" if stage in _REMEDIES else "take a larger machine"

@@ -1,6 +1,7 @@
 """The command line: every stage explains itself, and mistakes are one line."""
 
 import dataclasses
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -46,11 +47,32 @@ def test_an_unknown_command_names_the_nearest(capsys):
     assert "did you mean 'extract'" in capsys.readouterr().err
 
 
+def test_the_version_and_the_package_as_a_command():
+    for program in ("mmfm", "mmfm.cli"):
+        run = subprocess.run([sys.executable, "-m", program, "--version"], capture_output=True, text=True, check=True)
+        assert run.stdout == f"mmfm {importlib.metadata.version('mmfm')}\n"
+
+
 def test_a_users_mistake_is_one_line():
     line = [sys.executable, "-m", "mmfm.cli", "latent_stats", "--settings", "{}", "--moments", "absent.safetensors"]
     result = subprocess.run([*line, "--out", "a", "--out-json", "b"], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and "absent.safetensors" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("extract --encoder-weights e --listing l --out-tokens t --out-moments m", "no listing at 'l'; make one with"),
+        ("sweep --fits absent --spatial s --out-dir o", "there is no 'absent'; correct the path, or run the stage"),
+        ("scale --configfile absent.yaml", "there is no configuration file 'absent.yaml'; correct the path"),
+    ],
+)
+def test_a_missing_file_is_named_with_a_remedy(line, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Errno" not in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from PIL import Image
 from mmfm import config
 from mmfm.cli import init
 from mmfm.cli.__main__ import main
-from mmfm.workflow import checks
+from mmfm.workflow import checks, suggestion
 from support.encoders import write_timm
 from support.places import DEFAULTS, DEMO, ROOT
 
@@ -87,7 +87,10 @@ def test_three_images_are_too_few(photos, tmp_path, capsys):
         path.unlink()
     assert run(photos, "--out", tmp_path / "mine.yaml") == 2
     said = capsys.readouterr()
-    assert "has 3 readable images; at least 64 are needed" in said.err and "4 images in one class" in said.out
+    assert "has 3 readable images; at least 64 are needed" in said.err
+    assert "4 images in one class, " in said.out
+    assert said.out.splitlines()[0].endswith(" kB")
+    assert f"at least {suggestion.FEWEST_IMAGES} pictures" in (ROOT / "docs" / "your-own-data.md").read_text()
     assert not (tmp_path / "mine.yaml").exists()
 
 

@@ -26,6 +26,9 @@ def test_defaults_load():
         ("gmm.n_componets=3", r"gmm.n_componets.*did you mean 'n_components'"),
         ("smaple.n_images=3", "smaple.*did you mean 'sample'"),
         ("gmm.tol=small", "'gmm.tol' must be a number"),
+        ("gmm.tol=small", "got 'small'$"),
+        ('gmm.tol="1e-3"', "write 1.0e-3"),
+        ("fid.metrics=[fid]", r"'fid.metrics' is 'fid' \(did you mean 'frechet'\?\)"),
         ("gmm.n_components=1.5", "'gmm.n_components' must be a whole number"),
         ("gmm.n_components=0", "at least 1"),
         ("train.assignment=sof", "did you mean 'soft'"),
@@ -111,7 +114,7 @@ def test_where_latents_are_kept_is_no_part_of_any_parameter_or_fingerprint():
 
 
 def test_a_missing_file_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"absent\.yaml"):
+    with pytest.raises(ValueError, match=r"no configuration file '.*absent\.yaml'; correct the path, or let"):
         config.load([tmp_path / "absent.yaml"])
 
 

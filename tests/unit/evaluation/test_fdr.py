@@ -42,6 +42,7 @@ def test_results_of_fid_and_of_evaluate(tmp_path, capsys):
     assert "over 2 detectors: 2.5000" in (text := capsys.readouterr().out) and "3.0000  (6.0000 against 2.0000)" in text
     assert text.count("WARNING") == 1 and "a: 100 generated images, but 50 held-out ones" in text
     assert store.read_json(tmp_path / "fdr.json")["ratios"] == {"a": 3.0, "b": 2.0}
+    assert main(["fdr", a]) == 0 and "over 1 detector: 3.0000" in capsys.readouterr().out
 
 
 OTHER_REFERENCE = evaluated("b", 1.0, "real") | {"reference": {"digest": "another"}}

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 
 from mmfm.evaluation.memorisation import draw, memorisation
@@ -95,10 +96,15 @@ def test_refuses_what_can_not_be_compared(change, message):
         memorisation(*change(*sets(20, 20)))
 
 
-def test_the_figure_shows_pairs_and_distances(tmp_path):
+def test_the_figure_shows_pairs_and_distances(tmp_path, monkeypatch):
     generated, heldout, training = sets()
     found = memorisation(generated, heldout, training)
     pictures = np.random.default_rng(2).integers(0, 256, (2, 6, 3, 16, 16), np.uint8)
+    found.generated[found.closest(2)] = (0.55, 0.561)
+    written = []
+    set_xticks = Axes.set_xticks
+    monkeypatch.setattr(Axes, "set_xticks", lambda axes, *a, **b: written.append(a[1]) or set_xticks(axes, *a, **b))
     draw(tmp_path / "memorisation.png", found, *pictures)
+    assert len({len(text.partition(".")[2]) for text in written[0]}) == 1, "as many digits each"
     drawn = np.asarray(Image.open(tmp_path / "memorisation.png").convert("RGB"))
     assert drawn.shape[0] > 500 and drawn.std() > 20

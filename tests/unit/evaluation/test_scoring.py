@@ -274,7 +274,11 @@ def test_mistakes_on_the_command_line(garments, capsys):
         (command(garments, "--metrics", "sfid"), "need the detector `inception`, not"),
         (command(garments, "--batch-size", "0"), "--batch-size is 0"),
         (command(garments, "--out", "x.csv"), "ends in neither .txt nor .json"),
-        (["evaluate", "a", "--reference", "b"], "give --detector-weights, the file of the inception detector; set"),
+        (["evaluate", "a", "--reference", "b"], "of the inception detector; `mmfm fetch --url https"),
+        (
+            ["evaluate", "a", "--reference", "b", "--detector", "encoder"],
+            "of the encoder detector; they are the model.safetensors in an encoder's folder",
+        ),
         (
             ["evaluate", "a", "--reference", "b", "--detector-weights", "nowhere"],
             "no weights of the inception detector",

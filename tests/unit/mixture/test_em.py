@@ -433,6 +433,18 @@ def test_the_weights_are_drawn_in_order_beside_the_shares_of_images(drawn, tmp_p
     assert drawn().get_ylim()[0] < 1e-4, "the smallest share is in the picture"
 
 
+@pytest.mark.parametrize("k", [4, 256, 8192])
+def test_the_picture_of_the_weights_is_whole_and_full(drawn, tmp_path, k):
+    spread = np.linspace(1.5, 0.5, k) / k
+    mixture_report.plot_weights(tmp_path / "weights.png", spread, np.linspace(150, 50, k).round())
+    axes = drawn()
+    title, picture = axes.title.get_window_extent(), axes.figure.bbox
+    assert title.x0 >= 0 and title.x1 <= picture.width and title.y1 <= picture.height
+    assert all(tick == round(tick) for tick in axes.get_xticks()), "components are whole"
+    points = axes.transData.transform(axes.lines[0].get_xydata())[:, 1]
+    assert points.max() - points.min() > 0.4 * axes.get_window_extent().height
+
+
 @pytest.mark.parametrize("covariance_type", ["diag", "full"])
 def test_the_moments_of_clusters_are_shared_by_processes(covariance_type):
     data = clustered()

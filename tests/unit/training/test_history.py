@@ -70,6 +70,8 @@ def test_the_curve_has_a_part_for_each_of_its_quantities(tmp_path, monkeypatch, 
     curve.draw_curve(lines_of([3.0, 2.0]), tmp_path / "curve.png", "a run", distances)
     axes = figures[0].axes
     assert [axis.get_ylabel() for axis in axes] == ["loss", *["FID"] * measured, "learning rate"]
+    axes[0].set_xlim(20, 23)
+    assert all(step == round(step) for step in axes[-1].get_xticks()), "steps are whole"
     axes[0].set_xlim(0, 77)
     assert axes[-1].get_xlim() == (0, 77), "the parts share their steps"
     assert axes[0].get_title() == "a run" and axes[-1].get_xlabel() == "step"

@@ -124,12 +124,14 @@ def test_scale_of_each_input(photos, tmp_path, monkeypatch, capsys):
         f"data: {{root: {photos}}}\nimage: {{size: 64}}\nfid: {{detector: inception, weights: x}}\n"
         "encoders: {own: {family: dinov2, weights: 'hf:some/model', input_size: 112}}\n"
     )
-    files = ["--config", "config/small.yaml", "--config", str(mine), "--gpus", "0"]
+    files = ["--configfile", "config/small.yaml", str(mine), "--gpus", "0"]
     assert main(["scale", *files, "--images", "5000"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("5,000 training images (as given)") and "`train_decoder`" in said and "No GPUs" in said
     assert main(["scale", "own_uncond.txt", *files]) == 0
     said = capsys.readouterr().out
+    assert main(["scale", "own_uncond.txt", "--config", files[1], "--config", files[2], "--gpus", "0"]) == 0
+    assert said == capsys.readouterr().out, "the other spelling"
     assert "counted in" in said and "`fit_gmm`" not in said
     assert main(["scale", "dinov2_mode.txt", *files]) == 2
     assert "did you mean 'own_mode.txt'" in capsys.readouterr().err

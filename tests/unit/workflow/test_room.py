@@ -97,6 +97,27 @@ def test_control_groups_limit_the_memory(tmp_path, monkeypatch):
         assert room.memory() >= whole
 
 
+def test_a_machine_that_would_take_months_is_too_slow():
+    days = [list(room.problems({"train": replace(FOUND["train"], seconds=n * 86400)}, [], CPU)) for n in (59, 1234)]
+    assert days[0] == []
+    (said,) = days[1]
+    assert said.startswith("this machine is too slow: the stages would take about 1,234.0 d; take one with GPUs")
+
+
+def test_missing_images_are_a_problem_where_a_stage_reads_them(tmp_path):
+    def said(left, root="nowhere", reference="train"):
+        changed = {"data": replace(LOADED.data, root=root), "fid": replace(LOADED.fid, reference=reference)}
+        return room.missing_images({name: FOUND[name] for name in left}, replace(LOADED, **changed), tmp_path)
+
+    for stage in ("extract", "train (guide)", "fid_reference"):
+        assert said([stage]).startswith("'data.root' is 'nowhere', which is no folder; set it")
+    assert not said(FOUND, root="demo") and not said(FOUND, root=str(tmp_path))
+    assert not said(["sample", "fid"]) and not said(["fid_reference"], reference="their.npz")
+    (tmp_path / "list_images").mkdir()
+    (tmp_path / "list_images" / "listing.train.safetensors").touch()
+    assert not said(FOUND), "they are listed already"
+
+
 def test_the_command_ends_with_a_verdict(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name in ("config", "resources"):
@@ -111,6 +132,11 @@ def test_the_command_ends_with_a_verdict(monkeypatch, capsys, tmp_path):
     assert main(["doctor", target]) == 1
     text = capsys.readouterr().out
     assert text.endswith(f"'{target}' will not run here as it is\n") and "problem: 'results'" in text
+    line = ["doctor", "results/imagenet256/fid/dinov2_mode.txt", "--configfile", "config/imagenet256.yaml"]
+    assert main(line) == 1
+    text = capsys.readouterr().out
+    assert "problem: 'data.root' is 'imagenet/train', which is no folder" in text
+    assert "problem: this machine is too slow: the stages would take about 1" in text
     (tmp_path / "own.yaml").write_text("run: mine\ngpus: 2\n")
     assert main(["doctor", "results/mine/fid/dinov2_mode.txt", "--configfile", "own.yaml"]) == 1
     assert "problem: 'gpus' is 2, but only 0 are available" in capsys.readouterr().out
