@@ -379,6 +379,16 @@ def test_missing_files_are_named_with_the_command(root, tmp_path, monkeypatch):
         _ = mmfm.open(root / "results/fid/dinov2_uncond.txt").mixture
 
 
+def test_a_summary_of_seeds_is_not_a_result(tmp_path):
+    record = {"stage": "seeds", "results": ["dinov2_mode.seed0", "dinov2_mode.seed1"]}
+    summary = tmp_path / "fid/dinov2_mode.seeds2.txt"
+    store.write_json(summary.with_suffix(".json"), record)
+    summary.touch()
+    for target in (summary, summary.with_suffix(".json")):
+        with pytest.raises(ValueError, match=r"a summary of several seeds; open .* dinov2_mode.seed0.txt, dinov2_mode"):
+            mmfm.open(target)
+
+
 def test_other_files_than_the_targets_are_refused(root, tmp_path):
     copy = shutil.copytree(root / "results", tmp_path / "results")
     stats = copy / "latent_stats/dinov2/stats.pt"
