@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zarr
 from PIL import Image
 
 import mmfm
@@ -24,6 +25,7 @@ from mmfm.infra import npz, store
 from mmfm.mixture.gaussian import Mixture
 from mmfm.stages.sample import belonging
 from mmfm.workflow import last_run
+from mmfm.workflow.exporting import export
 from support.places import DETECTOR, ROOT
 from support.sample_runs import run, write_ema
 from support.tiny import CHANNELS, MODES, SIZE, Pipeline
@@ -380,6 +382,26 @@ def test_missing_files_are_named_with_the_command(root, tmp_path, monkeypatch):
         mmfm.open(copy)
     with pytest.raises(ValueError, match="Gaussian source"):
         _ = mmfm.open(root / "results/fid/dinov2_uncond.txt").mixture
+
+
+def test_a_summary_of_seeds_is_not_a_result(tmp_path):
+    record = {"stage": "seeds", "results": ["dinov2_mode.seed0", "dinov2_mode.seed1"]}
+    summary = tmp_path / "fid/dinov2_mode.seeds2.txt"
+    store.write_json(summary.with_suffix(".json"), record)
+    summary.touch()
+    for target in (summary, summary.with_suffix(".json")):
+        with pytest.raises(ValueError, match=r"a summary of several seeds; open .* dinov2_mode.seed0.txt, dinov2_mode"):
+            mmfm.open(target)
+
+
+def test_what_the_published_layout_lacks_is_refused_before_anything_is_written(root, tmp_path):
+    copy = shutil.copytree(root / "results", tmp_path / "results")
+    group = zarr.open_group(copy / "spatial_gmm/dinov2/k4/spatial_gmm.zarr", mode="r+")
+    variances = np.ones(group["means"].shape, np.float32)
+    group.create_array("variances", data=variances, chunks=(1, *variances.shape[1:]), overwrite=True)
+    with pytest.raises(ValueError, match=r"one variance per mode.*; export it with --layout hub"):
+        export(copy / "fid/dinov2_mode.txt", tmp_path / "out", "published", "mit")
+    assert list(tmp_path.iterdir()) == [copy]
 
 
 def test_other_files_than_the_targets_are_refused(root, tmp_path):

@@ -391,11 +391,13 @@ CARDS = Choices(
 
 
 def known_card(name: str) -> str | None:
-    """Return the entry of ``CARDS`` for a name that nvidia-smi or PyTorch prints, such as NVIDIA A100-SXM4-40GB."""
-    words = name.upper().replace(" ", "-")
-    known = (name for name in CARDS if name != "auto" and all(part in words for part in name.upper().split("-")))
-    # "RTX 4090" is written apart, and "A100-SXM4-40GB" has a word in between.
-    return next(known, "RTX4090" if "RTX-4090" in words else None)
+    """Return the entry of ``CARDS`` for a name that nvidia-smi or PyTorch prints, such as NVIDIA A100-SXM4-40GB.
+
+    None for other cards, and for a part of a card in MIG mode, whose rates and memory are smaller.
+    """
+    words = set(name.upper().replace("-", " ").replace("RTX 4090", "RTX4090").split())
+    known = (card for card in CARDS if card != "auto" and words.issuperset(card.upper().split("-")))
+    return None if "MIG" in words else next(known, None)
 
 
 MEANS_DEVICES = plain("place", "device", "host")

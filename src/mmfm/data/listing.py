@@ -133,7 +133,7 @@ def _images_below(
         return
     for entry in entries:
         relative = f"{prefix}/{entry.name}" if prefix else entry.name
-        if entry.is_dir():
+        if entry.is_dir() and not entry.name.startswith("."):
             yield from _images_below(Path(entry.path), relative, ignored, lost)
         elif not _why_ignored(entry, ignored):
             try:

@@ -144,11 +144,8 @@ class _Walk:
             return
         for entry in entries:
             relative = f"{prefix}/{entry.name}" if prefix else entry.name
-            if entry.is_dir():
-                if prefix or not entry.name.startswith("."):  # a listing has no hidden class folders
-                    yield from self.images(Path(entry.path), relative)
-                else:
-                    self.ignored["hidden"] += 1
+            if entry.is_dir() and not entry.name.startswith("."):
+                yield from self.images(Path(entry.path), relative)
             elif reason := why_ignored(entry.name):
                 self.ignored[reason] += 1
             elif not entry.is_file():

@@ -96,7 +96,13 @@ def create(path: str | Path, n: int, width: int, shard_size: int, labels: np.nda
     if shard != shard_size:
         raise ValueError(f"extract.shard_size is {shard_size}, not a multiple of {chunk}; set it to {shard}")
     tokens = group.create_array(
-        "tokens", shape=(n, width), dtype="float32", chunks=(chunk, width), shards=(shard, width), compressors=None
+        "tokens",
+        shape=(n, width),
+        dtype="float32",
+        chunks=(chunk, width),
+        shards=(shard, width),
+        compressors=None,
+        config={"write_empty_chunks": True},  # tokens of zeros must be a file, too
     )
     group.create_array("labels", data=np.asarray(labels, np.int32), chunks=(max(1, len(labels)),))
     return tokens
@@ -104,7 +110,8 @@ def create(path: str | Path, n: int, width: int, shard_size: int, labels: np.nda
 
 def open_for_writing(path: str | Path) -> Any:
     """Return the ``tokens`` array of an unfinished store."""
-    return zarr.open_group(path, mode="r+")["tokens"]
+    array = zarr.open_array(Path(path) / "tokens", mode="r+")
+    return array.with_config({"write_empty_chunks": True})  # zarr.json does not record it
 
 
 def finish(path: str | Path, attributes: dict[str, Any]) -> None:

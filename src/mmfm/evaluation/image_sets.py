@@ -34,7 +34,8 @@ class ImageSet:
     def open(cls, path: str | Path) -> "ImageSet":
         """Open an ``.npz`` with ``arr_0`` (n, H, W, 3) uint8, a folder of such files, or one of PNG, JPEG and the like.
 
-        Files of a folder and its subfolders are taken in the order of their paths; others than images are ignored.
+        Files of a folder and its subfolders are taken in the order of their paths; others than images are ignored, and
+        hidden ones, such as macOS's ``._a.png``.
 
         Raises:
             FileNotFoundError: no such file or folder.
@@ -46,7 +47,7 @@ class ImageSet:
             return cls(path, (array.shape[2], array.shape[1]), (path,), (array,))
         if not path.is_dir():
             raise FileNotFoundError(f"no images at '{path}'; give an .npz with arr_0, or a folder of images")
-        found = sorted(entry for entry in path.rglob("*") if entry.is_file())
+        found = sorted(entry for entry in path.rglob("*") if entry.is_file() and not _is_hidden(entry, path))
         shards = [entry for entry in found if entry.suffix == ".npz"]
         pictures = [entry for entry in found if entry.suffix.lower() in EXTENSIONS]
         if bool(shards) == bool(pictures):
@@ -119,3 +120,7 @@ def _mapped(path: Path) -> np.ndarray:
     if not len(array):
         raise ValueError(f"'{path}' holds no images")
     return array
+
+
+def _is_hidden(file: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(root).parts)

@@ -62,7 +62,7 @@ def count(root: str | Path, most: int = 100_000, seconds: float = 1.0) -> tuple[
 def _files(folder: str | Path) -> Iterator[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
+            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
                 yield from _files(entry.path)
             else:
                 yield entry

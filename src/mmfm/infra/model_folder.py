@@ -143,7 +143,7 @@ def preprocessing(folder: str | Path) -> Preprocessing:
     values = read_config(folder) if (folder / "config.json").is_file() else {}
     if not store.is_timm(values):
         return from_processor(store.read_json(folder / _PROCESSOR), f"'{folder}/{_PROCESSOR}'")
-    about = values.get("pretrained_cfg", {})
+    about = values.get("pretrained_cfg") or {}
     named = {"image_mean": about.get("mean"), "image_std": about.get("std")}
     given = {name: value for name, value in named.items() if value is not None}
     resample = 2 if about.get("interpolation") == "bilinear" else 3

@@ -46,7 +46,6 @@ def state_directory(
     about = {"stage": stage, "version": version, "identity": identity, "inputs": dict(inputs)}
     parent = Path(output).parent
     directory = parent / f"state-{store.fingerprint(about)}"
-    directory.mkdir(parents=True, exist_ok=True)
     marker = directory / "about.json"
     lock(directory, stage)
     if not marker.exists():
@@ -60,15 +59,14 @@ _locks: dict[Path, IO[str]] = {}
 
 
 def lock(directory: Path, stage: str) -> None:
-    """Lock a stage's state directory, unless this process already holds the lock.
+    """Create a stage's state directory if need be and lock it, unless this process already holds the lock.
 
     Raises:
         ValueError: another process holds it.
     """
     if directory in _locks:
         return
-    handle = open(directory / "lock", "a+")  # noqa: SIM115 - held until `unlock` or the end of the process
-    locked = file_lock.try_lock(handle)
+    handle, locked = _open_and_lock(directory)
     if locked is None:
         log.warning("'%s' is on a file system without locks: do not start this %s twice", directory, stage)
     if locked is False:
@@ -83,6 +81,28 @@ def lock(directory: Path, stage: str) -> None:
     handle.write(str(os.getpid()))
     handle.flush()
     _locks[directory] = handle
+
+
+def _open_and_lock(directory: Path) -> tuple[IO[str], bool | None]:
+    """Return the open file of a directory's lock, and whether it is locked, as :func:`file_lock.try_lock` says it."""
+    while True:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = open(directory / "lock", "a+")  # noqa: SIM115 - held until `unlock` or the end of the process
+        except FileNotFoundError:  # removed since
+            continue
+        locked = file_lock.try_lock(handle)
+        if locked is False or _is_lock_of(handle, directory):
+            return handle, locked
+        handle.close()
+
+
+def _is_lock_of(handle: IO[str], directory: Path) -> bool:
+    """Whether an open file is still the lock of a directory, which :func:`remove_idle_state` may have removed."""
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), os.stat(directory / "lock"))
+    except FileNotFoundError:
+        return False
 
 
 def unlock(directory: Path) -> None:
@@ -228,8 +248,9 @@ def _remove_units(state: Path, keep: bool) -> None:
 
 def remove_idle_state(directory: Path) -> bool:
     """Remove a state directory unless a process uses it; return whether it was removed."""
+    doomed = directory.with_name(f".{directory.name}.old")
     with open(directory / "lock", "a+") as handle:
-        if not file_lock.try_lock(handle):
+        if not file_lock.try_lock(handle) or not _is_lock_of(handle, directory):
             return False
         # about.json marks a state directory. It goes last, so that a kill leaves a directory that is still recognised.
         for path in directory.iterdir():
@@ -237,5 +258,8 @@ def remove_idle_state(directory: Path) -> bool:
                 shutil.rmtree(path)
             elif path.name not in ("about.json", "lock"):
                 path.unlink()
-        shutil.rmtree(directory)
+        # Renamed first, since a stage that starts once the lock is gone makes the directory anew.
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(directory, doomed)
+    shutil.rmtree(doomed)
     return True

@@ -10,8 +10,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import struct
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,13 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from mmfm.infra import disk
+from mmfm.infra import disk, nodes
 
 MODEL_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
 """The files of a model in the Hugging Face layout; timm's has no preprocessor_config.json."""
 
 _METADATA = "mmfm"
 """The only metadata key in our safetensors files."""
+
+_ABANDONED_AFTER = 24 * 3600
+"""Seconds without a change after which another host's partial file counts as left over."""
 
 # Reading the umask requires setting it, so do it once, before there are threads.
 _UMASK = os.umask(0)
@@ -99,8 +104,24 @@ def update_digest(digest: "hashlib._Hash", array: np.ndarray) -> None:
     digest.update(array.reshape(-1).view(np.uint8).data if array.size else b"")
 
 
-def _is_running(pid: str) -> bool:
-    return pid.isdigit() and Path(f"/proc/{pid}").exists()
+def _is_abandoned(partial: Path, owner: str) -> bool:
+    """Whether nobody writes a partial file any more.
+
+    Args:
+        owner: host and process, as in its name. Of another host's processes nothing is known, so that age must do.
+    """
+    host, _, pid = owner.rpartition("-")
+    if host == _host() and pid.isdigit():
+        return not Path(f"/proc/{pid}").exists()
+    try:
+        return time.time() - partial.stat().st_mtime > _ABANDONED_AFTER
+    except FileNotFoundError:
+        return False
+
+
+def _host() -> str:
+    """Return this machine's name, fit for the name of a file."""
+    return re.sub(r"[^\w.-]", "_", nodes.name())
 
 
 def _sync(path: Path) -> None:
@@ -121,9 +142,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last, because writers such as np.savez choose the format by it.
-    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
-    for left in path.parent.glob(f".{glob.escape(path.stem)}.partial-*{glob.escape(path.suffix)}"):
-        if not _is_running(left.name.removesuffix(path.suffix).rpartition("-")[2]):
+    start = f".{path.stem}.partial-"
+    partial = path.with_name(f"{start}{_host()}-{os.getpid()}{path.suffix}")
+    for left in path.parent.glob(f"{glob.escape(start)}*{glob.escape(path.suffix)}"):
+        if _is_abandoned(left, left.name.removeprefix(start).removesuffix(path.suffix)):
             left.unlink(missing_ok=True)  # left by a killed process; can be gigabytes
     try:
         yield partial

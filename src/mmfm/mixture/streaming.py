@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfm import data
-from mmfm.infra.distributed import Ranks
+from mmfm.infra.distributed import Ranks, processes_here
 from mmfm.mixture.workspace import Workspace, trim_heap
 
 Read = Callable[[int, int], np.ndarray]
@@ -140,5 +140,5 @@ def _free_memory(ranks: Ranks) -> int:
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():  # unlike free pages, MemAvailable includes the page cache
         line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
-        return 1024 * int(line.split()[1]) // ranks.world
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks.world
+        return 1024 * int(line.split()[1]) // processes_here()
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes_here()

@@ -239,7 +239,8 @@ class _SpatialFit:
 
     def open_rows(self) -> list[zarr.Array]:
         """Open the arrays in ``row_names``, (K, C, H, W) float32, for reading and writing."""
-        return [zarr.open_array(self.store / name, mode="r+") for name in self.row_names]
+        arrays = [zarr.open_array(self.store / name, mode="r+") for name in self.row_names]
+        return [array.with_config({"write_empty_chunks": True}) for array in arrays]  # a mean of zeros is a file, too
 
     def finish(self, rows: list[zarr.Array], mode: int, moments: Moments) -> None:
         """Write the rows of a mode, then its marker."""

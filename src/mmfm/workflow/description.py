@@ -36,8 +36,11 @@ def read(target: str | Path) -> Finished:
         return exported.read(folder)
     if place.suffix in (".txt", ".json") and folder.name == "fid":
         name = place.name.removesuffix(place.suffix)
-        samples = _read(folder / f"{name}.json", target).get("samples")
-        return _from_samples(target, folder.parent, name, "", samples)
+        record = _read(folder / f"{name}.json", target)
+        if record.get("stage") == "seeds":
+            results = ", ".join(f"{result}.txt" for result in record["results"])
+            raise ValueError(f"'{target}' is a summary of several seeds; open the result of one of them: {results}")
+        return _from_samples(target, folder.parent, name, "", record.get("samples"))
     if (folder / "samples.json").is_file():
         samples = _read(folder / "samples.json", target)
         return _from_samples(target, folder.parents[2], folder.parent.name, folder.name, samples)

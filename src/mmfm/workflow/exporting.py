@@ -50,6 +50,11 @@ def export(target: Path, out: Path, layout: str, licence: str) -> list[Path]:
     parts = {name: path for name, path in asdict(files).items() if path is not None}
     if "spatial_gmm" in parts:
         parts["gmm"] = found.file("gmm")
+        if layout == "published" and SpatialMixture.open(parts["spatial_gmm"]).covariance_type != "spherical":
+            raise ValueError(
+                f"the published layout has one variance per mode, but '{parts['spatial_gmm']}' one per position; "
+                "export it with --layout hub"
+            )
     disk.require(out / "export", "export", 3 * sum(_size(path) for path in parts.values()), written=0)
     weights = weights_metadata(parts["ema"])
     partial = out.with_name(f".{out.name}.partial")
@@ -171,11 +176,6 @@ def _write_published(parts: dict[str, Path], folder: Path) -> None:
     if modes is None:
         return
     gmm, spatial = Mixture.load(parts["gmm"]), SpatialMixture.open(parts["spatial_gmm"])
-    if spatial.covariance_type != "spherical":
-        raise ValueError(
-            f"the published layout has one variance per mode, but '{parts['spatial_gmm']}' one per position; export it "
-            "with --layout hub"
-        )
     kind = gmm.covariance_type
     settings = {"n_components": gmm.n_components, "covariance_type": kind, "init_params": "k-means++"}
     content = {"model": gmm.to_sklearn(), "labels": np.empty(0, np.int64), "config": settings}

@@ -94,9 +94,9 @@ def find_caches(folder: Path) -> Iterator[LatentCache]:
 
 
 def remove_cache(cache: LatentCache) -> bool:
-    """Remove a latent cache and return True, unless a job is filling it."""
+    """Remove a latent cache and return True, unless a job is filling it, or may be: no locks tell."""
     with open(cache.path / "lock", "a") as handle:
-        if file_lock.try_lock(handle) is False:
+        if not file_lock.try_lock(handle):
             return False
         shutil.rmtree(cache.path)
     return True

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from mmfm.cli.__main__ import main
 from mmfm.data import loader
 from mmfm.data.fashion_mnist import pad_to_rgb
 from mmfm.data.moments import CovarianceMoments
+from mmfm.data.survey import survey
+from mmfm.infra import image_files
 from support.tiny import write_images
 
 
@@ -71,6 +74,21 @@ def test_shards_are_few_and_not_small():
 def test_flat_folder_is_one_class(folder):
     classes, paths, labels, _ = data.scan(folder / "cats" / "deep")
     assert classes == ["deep"] and len(paths) == 2 and set(labels.tolist()) == {0}
+
+
+def test_hidden_folders_are_ignored_everywhere(folder):
+    """Thumbnails of a file manager, in the root of a flat folder, of one with classes, and in a class."""
+    for root in (folder, folder / "cats" / "deep"):
+        before = data.scan(root)
+        for place in (root, folder / "cats"):
+            (place / ".thumbnails").mkdir(exist_ok=True)
+            (place / ".thumbnails" / "a.png").write_bytes(b"small")
+        ignored = Counter()
+        found = data.scan(root, ignored)
+        assert found[:2] == before[:2] and ignored["hidden"] == 1
+        looked = survey(root)
+        assert list(looked.paths) == found[1] and looked.ignored["hidden"] >= 1
+        assert image_files.count(root)[0] == len(found[1])
 
 
 def test_images_beside_class_folders_are_refused(folder):

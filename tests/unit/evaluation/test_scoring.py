@@ -293,6 +293,20 @@ def score(path: Path, real: Path) -> None:
     evaluate(path, real, CELLS, ALONE, ["frechet", "sfid", "inception_score"])
 
 
+def test_hidden_files_are_no_images(tmp_path):
+    """macOS puts ``._a.png`` beside files on other systems' disks; such a file is no picture."""
+    folder = write_folder(tmp_path / "a", pictures(0, 3))
+    before = ImageSet.open(folder)
+    (folder / "._0.png").write_bytes(b"attributes")
+    (folder / ".thumbnails").mkdir()
+    (folder / ".thumbnails" / "0.png").write_bytes(b"small")
+    found = ImageSet.open(folder)
+    assert len(found) == 3 and found.digest() == before.digest()
+    hidden = tmp_path / ".b"
+    folder.rename(hidden)  # asked for by its name
+    assert len(ImageSet.open(hidden)) == 3
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path, real):
     """Moments and sums alone: 60,000 more images, whose features take 2.9 MB, take no more."""

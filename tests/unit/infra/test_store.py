@@ -1,6 +1,7 @@
 """Digests, whole files, memory-mapped arrays."""
 
 import os
+import time
 
 import numpy as np
 import pytest
@@ -59,12 +60,26 @@ def test_canonical_json_ignores_the_order_of_keys():
     )
 
 
-def test_leftovers_of_killed_writers_are_removed(tmp_path):
-    left, live = tmp_path / ".x.partial-999999999.json", tmp_path / f".x.partial-{os.getppid()}.json"
-    left.touch()
-    live.touch()
+def test_leftovers_of_killed_writers_are_removed(tmp_path, monkeypatch):
+    """On a shared file system, another host's process is not in this host's list; nor is there a host in old names."""
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu-1")
+    dead, live = 999999999, os.getppid()
+    left = {f"gpu-1-{dead}": 0, f"gpu-2-{dead}": 90_000, f"{dead}": 90_000}
+    kept = {f"gpu-1-{live}": 90_000, f"gpu-2-{dead}0": 80_000, f"1-{dead}": 0, f"{live}": 0}
+    for owner, age in (left | kept).items():
+        path = tmp_path / f".x.partial-{owner}.json"
+        path.touch()
+        os.utime(path, 2 * (time.time() - age,))
     store.write_json(tmp_path / "x.json", 1)
-    assert not left.exists() and live.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"x.json", *(f".x.partial-{owner}.json" for owner in kept)}
+
+
+def test_a_host_of_any_name_can_write(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "../rack 1/node")
+    with store.whole_file(tmp_path / "x.npz") as partial:
+        assert partial.parent == tmp_path and partial.suffix == ".npz"
+        np.savez(partial, a=np.ones(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
 
 
 def test_a_model_is_known_by_the_files_that_are_loaded(tmp_path):

@@ -19,6 +19,7 @@ from mmfm.cli import fit_gmm
 from mmfm.evaluation import mixture_report
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.store import map_arrays
+from mmfm.mixture import streaming
 from mmfm.mixture.em import EMState, e_step, em_iterations, posteriors
 from mmfm.mixture.gaussian import Mixture
 from mmfm.mixture.moments import SufficientStatistics, hard_moments, m_step
@@ -218,6 +219,24 @@ def test_variances_stay_positive_where_float32_moments_cancel():
     start = Mixture(np.array([1.0]), data[:1].astype(np.float64), np.ones((1, 4)))
     mixture = run(data, start, 2, dtype=torch.float32, reg_covar=0.0).mixture
     np.testing.assert_allclose(mixture.variances[0], data.astype(np.float64).var(0), rtol=1e-6)
+
+
+def test_processes_of_other_nodes_take_no_share_of_this_ones_memory(tmp_path, monkeypatch):
+    """Eight processes on two nodes: four share the 64 KB that are free here, and cache a quarter of their shares."""
+    (tmp_path / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable: 64 kB\n")
+    monkeypatch.setattr(streaming, "Path", lambda _: tmp_path / "meminfo")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    reads = []
+
+    def read(start, stop):
+        reads.append(range(start, stop))
+        return np.zeros((stop - start, 1024), np.float32)
+
+    rows = Rows(read, 16, 1, Ranks(0, 8, torch.device("cpu")), block_rows=1)
+    for _ in range(3):
+        list(rows)
+    assert rows.chunks == [range(1), range(1, 2)]
+    assert reads.count(range(1)) == 2 and reads.count(range(1, 2)) == 3, "one row of 4 KB fits"
 
 
 def test_two_processes_share_the_rows_by_chunks():

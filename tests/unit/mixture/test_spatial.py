@@ -379,6 +379,12 @@ def test_an_unfinished_store_is_refused(listing, tmp_path):
         SpatialMixture.open(tmp_path / "diag" / "s.zarr")
 
 
+def test_a_mean_of_zeros_is_stored(listing, tmp_path):
+    """zarr leaves out chunks of its fill value, unless told otherwise at every opening."""
+    fit(listing, tmp_path / "s.zarr", encode=lambda images: torch.zeros(len(images), 3, 4, 4))
+    assert not SpatialMixture.open(tmp_path / "s.zarr").means[:].any()
+
+
 # The command
 
 

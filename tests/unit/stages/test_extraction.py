@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmfm import config, data
 from mmfm.data.moments import Moments
-from mmfm.data.tokens import TokenStore, create, finish
+from mmfm.data.tokens import TokenStore, create, finish, open_for_writing
 from mmfm.infra import store
 from mmfm.infra.distributed import Ranks
 from mmfm.stages.extract import extract
@@ -216,3 +216,11 @@ def test_a_store_whose_last_shard_is_missing_is_refused(tmp_path, monkeypatch):
     assert len(TokenStore.open(tmp_path / "whole")) == 14
     with pytest.raises(ValueError, match=r"part' is incomplete"):
         TokenStore.open(tmp_path / "part")
+
+
+def test_tokens_of_zeros_are_stored(tmp_path):
+    """zarr leaves out chunks of its fill value, unless told otherwise at every opening."""
+    for name, arrays in {"at once": lambda made: made, "later": lambda _: open_for_writing(tmp_path / "later")}.items():
+        arrays(create(tmp_path / name, 14, 6, 8, np.zeros(14)))[:] = 0
+        finish(tmp_path / name, {"digest": "d"})
+        assert not TokenStore.open(tmp_path / name).read(0, 14).any()

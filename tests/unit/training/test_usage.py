@@ -51,7 +51,14 @@ def test_the_time_of_a_gpu_is_read_when_it_is_over(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "peak"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("Tesla T4", 0.0)]
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("Tesla T4", 0.0),
+        ("NVIDIA GH200 480GB", 0.0),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 0.0),
+    ],
 )
 def test_the_peak_is_that_of_the_card(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)

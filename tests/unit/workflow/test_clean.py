@@ -169,6 +169,18 @@ def test_latent_caches_are_listed_and_removed_only_when_asked_for(tmp_path, caps
     assert "no latent caches" in capsys.readouterr().out and foreign.exists() and results.exists()
 
 
+def test_without_locks_latent_caches_stay(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(37, "No locks available")
+
+    cache = open_cache(tmp_path / "latents")
+    store.write_json(cache.path / "about.json", cache.key.about())
+    last_run.save(change("latents", folder=str(tmp_path / "latents")), tmp_path / "results", FOLDERS)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert main(["clean", "--latents", str(tmp_path / "results")]) == 0
+    assert f"in use, kept: {cache.path}" in capsys.readouterr().out and (cache.path / "about.json").exists()
+
+
 def test_bad_calls_are_one_line(results, capsys):
     assert main(["clean", "--unused", str(results / "absent")]) == 2
     (results / last_run.FILE).write_text("{}")

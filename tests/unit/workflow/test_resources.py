@@ -135,6 +135,7 @@ def test_recomputed_activations_cost_a_forward_pass_and_compiled_blocks_save_tim
         ("NVIDIA A100 80GB PCIe\n", "A100-80GB"),
         ("NVIDIA H100 80GB HBM3\n", "H100"),
         ("NVIDIA H200\n", "H200"),
+        ("NVIDIA GH200 480GB\n", costs.DEFAULT_CARD),
         ("NVIDIA L40S\n", "L40S"),
         ("NVIDIA GeForce RTX 4090\n", "RTX4090"),
         ("Tesla T4\n", costs.DEFAULT_CARD),
