@@ -210,7 +210,7 @@ def test_unreadable_image(files, refused, tmp_path, how, capfd):
         refused(files.command(stage, **{option: listing}), str(spoilt), "replace or remove it")
     assert main(files.command("list_images", "data.unreadable=skip", root=images)) == 0
     said = capfd.readouterr()
-    assert "1 unreadable images left out" in said.out and str(spoilt) in said.err
+    assert "1 unreadable image left out" in said.out and str(spoilt) in said.err
     found = data.Listing.open(files.out / "t.safetensors")
     paths = [found.relative_path(i) for i in range(len(found))]
     whole = sorted(str(path.relative_to(images)) for path in images.rglob("*.png") if path != spoilt)

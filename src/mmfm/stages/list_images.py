@@ -108,7 +108,7 @@ def _found(root: Path, section: Data, key: str, limited: bool = False) -> _Image
         raise ValueError(
             f"no readable image in class folder '{images.classes[missing[0]]}' of '{root}'; repair or remove it"
         )
-    print(f"list_images: {skipped:,} unreadable images left out")
+    print(f"list_images: {skipped:,} unreadable image{'s' * (skipped != 1)} left out")
     return replace(images.only(readable), skipped=skipped)
 
 
