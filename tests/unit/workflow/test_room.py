@@ -110,7 +110,7 @@ def test_missing_images_are_a_problem_where_a_stage_reads_them(tmp_path):
         return room.missing_images({name: FOUND[name] for name in left}, replace(LOADED, **changed), tmp_path)
 
     for stage in ("extract", "train (guide)", "fid_reference"):
-        assert said([stage]).startswith("'data.root' is 'nowhere', which is no folder; set it")
+        assert said([stage]).startswith("'data.root' is 'nowhere', which is not a folder; set it")
     assert not said(FOUND, root="demo") and not said(FOUND, root=str(tmp_path))
     assert not said(["sample", "fid"]) and not said(["fid_reference"], reference="their.npz")
     (tmp_path / "list_images").mkdir()
@@ -135,7 +135,7 @@ def test_the_command_ends_with_a_verdict(monkeypatch, capsys, tmp_path):
     line = ["doctor", "results/imagenet256/fid/dinov2_mode.txt", "--configfile", "config/imagenet256.yaml"]
     assert main(line) == 1
     text = capsys.readouterr().out
-    assert "problem: 'data.root' is 'imagenet/train', which is no folder" in text
+    assert "problem: 'data.root' is 'imagenet/train', which is not a folder" in text
     assert "problem: this machine is too slow: the stages would take about 1" in text
     (tmp_path / "own.yaml").write_text("run: mine\ngpus: 2\n")
     assert main(["doctor", "results/mine/fid/dinov2_mode.txt", "--configfile", "own.yaml"]) == 1
