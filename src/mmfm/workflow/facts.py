@@ -58,7 +58,7 @@ def gather(config: Config, results: str | Path, n_images: int | None = None) -> 
     counted = image_files.count(root)
     if counted:
         return Facts(_for_training(counted[0], config), counted[1], f"counted in '{root}'")
-    reason = f"'{root}' can't be counted quickly" if Path(root).is_dir() else f"there is not a folder '{root}'"
+    reason = f"'{root}' can't be counted quickly" if Path(root).is_dir() else f"there is no folder '{root}'"
     return replace(usual, origin=f"{usual.origin}: there is no listing yet, and {reason}")
 
 

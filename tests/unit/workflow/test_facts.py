@@ -50,7 +50,7 @@ def test_what_is_known_of_the_images(photos, tmp_path):
 
 def test_what_can_not_be_counted_is_assumed_and_said(photos, tmp_path, monkeypatch):
     absent = facts.gather(own(tmp_path / "absent"), tmp_path)
-    assert absent.n_images == costs.IMAGENET_IMAGES - 2 and "there is not a folder" in absent.origin
+    assert absent.n_images == costs.IMAGENET_IMAGES - 2 and "there is no folder" in absent.origin
     monkeypatch.setattr(facts.image_files, "count", lambda root: None)
     many = facts.gather(own(photos), tmp_path)
     assert many.n_images == costs.IMAGENET_IMAGES - 2 and "can't be counted quickly" in many.origin
