@@ -161,7 +161,8 @@ def test_what_is_missing_is_said_before_anything_runs(checkout):
 
 def test_the_training_keeps_the_step_that_is_asked_for(checkout):
     write_evaluator(checkout / "published" / "guided-diffusion" / "evaluations")
-    call = {"keys": {"fid": {"reference": "given.npz"}}, "targets": ["results/fid/dinov2_mode.step60.adm.txt"]}
+    keys = {"fid": {"reference": "given.npz"}, "train": {"milestone_steps": []}}
+    call = {"keys": keys, "targets": ["results/fid/dinov2_mode.step60.adm.txt"]}
     (found,) = dry_runs(checkout, [{**call, "operation": True}])
     (words,) = (
         words for output, words in found.items() if output.endswith("ema.safetensors") and ".step" not in output

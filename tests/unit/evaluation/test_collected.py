@@ -118,7 +118,7 @@ def test_what_lacks_a_metrics_statistics_is_named():
         ("sfid", "the reference lacks the moments that sfid needs"),
         ("precision", "precision compares features of single images, but the reference has only their moments"),
         ("kid", "kid compares .* the reference"),
-        ("fid", r"unknown metric 'fid' \(did you mean 'sfid'\?\); it must be one of frechet, sfid"),
+        ("fid", r"unknown metric 'fid' \(did you mean 'frechet'\?\); it must be one of frechet, sfid"),
     ):
         with pytest.raises(ValueError, match=message):
             scores([metric], a, moments)
