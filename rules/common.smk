@@ -16,7 +16,7 @@ from mmfm import config as mmfm_config
 from mmfm.config.choices import DETECTORS, ENCODER_FAMILIES, INCEPTION_FILE, INCEPTION_URL
 from mmfm.infra.store import canonical_json, model_files
 from mmfm.published import layout
-from mmfm.workflow import checks, facts, failure, jobs, last_run, locks, outlook, targets
+from mmfm.workflow import checks, facts, failure, jobs, last_run, locks, misspelt, outlook, targets
 from mmfm.workflow.resources import Estimator
 
 MODULE = "docs/deployment.md"
@@ -575,7 +575,7 @@ def parsed_curve(wildcards):
     try:
         return targets.parse_curve(wildcards.curve, C)
     except ValueError:
-        raise refusal(targets.explain_unknown(f"{RESULTS}/curve/{wildcards.curve}.png", RESULTS, C)) from None
+        raise refusal(misspelt.explain_unknown(f"{RESULTS}/curve/{wildcards.curve}.png", RESULTS, C)) from None
 
 
 def of_curve(wildcards):
@@ -605,7 +605,7 @@ def compared(template):
 def unknown_target(wildcards):
     """Fail with what is wrong with the name; Snakemake would only say that no rule makes it."""
     folder = getattr(wildcards, "folder", RESULTS)
-    raise refusal(targets.explain_unknown(f"{folder}/{wildcards.name}", RESULTS, C))
+    raise refusal(misspelt.explain_unknown(f"{folder}/{wildcards.name}", RESULTS, C))
 
 
 def refuse_start():

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from mmfm import config
-from mmfm.workflow import targets
+from mmfm.workflow import misspelt, targets
 from support.places import DEFAULTS, ROOT
 
 DEMO = config.load([DEFAULTS])
@@ -40,7 +40,7 @@ DEMO = config.load([DEFAULTS])
     ],
 )
 def test_a_wrong_name_is_explained_and_corrected(typed, meant, why):
-    message = targets.explain_unknown(f"results/fid/{typed}", "results", DEMO)
+    message = misspelt.explain_unknown(f"results/fid/{typed}", "results", DEMO)
     assert why in message and "(see README.md#what-it-does)" in message
     assert (f"(did you mean 'results/fid/{meant}'?)" in message) if meant else ("did you mean" not in message)
     assert f"did you mean 'results/fid/{typed}'" not in message
@@ -66,7 +66,7 @@ def test_a_wrong_name_is_explained_and_corrected(typed, meant, why):
     ],
 )
 def test_so_are_names_of_other_results(kind, typed, meant, why):
-    message = targets.explain_unknown(f"results/{kind}/{typed}", "results", DEMO)
+    message = misspelt.explain_unknown(f"results/{kind}/{typed}", "results", DEMO)
     assert why in message and f"\nTargets are results/{kind}/{{dinov2" in message
     assert (f"(did you mean 'results/{kind}/{meant}'?)" in message) if meant else ("did you mean" not in message)
 
@@ -84,7 +84,7 @@ def test_so_are_names_of_other_results(kind, typed, meant, why):
 )  # fmt: skip
 def test_results_of_another_run_are_said_to_be_so(run, typed, said):
     results = f"results/{run}" if run else "results"
-    message = targets.explain_unknown(typed, results, replace(DEMO, run=run))
+    message = misspelt.explain_unknown(typed, results, replace(DEMO, run=run))
     assert said in message and f"did you mean '{typed}'" not in message
 
 
