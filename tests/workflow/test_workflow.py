@@ -319,27 +319,19 @@ def test_a_scale_without_guidance_is_refused(finished):
         ("", "results/curve/dinov2_mode.t5,10.pdf", "did you mean 'results/curve/dinov2_mode.t5,10.png'"),
         ("", "results/reconstruction/dinov.txt", "did you mean 'results/reconstruction/dinov2.txt'"),
         ("flowers", "results/reconstruction/dinov2.txt", "did you mean 'results/flowers/reconstruction/dinov2.txt'"),
+        ("", "results/pics/comparison.txt", "`run: pics`, pass it with --configfile"),
+        ("flowers", "results/comparison.html", "is results/flowers/comparison.txt"),
     ],
 )
 def test_a_wrong_target_is_explained(finished, run, typed, said):
     """Each kind of mistake is tried in test_targets.py."""
     result = finished.run(typed, "-n", keys={"gpus": 0, "run": run})
     message = result.stdout + result.stderr
-    form = "{dinov2}.txt" if "reconstruction" in typed else "{dinov2}_{uncond,gmm,mode,class,class_gmm}[_ag][.seedN]"
-    assert result.returncode != 0 and said in message and form in message and "Traceback" not in message
-
-
-@pytest.mark.parametrize(
-    ("run", "typed", "said"),
-    [
-        ("", "results/pics/comparison.txt", "`run: pics`, pass it with --configfile"),
-        ("flowers", "results/comparison.html", "is results/flowers/comparison.txt"),
-    ],
-)
-def test_a_comparison_of_another_run_is_explained(finished, run, typed, said):
-    result = finished.run(typed, "-n", keys={"gpus": 0, "run": run})
-    message = result.stdout + result.stderr
-    assert result.returncode != 0 and said in message and "MissingRule" not in message
+    forms = {"reconstruction": "{dinov2}.txt", "comparison": "The comparison of this configuration is results/"}
+    usual = "{dinov2}_{uncond,gmm,mode,class,class_gmm}[_ag][.seedN]"
+    form = next((form for kind, form in forms.items() if kind in typed), usual)
+    assert result.returncode != 0 and said in message and form in message
+    assert "Traceback" not in message and "MissingRule" not in message
 
 
 @pytest.mark.parametrize("options", [["--summary"], ["--dag"], ["--report", "report.html"], ["-n"]])

@@ -31,7 +31,7 @@ COPY_BYTES = 2  # bf16 copies of the weights, which autocast keeps for a step
 CONTEXT_BYTES = 1e9  # GPU memory of the CUDA context and the libraries' workspaces
 FLOAT32_ACTIVATIONS = 1.55  # what a model keeps for backward in float32, as a multiple of what it keeps in bf16
 USABLE = 0.95  # share of a GPU's memory that allocations can take
-COMPILED = 1.5  # speed with torch.compile, as a multiple of eager mode; measured on an H100 and an H200
+COMPILED = 1.5  # speed with torch.compile, as a multiple of eager mode; measured on an H200
 HASHED_BYTES = 1e9  # per second and process, SHA-256 in hardware
 INFERENCE_COPIES = 12  # live activations of a layer without backward pass, as multiples of its input
 
