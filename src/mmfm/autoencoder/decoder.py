@@ -154,8 +154,7 @@ class Decoder(nn.Module):
                 "use the decoder of this encoder and image size"
             )
         x = self.decoder_embed(tokens)
-        cls_token = self.trainable_cls_token.expand(x.shape[0], -1, -1).to(x.dtype)
-        x = torch.cat([cls_token, x], dim=1) + self.decoder_pos_embed
+        x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1), x], dim=1) + self.decoder_pos_embed
         for layer in self.decoder_layers:
             x = layer(x)
         patches = self.decoder_pred(self.decoder_norm(x))[:, 1:]

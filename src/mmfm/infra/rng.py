@@ -54,7 +54,9 @@ def uniform(seed: int, purpose: str, index: torch.Tensor, shape: tuple[int, ...]
         index: (B,) integers: image numbers, step numbers, ...
     """
     bits = _bits(seed, purpose, index, math.prod(shape))
-    return ((_shift_right(bits, 11).double() + 0.5) * 2.0**-53).reshape(len(index), *shape)
+    # The largest of the 2^53 values is rounded to 1.
+    uniforms = ((_shift_right(bits, 11).double() + 0.5) * 2.0**-53).clamp(max=1 - 2.0**-53)
+    return uniforms.reshape(len(index), *shape)
 
 
 def stratified(seed: int, purpose: str, index: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_EPS = 1e-6
+_COMPILED_SIZES = 64
 
 
 class ModulatedNorm(nn.Module):
@@ -263,7 +264,9 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 def compile_blocks(model: nn.Module) -> None:
     """Compile each block of a model with torch.compile, in place.
 
-    Blocks of the same sizes share their code, so compiling takes seconds where the whole model would take minutes.
+    Blocks of the same sizes share their code, so compiling takes seconds where the whole model would take minutes. The
+    limit is for all blocks together: a model, its head and a guide have three sizes, each compiled once for every size
+    of batch. Past PyTorch's own limit of 8, further ones would run as they are, with other rounding.
     """
     for block in blocks(model):
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, recompile_limit=_COMPILED_SIZES)

@@ -52,6 +52,17 @@ def test_initial_weights_follow_the_generator():
     assert not positions[0, 0].any() and len(positions[0].unique(dim=0)) == 5
 
 
+def test_the_class_token_is_not_rounded_in_bf16_autocast():
+    """As in the published code: only products of matrices are bf16."""
+    decoder = tiny().requires_grad_(False)
+    decoder.trainable_cls_token.fill_(1 + 2**-10)
+    seen = []
+    decoder.decoder_layers[0].register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        decoder(torch.zeros(2, 4, 6))
+    assert torch.equal(seen[0][:, 0] - decoder.decoder_pos_embed[:, 0], decoder.trainable_cls_token[:, 0].expand(2, -1))
+
+
 def test_absent_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing.safetensors"):
         load_decoder(tmp_path / "nothing.safetensors")

@@ -35,6 +35,13 @@ def test_distributions(shape):
         assert stats.kstest(normal.flatten(), "norm").pvalue > 1e-3
 
 
+def test_uniforms_are_never_0_or_1(monkeypatch):
+    bits = torch.tensor([[0], [-1]])  # none set, all set
+    monkeypatch.setattr(rng, "_bits", lambda *ignored: bits)
+    smallest, largest = rng.uniform(0, "u", torch.arange(2))
+    assert 0 < smallest < 1e-15 and 1 - 1e-15 < largest < 1
+
+
 def test_columns_and_rows_are_uncorrelated():
     normal = rng.normal(5, "n", torch.arange(20000), (8,)).double()
     columns = torch.corrcoef(normal.T) - torch.eye(8)

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from mmfm.models import dit
 from mmfm.models.dit import DIT_PRESETS, DiT, DiTConfig
+from mmfm.models.layers import compile_blocks
 from support.places import GOLDEN
 
 TINY = DiTConfig(
@@ -29,7 +31,7 @@ def tiny(seed=0, **changes):
     model = DiT(config, generator=generator)
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+            nn.init.normal_(parameter, std=0.1, generator=generator)
     return model
 
 
@@ -214,6 +216,20 @@ def test_traces_into_one_graph_for_compilation():
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x, t, y), model(x, t, y))
+
+
+def test_every_size_of_batch_is_compiled(monkeypatch):
+    """Of a model, whose head is of another size, and of a guide; with PyTorch's own limit, the ninth is not."""
+    compiled = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda block, **options: compiled(block, backend="eager", **options))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    networks = tiny(), tiny(hidden_size=(8, 24), num_heads=(1, 2))
+    for network in networks:
+        compile_blocks(network)
+    for batch in (2, 3, 4, 5):
+        for network in networks:
+            with torch.no_grad():
+                network(*inputs(batch), torch.zeros(batch, dtype=torch.long))
 
 
 def test_fast_arithmetic_has_the_gradients_of_the_plain_one(monkeypatch):
