@@ -79,7 +79,7 @@ class Run:
         assert (done.returncode != 0) == (expect != 0), done.stdout
         return done.stdout
 
-    def ends(self, snakemake: subprocess.Popen, code: int = 0, seconds: float = 300) -> str:
+    def ends(self, snakemake: subprocess.Popen, code: int = 0, seconds: float = 600) -> str:
         """Wait for Snakemake, check its exit status, and return what it printed."""
         try:
             snakemake.wait(seconds)
@@ -96,7 +96,7 @@ class Run:
             assert snakemake.poll() is None, self.output.read_text()
             return re.search(r"resuming at ([\d,]+) of", self.log(seed))
 
-        step = int(self.cluster.wait_for(found, f"resumed training of seed {seed}", 240)[1].replace(",", ""))
+        step = int(self.cluster.wait_for(found, f"resumed training of seed {seed}")[1].replace(",", ""))
         snakemake.send_signal(signal.SIGINT)
         assert "the same command resumes" in self.ends(snakemake, 1)
         self.cluster.wait_for(lambda: not self.cluster.queue(), "end of the cancelled job")

@@ -73,7 +73,7 @@ def test_killed_training(tmp_path, capsys):
     kill = load("train_kill")
     assert kill.main(["--quick", "--out", str(tmp_path)]) == 0
     (series,) = json.loads((tmp_path / "train_kill.json").read_text())["series"]
-    assert series["bit_equal"] and len(series["kills"]) == 2 and series["steps"] == 60
+    assert series["bit_equal"] and 1 <= len(series["kills"]) <= 2 and series["steps"] == 60
     assert not kill.passed({**series, "bit_equal": False}), "one process must be equal to the bit"
 
 

@@ -22,24 +22,26 @@ RESUMABLE = (
     "extract", "fit_gmm", "spatial_gmm", "train_decoder", "train", "sample", "fid_reference", "reconstruction",
 )  # fmt: skip
 
-# After every unit the command rests, so that a signal from outside comes before the next one.
-REST = 0.4
-
 
 def wait_for_units(stage: Stage, out: Path, more_than: set[str], is_over) -> set[str]:
     """Wait until a running command has finished a unit besides ``more_than``; return all units."""
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 600
     while not (units := set(stage.finished_units(out))) - more_than:
-        assert time.monotonic() < deadline and not is_over(), errors_file(out)
+        assert time.monotonic() < deadline and not is_over(), out.with_name(f"{out.name}.errors").read_text()
         time.sleep(0.002)
     return units
 
 
 def stop_after_a_unit(stage: Stage, out: Path, number: int, more_than: set[str] = frozenset()) -> int:
-    """Run the command, send its process group a signal after its next unit, and return its exit status."""
-    command = stage.start(out, watch=Watch(out, pause=REST, at=f"/{stage.units}"))
+    """Run the command, send its process group a signal after its next unit, and return its exit status.
+
+    The command rests after that unit, so that the signal comes before the last one.
+    """
+    watch = Watch(out, rest_at=f"/{stage.units}")
+    command = stage.start(out, watch=watch)
     wait_for_units(stage, out, more_than, lambda: command.processes[0].exitcode is not None)
     command.kill(number)
+    watch.go()
     status = command.wait()
     with pytest.raises(ProcessLookupError):  # nobody of the group is left
         os.killpg(command.group, 0)
@@ -163,8 +165,9 @@ def test_stages_without_units_leave_whole_files_or_none(stages, tmp_path, name):
 def test_the_launcher_and_all_its_processes_end(stages, tmp_path, name, processes, number, everyone):
     """As from a terminal, or from SLURM, which signals everyone; torchrun's processes are in groups of their own."""
     stage, out = stages[name], tmp_path / "out"
-    watch, errors = Watch(out, pause=2.0, at=f"/{stage.units}"), errors_file(out)
+    watch, errors = Watch(out, rest_at=f"/{stage.units}"), errors_file(out)
     path = os.pathsep.join([str(site_folder(tmp_path / "site")), os.environ.get("PYTHONPATH", "")])
+    watch.clear()
     launcher = [sys.executable, "-m", "mmfm.infra.launch", "--processes", str(processes), "--threads", str(processes)]
     with open(errors, "w") as file:
         command = subprocess.Popen(
@@ -181,8 +184,9 @@ def test_the_launcher_and_all_its_processes_end(stages, tmp_path, name, processe
             process.send_signal(number)
     else:
         os.killpg(command.pid, number)
-    assert command.wait(timeout=100) not in (0, None), errors.read_text()
-    _, alive = psutil.wait_procs(family, timeout=30)
+    watch.go()
+    assert command.wait(timeout=600) not in (0, None), errors.read_text()
+    _, alive = psutil.wait_procs(family, timeout=120)
     assert not alive, errors.read_text()
     before, watch = stage.finished_units(out), Watch(out)
     assert before and not digests(out)

@@ -54,7 +54,7 @@ def browser() -> str:
 def _run(page: Path, *options: str) -> subprocess.CompletedProcess:
     line = [browser(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
     line += [f"--user-data-dir={page.parent / 'browser'}", "--virtual-time-budget=20000", *options, page.as_uri()]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=True)
+    return subprocess.run(line, capture_output=True, text=True, timeout=600, check=True)
 
 
 def examine(page: Path, folder: Path, steps: str = "", width: int = 1280) -> tuple[list[str], dict]:

@@ -13,22 +13,22 @@ import time
 EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link")
 
 
-def install(folder: str, log: str, kill_at: int = 0, pause: float = 0.0, at: str = "") -> None:
+def install(folder: str, log: str, kill_at: int = 0, rest_at: str = "") -> None:
     """Add the hook to this process, for good.
 
     Args:
         folder: only events with a path below it count.
         log: file that gets a line ``event path [path]`` per event, relative to ``folder``.
         kill_at: SIGKILL to the own process group before this event, counted from 1; 0 for never.
-        pause: seconds to sleep after each event that names ``at``.
-        at: part of a path.
+        rest_at: part of a path; once something has such a name, events with this part wait until ``LOG.go`` exists,
+            a minute at most each.
     """
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     folder = os.path.abspath(folder) + "/"
-    count = 0
+    count, named = 0, False
 
     def hook(event: str, arguments: tuple) -> None:
-        nonlocal count
+        nonlocal count, named
         if event not in EVENTS:
             return
         paths = _paths(event, arguments)
@@ -38,8 +38,11 @@ def install(folder: str, log: str, kill_at: int = 0, pause: float = 0.0, at: str
         if count == kill_at:
             os.killpg(0, signal.SIGKILL)
         os.write(descriptor, " ".join([event, *(path.removeprefix(folder) for path in paths)]).encode() + b"\n")
-        if pause and any(at in path for path in paths):
-            time.sleep(pause)
+        if rest_at and any(rest_at in path for path in paths):
+            end = time.monotonic() + 60
+            while named and time.monotonic() < end and not os.path.exists(f"{log}.go"):
+                time.sleep(0.005)
+            named = named or (event == "os.rename" and rest_at in paths[-1])
 
     sys.addaudithook(hook)
 
@@ -54,5 +57,5 @@ def _paths(event: str, arguments: tuple) -> list[str]:
 def install_from_environment() -> None:
     """Do what MMFM_TEST_EVENTS says: arguments of :func:`install` separated by tabs."""
     if text := os.environ.get("MMFM_TEST_EVENTS"):
-        folder, log, kill_at, pause, at = text.split("\t")
-        install(folder, log, int(kill_at), float(pause), at)
+        folder, log, kill_at, rest_at = text.split("\t")
+        install(folder, log, int(kill_at), rest_at)

@@ -1,7 +1,6 @@
 """Tokens with known clusters, starts of EM, and the stage ``fit_gmm`` on them."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from mmfm.mixture.em import EMState, em_iterations
 from mmfm.mixture.gaussian import Mixture
 from mmfm.mixture.streaming import Rows
 from mmfm.stages import fit_gmm as stage
+from support.processes import meeting_point, reserve_port
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -82,21 +82,18 @@ def result(folder):
 
 def run_processes(program, arguments, folder, world=2):
     """Run a program as ``world`` processes that meet over a file-less TCP store, as torchrun would start them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world),
-            "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, *arguments],
-            env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    deadline = time.monotonic() + 120
-    for process in processes:
-        _, errors = process.communicate(timeout=deadline - time.monotonic())
-        assert process.returncode == 0, errors
+    with reserve_port() as reserved:
+        base = {**os.environ, **meeting_point(reserved), "WORLD_SIZE": str(world), "CUDA_VISIBLE_DEVICES": ""}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", program, *arguments],
+                env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(world)
+        ]
+        deadline = time.monotonic() + 600
+        for process in processes:
+            _, errors = process.communicate(timeout=deadline - time.monotonic())
+            assert process.returncode == 0, errors

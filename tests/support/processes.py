@@ -38,13 +38,21 @@ class Watch:
 
     folder: Path
     kill_at: int = 0
-    pause: float = 0.0
-    at: str = ""
+    rest_at: str = ""
 
     @property
     def log(self) -> Path:
         """Where the events are written."""
         return self.folder.with_name(f"{self.folder.name}.events")
+
+    def go(self) -> None:
+        """End the rest of a command."""
+        self.log.with_name(f"{self.log.name}.go").touch()
+
+    def clear(self) -> None:
+        """Forget an earlier command."""
+        self.log.write_text("")
+        self.log.with_name(f"{self.log.name}.go").unlink(missing_ok=True)
 
     def events(self) -> list[list[str]]:
         """Words of every event of the last command that was started with this watch."""
@@ -53,8 +61,21 @@ class Watch:
     @property
     def environment(self) -> dict[str, str]:
         """Variables by which processes that import ``sitecustomize`` from :func:`site_folder` install the hook."""
-        values = (str(self.folder), str(self.log), str(self.kill_at), str(self.pause), self.at)
+        values = (str(self.folder), str(self.log), str(self.kill_at), self.rest_at)
         return {"MMFM_TEST_EVENTS": "\t".join(values)}
+
+
+def reserve_port() -> socket.socket:
+    """Return an open socket whose port on this machine nobody else is given, and processes can meet at all the same."""
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
+
+
+def meeting_point(reserved: socket.socket) -> dict[str, str]:
+    """Return torchrun's variables for processes that meet at a reserved port."""
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reserved.getsockname()[1])}
 
 
 def site_folder(root: Path) -> Path:
@@ -72,18 +93,20 @@ class Command:
     Attributes:
         arguments: of ``mmfm``.
         errors: file with its standard error.
+        reserved: holds the port at which its processes meet.
     """
 
     arguments: list[str]
     errors: Path
     processes: list = field(default_factory=list)
+    reserved: socket.socket | None = None
 
     @property
     def group(self) -> int:
         """The process group, which is the first process's id."""
         return self.processes[0].pid
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 600) -> int:
         """Return the exit status of the first process that failed, or 0."""
         end = time.monotonic() + timeout
         for process in self.processes:
@@ -92,6 +115,8 @@ class Command:
             for process in self.processes:
                 process.kill()
             raise AssertionError(f"still running: {self.arguments}\n{self.errors.read_text()}")
+        if self.reserved is not None:
+            self.reserved.close()
         return next((p.exitcode for p in self.processes if p.exitcode), 0)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -117,12 +142,10 @@ def start(
     """
     command, variables = Command(arguments, errors), {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if world > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+        command.reserved = reserve_port()
+        variables |= {**meeting_point(command.reserved), "WORLD_SIZE": str(world)}
     if watch is not None:
-        watch.log.write_text("")
+        watch.clear()
     for rank in range(world):
         own = {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else variables
         group = command.group if rank else 0
@@ -225,7 +248,7 @@ def _run(arguments, errors, variables, group, watch, constants, memory) -> None:
             assert hasattr(importlib.import_module(module), constant), name
             setattr(sys.modules[module], constant, value)
         if watch is not None:
-            filesystem_events.install(str(watch.folder), str(watch.log), watch.kill_at, watch.pause, watch.at)
+            filesystem_events.install(str(watch.folder), str(watch.log), watch.kill_at, watch.rest_at)
         from mmfm.cli.__main__ import main
 
         status = _measured(memory, main, arguments)

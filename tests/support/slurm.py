@@ -71,7 +71,7 @@ class Cluster:
         lines = self.run("squeue", "-h", "-o", "%i|%T|%N|%k").splitlines()
         return [line.split("|") for line in lines]
 
-    def wait_for(self, condition: Callable[[], object], what: str, seconds: float = 90) -> object:
+    def wait_for(self, condition: Callable[[], object], what: str, seconds: float = 600) -> object:
         """Wait until ``condition`` holds and return its value; fail with the queue otherwise."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -96,11 +96,11 @@ class Cluster:
     def start_node(self, name: str) -> None:
         """Start a node, also one that died."""
         self.daemons[name] = _start(["slurmd", "-D", "-N", name], self.folder / f"{name}.out")
-        self.wait_for(lambda: self._responds(name), f"answer of {name}", 30)
+        self.wait_for(lambda: self._responds(name), f"answer of {name}", 120)
 
     def wait_for_socket(self) -> None:
         """Wait until munged can be asked."""
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while not (self.folder / "munge.socket").exists():
             assert time.monotonic() < end, (self.folder / "munged.out").read_text()
             time.sleep(0.05)
@@ -116,7 +116,7 @@ class Cluster:
         """Cancel all jobs and wait until they are gone."""
         if jobs := [job for job, *_ in self.queue()]:
             subprocess.run(["scancel", *jobs], check=False)
-        self.wait_for(lambda: not self.queue(), "empty queue", 60)
+        self.wait_for(lambda: not self.queue(), "empty queue", 120)
 
 
 def _steps(node: str) -> list[int]:
@@ -200,7 +200,7 @@ JobCompType=jobcomp/filetxt
 JobCompLoc={folder}/completed
 MinJobAge=600
 KillWait=20
-SlurmdTimeout=10
+SlurmdTimeout=120
 OverTimeLimit=0
 GresTypes=gpu
 MpiDefault=none

@@ -7,9 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -208,7 +209,7 @@ def test_of_two_jobs_the_second_waits_and_encodes_nothing(tmp_path, listing, who
     line, options = command(listing, cache, "slow"), {"env": environment(), "text": True}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     jobs = [subprocess.Popen(line, **options, **pipes) for _ in range(2)]
-    said = [job.communicate(timeout=100) for job in jobs]
+    said = [job.communicate(timeout=600) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], said
     encoded = sorted(int(re.search(r"encoded (\d+)", out)[1]) for out, _ in said)
     assert sum(encoded) == 2 * N
@@ -219,15 +220,20 @@ def test_a_job_that_waits_says_so_once_and_encodes_the_rest(tmp_path, listing, m
     monkeypatch.setattr(latent_cache, "_SPELL", 0.05)
     cache, fake = open_cache(tmp_path / "cache"), Fake()
     cache.path.mkdir(parents=True)
-    handle, seen = open(cache.path / "lock", "w"), []  # noqa: SIM115 - closed by the thread
+    handle, seen = open(cache.path / "lock", "w"), []  # noqa: SIM115 - closed after a while
     handle.write("process 1 on elsewhere")
     handle.flush()
     fcntl.flock(handle, fcntl.LOCK_EX)
-    thread = threading.Timer(0.4, lambda: (seen.append(fake.seen), handle.close()))
-    thread.start()
+
+    def sleep(seconds: float) -> None:
+        time.sleep(seconds)
+        seen.append(fake.seen)
+        if len(seen) == 20:
+            handle.close()
+
+    monkeypatch.setattr(latent_cache, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
     fill(cache, listing, fake)
-    thread.join()
-    assert seen == [0] and fake.seen == N
+    assert seen == [0] * 20 and fake.seen == N
     assert re.findall("waiting for .*", capsys.readouterr().err) == [
         f"waiting for a job that fills '{cache.path}' (process 1 on elsewhere)"
     ]

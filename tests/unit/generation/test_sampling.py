@@ -425,7 +425,7 @@ def raise_full_disk(*arguments: object) -> None:
 def killed_after_first_shard(files: Pipeline, ema: Path, out: Path) -> int:
     """Run the command in another process, kill it when its first shard is there, and return its exit status."""
     process = start(arguments(files, ema, out), slow=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not list(out.glob("state-*/shard-*.npz")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     process.kill()
@@ -433,12 +433,12 @@ def killed_after_first_shard(files: Pipeline, ema: Path, out: Path) -> int:
 
 
 def start(call: list[str], slow: bool = False) -> subprocess.Popen:
-    """Start a command; ``slow`` makes it pause after every shard so that a kill hits it between or within shards."""
+    """Start a command; ``slow`` makes it wait for a kill after its first shard."""
     code = "import sys; from mmfm.cli.__main__ import main; sys.exit(main(sys.argv[1:]))"
     if slow:
         code = (
             "import time; from mmfm.infra import npz; write = npz.write_parts; "
-            "npz.write_parts = lambda *a: (write(*a), time.sleep(0.5))[0]; " + code
+            "npz.write_parts = lambda *a: (write(*a), time.sleep(60))[0]; " + code
         )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen([sys.executable, "-c", code, *call], env=environment, stderr=subprocess.DEVNULL)

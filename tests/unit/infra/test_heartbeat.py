@@ -17,7 +17,7 @@ from mmfm.infra.progress import Progress
 
 
 def until(condition):
-    end = time.monotonic() + 20
+    end = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)

@@ -4,8 +4,6 @@ import copy
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import types
 import weakref
@@ -102,16 +100,15 @@ def test_the_board_shows_them(undisturbed):
 def test_no_step_is_missing_or_twice_after_kill_9(measured, tmp_path):
     long = {"epochs": 8, "decay_end_epoch": 8, "checkpoint_every": 7, "preview": preview(fid_every=2)}
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mmfm.cli", "train", *arguments(measured, killed, "mode", **long)],
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    # Beyond a checkpoint, so that steps with lines are taken again.
-    while process.poll() is None and not any(len(read_history(p)) > 5 for p in killed.glob("state-*/fid.jsonl")):
+    line = ["train", *arguments(measured, killed, "mode", **long)]
+    command = processes.start(line, tmp_path / "errors", watch=processes.Watch(killed, rest_at="/step-"))
+    # Beyond a checkpoint, so that steps with lines are taken again; it rests before the next one.
+    while command.processes[0].is_alive() and not any(
+        len(read_history(p)) > 5 for p in killed.glob("state-*/fid.jsonl")
+    ):
         time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    command.kill()
+    assert command.wait() == -signal.SIGKILL, command.errors.read_text()
     assert max(steps_kept(killed)) < 8 * STEPS_PER_EPOCH
     run(measured, killed, **long)
     run(measured, tmp_path / "whole", **long)

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from mmfm.cli.__main__ import main
 from mmfm.infra import distributed, stage_state
 from mmfm.training import previews, trainer
+from support import processes
 from support.train_runs import (
     STEPS_PER_EPOCH,
     arguments,
@@ -88,16 +88,13 @@ def test_a_second_ctrl_c_after_a_while_does_not_wait_for_a_checkpoint(tiny_pipel
 
 def test_kill_9_in_the_middle_changes_nothing(tiny_pipeline, tmp_path):
     long = {"epochs": 24, "decay_end_epoch": 24, "checkpoint_every": 10, "log_every": 3}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": ""}
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mmfm.cli", "train", *arguments(tiny_pipeline, killed, "mode", **long)],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while process.poll() is None and not list(killed.glob("state-*/step-*")):
+    line = ["train", *arguments(tiny_pipeline, killed, "mode", **long)]
+    command = processes.start(line, tmp_path / "errors", watch=processes.Watch(killed, rest_at="/step-"))
+    while command.processes[0].is_alive() and not list(killed.glob("state-*/step-*")):
         time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    command.kill()
+    assert command.wait() == -signal.SIGKILL, command.errors.read_text()
     assert max(steps_kept(killed)) < 24 * STEPS_PER_EPOCH
     run(tiny_pipeline, killed, **long)
     assert_same(killed, run(tiny_pipeline, tmp_path / "undisturbed", **long))

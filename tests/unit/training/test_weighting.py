@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 
@@ -14,6 +13,7 @@ from mmfm import config
 from mmfm.infra.distributed import Ranks
 from mmfm.training import checkpoint
 from mmfm.training.weighting import LossWeighting
+from support.processes import meeting_point, reserve_port
 from support.tiny import SECTIONS
 from support.train_runs import assert_same, run, state_of
 
@@ -114,20 +114,17 @@ with process_group() as ranks:
 
 def test_processes_agree(tmp_path):
     """Two processes with half of the images each come to the weights of one, bit for bit, both of them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = RANK_SCRIPT.replace("{keys}", repr(KEYS))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": str(port)}
-    environment["MASTER_ADDR"] = "127.0.0.1"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script], stdout=subprocess.PIPE,
-            env={**environment, "RANK": str(rank), "WORLD_SIZE": str(world)},
-        )
-        for rank, world in ((0, 1), (0, 2), (1, 2))
-    ]  # fmt: skip
-    alone, *both = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in processes]
+    with reserve_port() as reserved:
+        script = RANK_SCRIPT.replace("{keys}", repr(KEYS))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **meeting_point(reserved)}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", script], stdout=subprocess.PIPE,
+                env={**environment, "RANK": str(rank), "WORLD_SIZE": str(world)},
+            )
+            for rank, world in ((0, 1), (0, 2), (1, 2))
+        ]  # fmt: skip
+        alone, *both = [json.loads(process.communicate(timeout=600)[0].splitlines()[-1]) for process in processes]
     assert both == [alone, alone] and len(set(alone[1])) == 5
 
 

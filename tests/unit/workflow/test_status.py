@@ -60,9 +60,9 @@ def test_a_training_is_seen_running_killed_and_finished(tiny_pipeline, tmp_path,
     errors.parent.mkdir(parents=True)
     out.mkdir(parents=True)
     line = ["train", *arguments(tiny_pipeline, out, "mode", checkpoint_every=2)]
-    often, rest = {"mmfm.infra.heartbeat.EVERY": 0.02}, processes.Watch(out, pause=0.5, at="/step-")
+    often, rest = {"mmfm.infra.heartbeat.EVERY": 0.02}, processes.Watch(out, rest_at="/step-")
     command = processes.start(line, errors, watch=rest, constants=often)
-    end, job = time.monotonic() + 100, None
+    end, job = time.monotonic() + 600, None
     while job is None or not (job.count and job.count.done >= 3 and job.saved):
         assert time.monotonic() < end and command.processes[0].exitcode is None, errors.read_text()
         time.sleep(0.01)
@@ -99,8 +99,9 @@ def test_a_failure_is_told_with_its_reason(tiny_pipeline, tmp_path, capsys):
     assert job.reason in (tmp_path / "errors").read_text()
 
 
-def test_on_another_machine_silence_counts(tmp_path, capsys):
+def test_on_another_machine_silence_counts(tmp_path, capsys, monkeypatch):
     now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
     place = beat(tmp_path, "train/dinov2_mode/seed0.tiny.k4", now - 200, task="train", total=9, slurm_job="4711")
     (place / "step-00000004").mkdir()
     text = told(tmp_path, capsys)
