@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from mmfm.infra import nodes
-from mmfm.infra.launch import HELD
+from mmfm.infra.launch import HELD, PARENT
 
 DRIVERS = {11: "450", 12: "525", 13: "580"}
 """Oldest Linux driver for each major version of CUDA (NVIDIA's CUDA Toolkit Release Notes, minor-version
@@ -155,6 +155,9 @@ def _end_with_torchrun() -> None:
     """Make the kernel kill this process if torchrun, which starts workers in separate sessions, is killed."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        # Killed before that, it is gone already, and nobody would answer when the processes want to meet.
+        if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
+            sys.exit("the launcher was killed; run the same command again")
 
 
 @contextmanager

@@ -25,6 +25,8 @@ _DEVICES = Path("/dev")
 _LOCK_FOLDER = Path(tempfile.gettempdir()) / f"mmfm-gpus-{os.getuid()}"
 HELD = "MMFM_HELD_GPUS"
 """Environment variable that tells workers which GPUs their launcher holds."""
+PARENT = "MMFM_PARENT"
+"""Environment variable with the process number of the launcher, which becomes torchrun."""
 
 
 def visible_gpus() -> list[str]:
@@ -200,6 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
             os.set_inheritable(lock.fileno(), True)
     else:
         variables["CUDA_VISIBLE_DEVICES"] = ""
+    variables[PARENT] = str(os.getpid())
     os.execvpe(line[0], line, variables)
 
 

@@ -17,7 +17,7 @@ def clear_stale_locks(folder: Path) -> IO[str]:
     After ``kill -9`` Snakemake's own locks stay forever, and it refuses to run again. This function therefore takes an
     operating-system lock, which ends with the process: if it is free, no other Snakemake is running and all lock files
     are stale. Otherwise it prints a line that names the other process, because Snakemake's own message, which appears
-    only if both would make the same file, suggests removing the lock.
+    if both would make the same file or if a third was killed, suggests removing the lock.
 
     Args:
         folder: the ``.snakemake`` folder.
@@ -35,8 +35,8 @@ def clear_stale_locks(folder: Path) -> IO[str]:
         others = [pid for pid in handle.read().split() if pid != str(os.getpid()) and Path(f"/proc/{pid}").exists()]
         if others:
             print(
-                f"another Snakemake (process {', '.join(others)}) is running in this folder and locks its outputs; "
-                "wait for it, or stop it and run the same command again",
+                f"another Snakemake (process {', '.join(others)}) is running in this folder. If this one is refused as "
+                "locked, wait for the other, or stop it, and run the same command again; otherwise both run",
                 file=sys.stderr,
             )
     else:

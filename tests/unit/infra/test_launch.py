@@ -150,6 +150,21 @@ def _holds_locks(pid):
     return held == 2
 
 
+def test_a_worker_whose_torchrun_was_killed_before_it_looked_ends():
+    """Otherwise it would wait for the others for hours."""
+    script = "from mmfm.infra.distributed import process_group\nwith process_group(): print('at work')"
+    variables = {**os.environ, "TORCHELASTIC_RUN_ID": "none", "CUDA_VISIBLE_DEVICES": ""}
+    for parent, status in ((os.getpid(), 0), (1, 1)):
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**variables, launch.PARENT: str(parent)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == status, done.stderr
+        assert ("at work" in done.stdout) == (status == 0) != ("the launcher was killed" in done.stderr)
+
+
 def test_more_gpus_than_there_are_is_an_error():
     result = subprocess.run(
         [sys.executable, "-m", "mmfm.infra.launch", "--gpus", "2", "--", "extract"],
