@@ -16,7 +16,7 @@ _SIMPLER = {
     "diag": "fewer modes, gmm.shrinkage, or tied covariances (gmm.covariance_type)",
     "full": "fewer modes, or tied or diag covariances (gmm.covariance_type)",
 }
-"""What has fewer free parameters, or freer ones, by covariance type; for the others only fewer modes do."""
+"""What narrows the gap, by covariance type; for the others it is fewer modes alone."""
 
 
 @dataclass(frozen=True)
