@@ -23,9 +23,10 @@ from mmfm.evaluation.frechet import frechet_distance
 from mmfm.evaluation.reference import Reference
 from mmfm.generation import batches
 from mmfm.generation.images import ImageInput, Images, pixels
-from mmfm.generation.options import Numbers, Request, Sampling, given
+from mmfm.generation.options import Numbers, Request, Sampling, given, numbers
 from mmfm.generation.sampler import Sampler
 from mmfm.generation.trajectory import Trajectory, trajectory
+from mmfm.infra.distributed import named_device
 from mmfm.mixture.gaussian import Mixture
 from mmfm.stages import provenance
 from mmfm.workflow import description
@@ -47,14 +48,14 @@ def open(target: str | Path, device: torch.device | str | None = None) -> "Model
     Raises:
         FileNotFoundError: the target or a file that it was made from is missing; the message names the file and the
             command that makes it.
-        ValueError: the path is not a finished target, or a file was made again since.
+        ValueError: the path is not a finished target, a file was made again since, or PyTorch can't use the device.
 
     >>> model = mmfm.open("results/fid/dinov2_mode.txt", device="cpu")
     >>> model
     <mmfm.Model: dinov2, setting mode, ... modes, images of 32 pixels, on cpu>
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Model(description.read(target), device)
+    chosen = named_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Model(description.read(target), chosen)
 
 
 class Model:
@@ -188,7 +189,8 @@ class Model:
                 :class:`mmfm.generation.options.Sampling`. The others are the target's.
 
         Raises:
-            ValueError: an option, mode or label does not exist or is not possible with these weights.
+            ValueError: an option, mode or label does not exist or is not possible with these weights, or a number is
+                not whole.
 
         >>> images = model.generate(4)
         >>> images
@@ -198,7 +200,7 @@ class Model:
         >>> model.generate(4, seed=1, modes=3, solver="heun", time_points=4).modes.tolist()
         [3, 3, 3, 3]
         """
-        request = Request.of(self._sampler, range(first, first + n), sampling, seed, modes, labels)
+        request = Request.of(self._sampler, numbers(n, first), sampling, seed, modes, labels)
         return batches.generate(request, progress)
 
     def interpolate(
@@ -232,7 +234,7 @@ class Model:
         >>> walk = model.interpolate(6, modes=(0, 3))
         >>> other = model.interpolate(6, seeds=(0, 1))
         """
-        drawn, one = (None, None), range(number, number + 1)
+        drawn, one, n = (None, None), numbers(1, number), len(numbers(n))
         start, end = (
             Request.of(self._sampler, one, sampling, seed, mode, label)
             for seed, mode, label in zip(seeds or drawn, modes or drawn, labels or drawn, strict=True)
@@ -258,7 +260,7 @@ class Model:
         (True, torch.Size([2]))
         >>> steps = model.decode(path.states[:, 0])
         """
-        request = Request.of(self._sampler, range(first, first + n), sampling, seed, modes, labels)
+        request = Request.of(self._sampler, numbers(n, first), sampling, seed, modes, labels)
         sampler, drawn = request.sampler, request.draw(request.numbers)
         return trajectory(sampler.generator, sampler.field(drawn.labels), sampler.source.draw(drawn.modes, drawn.noise))
 

@@ -117,18 +117,23 @@ def test_images_are_those_of_sample(model, sampled):
     assert_close(model.generate(22, batch_size=22).tensor, sampled)
 
 
-@pytest.mark.parametrize("solver", ["heun", "dopri5"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "dopri5"])
 def test_the_bar_ends_at_the_number_of_images(model, monkeypatch, solver):
     ends = []
 
     class Bar(batches.tqdm):
         def __exit__(self, *exception):
-            ends.append((self.n, self.total))
+            ends.append((self.n, self.total, str(self)))
             return super().__exit__(*exception)
 
+        def update(self, n=1):
+            super().update(n)
+            assert self.n <= self.total
+
     monkeypatch.setattr(batches, "tqdm", Bar)
-    model.generate(7, solver=solver)  # two batches
-    assert ends == [(pytest.approx(7), 7)]
+    model.generate(7, solver=solver, time_points=8)  # two batches
+    ((n, total, shown),) = ends
+    assert n == total and "100%" in shown and "| 7/7 images [" in shown
 
 
 @pytest.mark.parametrize("place", ["sample/dinov2_{}/seed3.tiny{}.t4", "train/dinov2_{}/seed3.tiny{}"])
@@ -216,7 +221,13 @@ def test_given_modes_and_labels(root, model):
         ("mode", {"guidance": 2.0}, "trained with label dropout.*set it to 1, or open a target with autoguidance"),
         ("mode", {"solver": "eulre"}, r"did you mean 'euler'\?"),
         ("mode", {"time_points": 0}, "'sample.time_points' is 0; it must be at least 1"),
-        ("mode", {"steps": 3}, "unknown configuration key 'sample.steps'"),
+        (
+            "mode",
+            {"steps": 3},
+            r"no argument 'steps' \(did you mean 'time_points'\?\); the sampling options are guidance, .*time_points",
+        ),
+        ("mode", {"time_point": 3}, r"there is no argument 'time_point' \(did you mean 'time_points'\?\)"),
+        ("mode", {"first": "4"}, "2 images from number '4' are wanted; give whole numbers"),
     ],
 )
 def test_what_can_not_be_asked(root, setting, asked, message):
@@ -226,6 +237,24 @@ def test_what_can_not_be_asked(root, setting, asked, message):
     for generate in (model.generate, model.interpolate):
         with pytest.raises(ValueError, match="no images"):
             generate(0)
+        for n in ("4", 4.0, None):
+            with pytest.raises(ValueError, match=f"{n!r} images .* give whole numbers"):
+                generate(n)
+
+
+def test_a_device_that_is_not_there(root, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(
+        ValueError, match=r"can't use the device 'cuda': it is a build for the CPU.* give the device 'cpu'"
+    ):
+        mmfm.open(root / "results/fid/dinov2_mode.txt", "cuda")
+    with pytest.raises(ValueError, match="'gpu' is no device of PyTorch; give 'cpu', 'cuda'"):
+        mmfm.open(root / "results/fid/dinov2_mode.txt", "gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="there is no device 'cuda:2': PyTorch sees 2 GPUs"):
+        mmfm.open(root / "results/fid/dinov2_mode.txt", "cuda:2")
 
 
 def test_encode_takes_what_people_have(model, tiny_pipeline):

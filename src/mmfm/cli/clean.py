@@ -11,7 +11,8 @@ List or remove state directories (state-.../ beside the results: checkpoints, EM
 target uses any more: with the configuration of the last run, their stage would not resume from them, because its
 version, its keys or its inputs have changed. Keys that a target's name can set (seed, model, k, t) do not count.
 
-  mmfm clean --unused --dry-run     list them, with sizes and reasons
+  mmfm clean                        list both, with sizes and reasons; remove nothing
+  mmfm clean --unused --dry-run     list unused state
   mmfm clean --unused               remove them
   mmfm clean --latents              remove the latent caches in latents.folder of the last run
 
@@ -32,11 +33,13 @@ def main(arguments: list[str]) -> int:
         "results", type=Path, nargs="?", default=Path("results"), help="folder of the results (default: results)"
     )
     options = parser.parse_args(arguments)
-    if not (options.unused or options.latents):
-        parser.error("say what to remove: --unused, --latents or both")
-    if options.unused:
-        _clean_states(options.results, options.dry_run)
-    _clean_caches(options.results, options.latents, options.dry_run)
+    everything = not (options.unused or options.latents)
+    dry_run = options.dry_run or everything
+    if options.unused or everything:
+        _clean_states(options.results, dry_run)
+    _clean_caches(options.results, options.latents or everything, dry_run)
+    if everything:
+        print("nothing was removed; --unused removes the state, --latents the latent caches")
     return 0
 
 

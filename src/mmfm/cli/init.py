@@ -54,24 +54,27 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("folder", type=Path, help="the images, best with one subfolder per class")
     parser.add_argument("--encoder", help="a folder in the Hugging Face layout, or `hf:` and a model id")
-    parser.add_argument("--size", type=int, default=0, help="side of the images in pixels (default: by the images)")
+    parser.add_argument("--size", type=int, help="side of the images in pixels (default: by the images)")
     parser.add_argument("--out", type=Path, default=Path("mine.yaml"), help="the file to write (default mine.yaml)")
     parser.add_argument("--force", action="store_true", help="write it even if it is there already")
     options = parser.parse_args(arguments)
-    if options.size and options.size < 8:
-        parser.error(f"--size is {options.size}; images have at least 8 pixels a side")
+    if options.size is not None:
+        suggestion.require_size(options.size)
     if options.out.exists() and not options.force:
         raise ValueError(f"'{options.out}' is there already; give --force to replace it, or another --out")
     if not DEFAULTS.is_file():
         raise ValueError(f"there is no '{DEFAULTS}' here; run it in the folder of the Snakefile")
-    defaults = yaml.safe_load(DEFAULTS.read_text())
+    _require_writable(options.out)
+    defaults, encoder = yaml.safe_load(DEFAULTS.read_text()), choose_encoder(options.encoder)
     found = surveys.survey(options.folder.expanduser())
     print("\n".join(summary(found)))
     if refusal := found.refusal():
         raise ValueError(refusal)
-    machine, encoder = this_machine(found), choose_encoder(options.encoder)
+    machine = this_machine(found)
     print(f"  encoder  {encoder.weights}: {encoder.reason}")
     suggested = suggestion.suggest(_images(found), encoder, machine, defaults, options.size)
+    if suggested.doubt:
+        print(f"  WARNING  images of {options.size} pixels as asked for, but {suggested.doubt}")
     run = re.sub(r"[^a-z0-9_-]+", "-", found.root.resolve().name.lower()).strip("-") or "mine"
     with store.whole_file(options.out) as partial:
         partial.write_text(document(suggested, run, machine, options.out))
@@ -81,6 +84,13 @@ def main(arguments: list[str]) -> int:
     print(f"\n{options.out}: the suggestion, with reasons; {sheet}: some of the images")
     print(f"\n{_estimate(suggested, machine)}\n\n  {command(run, options.out)}")
     return 0
+
+
+def _require_writable(out: Path) -> None:
+    """Raise ValueError if a file can't be made, before anything is looked at that takes time."""
+    folder = next(path for path in out.absolute().parents if path.exists())
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"nothing can be written to '{folder}'; make it writable, or give another --out")
 
 
 def _images(found: Survey) -> Images:
@@ -111,6 +121,8 @@ def summary(found: Survey) -> Iterator[str]:
         yield f"  copies   {found.copies:,} have the name and the size in bytes of another image"
     yield from _named("broken", found.broken)
     yield from _named("lost", found.lost)
+    if found.refusal():
+        return
     whole = "all" if found.opened == len(found.paths) else f"{found.opened:,} from all over the folder"
     decoded = "all" if found.decoded + len(found.broken) >= len(found.paths) else f"{found.decoded:,}"
     yield f"  looked   at the headers of {whole}; {decoded} decoded"

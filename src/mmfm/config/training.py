@@ -31,7 +31,9 @@ class Model:
 class Preview:
     """Sample grids and Frechet distances during training, from the EMA weights."""
 
-    every: int = operation("steps between preview grids; 0 for none", unit="steps", minimum=0)
+    every: int = operation(
+        "steps between preview grids; 0 for none but preview.png, made at the end", unit="steps", minimum=0
+    )
     n_images: int = operation("images in a grid", unit="images", minimum=1)
     time_points: int = operation("time points of the solver, for grids and distances", minimum=2)
     fid_every: int = operation(

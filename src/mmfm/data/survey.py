@@ -4,7 +4,7 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class Survey:
         root: the folder.
         paths: images below it, sorted.
         classes: images of each class folder; the folder itself where it has no subfolders.
-        loose: an image beside class folders, which a listing refuses; empty if there is none.
+        loose: images beside class folders, which a listing refuses.
         extensions: images by extension.
         ignored: other files, by :func:`mmfm.infra.image_files.why_ignored`.
         lost: images and folders that are there by name only, with the reason.
@@ -47,7 +47,7 @@ class Survey:
     root: Path
     paths: tuple[str, ...]
     classes: dict[str, int]
-    loose: str
+    loose: tuple[str, ...]
     extensions: dict[str, int]
     ignored: Counter[str]
     lost: tuple[str, ...]
@@ -76,21 +76,33 @@ class Survey:
         return int((self.sides.max(1) > _LONG * self.shorter).sum())
 
     def refusal(self) -> str:
-        """Return why a listing would refuse the folder, with the remedy; empty if it would not."""
-        if self.loose:
-            return (
-                f"'{self.root}' has both class folders and images of its own ('{self.loose}', ...); move the images "
-                "into a class folder, or the folders elsewhere"
-            )
-        empty = [name for name, images in self.classes.items() if not images]
-        if empty:
-            where = self.root / empty[0] if self.paths else self.root
-            return f"no images in '{where}' (looked for {', '.join(EXTENSIONS)}); add some or remove it"
-        return ""
+        """Return all the reasons why a listing would refuse the folder, with remedies; empty if it would not."""
+        return _refusal(self.root, self.paths, self.classes, self.loose)
+
+
+def _refusal(root: Path, paths: Sequence[str], classes: Mapping[str, int], loose: Sequence[str]) -> str:
+    reasons = []
+    if loose:
+        reasons.append(
+            f"'{root}' has both class folders and images of its own ({_some(loose)}); move the images into a class "
+            "folder, or the folders elsewhere"
+        )
+    empty = [str(root / name) for name, images in classes.items() if not images] if paths else [str(root)]
+    if empty:
+        them = "it" if len(empty) == 1 else "them"
+        reasons.append(f"no images in {_some(empty)} (looked for {', '.join(EXTENSIONS)}); add some or remove {them}")
+    return "; and ".join(reasons)
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(f"'{name}'" for name in names[:most]) + more
 
 
 def survey(root: str | Path, seconds: float = 5.0) -> Survey:
     """Look at everything below a folder, as :func:`mmfm.data.scan` would list it.
+
+    No image of a folder that a listing would refuse is opened: that would only delay the refusal.
 
     Args:
         seconds: to spend on decoding images; those that are left are only opened.
@@ -105,14 +117,15 @@ def survey(root: str | Path, seconds: float = 5.0) -> Survey:
     files = sorted(walk.images(root, ""))
     top = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
     owners = Counter(path.split("/")[0] for path, _ in files if "/" in path)
-    loose = next((path for path, _ in files if "/" not in path), "") if top else ""
+    loose = tuple(path for path, _ in files if "/" not in path) if top else ()
     paths = tuple(path for path, _ in files)
     twins = Counter((Path(path).name, size) for path, size in files)
-    looks = _look(root, paths, seconds)
+    classes = {name: owners[name] for name in top} or {root.resolve().name: len(paths)}
+    looks = _Looks() if _refusal(root, paths, classes, loose) else _look(root, paths, seconds)
     return Survey(
         root=root,
         paths=paths,
-        classes={name: owners[name] for name in top} or {root.resolve().name: len(paths)},
+        classes=classes,
         loose=loose,
         extensions=dict(Counter(Path(path).suffix.lower() for path in paths).most_common()),
         ignored=walk.ignored,

@@ -107,15 +107,14 @@ def compare(results: Sequence[Result]) -> Comparison:
     groups = sorted(by_circumstances.values(), key=len, reverse=True)
     notes = []
     for i, group in enumerate(groups):
-        smallest = min(row["distance"] for row in group)
+        smallest = distance_of(min(group, key=lambda row: row["distance"]))  # what looks equal is equally good
         for row in group:
-            best = f"{row['distance']:.4f}" == f"{smallest:.4f}"  # what looks equal in the table is
-            row["group"], row["best"] = i, best and len(group) > 1
+            row["group"], row["best"] = i, distance_of(row) == smallest and len(group) > 1
         if i:
             notes.append(_why_apart(group, groups[0][0]))
         if differing := _differences(group):
             whose = f"The rows with {mark_of(group[0])}" if i else "The rows"
-            notes.append(f"{whose} also differ in {_listed(differing)}, so not only the settings are compared.")
+            notes.append(f"{whose} also differ in {listed(differing)}, so not only the settings are compared.")
     warnings = list(dict.fromkeys(line for result, _ in pairs for line in result.record["warnings"]))
     return Comparison([result for result, _ in pairs], [row for _, row in pairs], warnings, notes)
 
@@ -216,7 +215,8 @@ def _differences(group: list[Row]) -> list[str]:
     return found
 
 
-def _listed(words: Sequence[str]) -> str:
+def listed(words: Sequence[str]) -> str:
+    """Return words as a list in a sentence."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
@@ -245,7 +245,7 @@ _TABLE: dict[str, tuple[Callable[[Row], str], str]] = {
     "results": (lambda row: row["results"], "results"),
     "encoder": (lambda row: row["encoder"], ""),
     "setting": (lambda row: setting_of(row), ""),
-    "distance": (lambda row: f"{row['distance']:.4f}", ""),
+    "distance": (lambda row: distance_of(row), ""),
     "range": (lambda row: _spread(row["seeds"]), ""),
     **{about.title: (_metric(name), "") for name, about in METRICS.items() if name != "frechet"},
     "detector": (lambda row: row["detector"].partition(" (")[0], "detector"),
@@ -271,6 +271,11 @@ WORDS = ("results", "encoder", "setting", "detector", "model")
 def place_of(row: Row) -> tuple[str, str]:
     """Return results folder and encoder."""
     return row["results"], row["encoder"]
+
+
+def distance_of(row: Row) -> str:
+    """Return the distance as every table, text and picture shows it."""
+    return f"{row['distance']:.4f}"
 
 
 def setting_of(row: Row) -> str:

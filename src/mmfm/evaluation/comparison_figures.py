@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mmfm.evaluation.comparison import Comparison, Result, place_of
+from mmfm.evaluation.comparison import Comparison, Result, distance_of, place_of
 from mmfm.evaluation.comparison_curves import Curve, draw_curves
 from mmfm.evaluation.comparison_html import embed, figure, heading, name_of, opened, terms
 from mmfm.evaluation.comparison_picture import caption, grid
@@ -39,7 +39,7 @@ def samples(comparison: Comparison, factor: float) -> str:
             if place_of(row) != place:
                 continue
             name = escape(name_of(row, comparison.rows))
-            text = f"<strong>{name}</strong>, {row['distance']:.4g}{' (not comparable)' * (row['group'] > 0)}"
+            text = f"<strong>{name}</strong>, {distance_of(row)}{' (not comparable)' * (row['group'] > 0)}"
             if result.images:
                 picture = embed(grid(result.images), f"Images generated with {name_of(row, comparison.rows)}", factor)
                 figures.append(figure(picture, text))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfm.config.choices import SETTINGS
-from mmfm.evaluation.comparison import WORDS, Comparison, differs, mark_of, table
+from mmfm.evaluation.comparison import WORDS, Comparison, differs, distance_of, listed, mark_of, table
 from mmfm.evaluation.comparison_figures import distance_curves, learning_curves, looks, mixtures, samples
 from mmfm.evaluation.comparison_html import name_of, terms
 from mmfm.infra.progress import duration
@@ -181,11 +181,13 @@ def _in_short(comparison: Comparison) -> str:
     rows = [row for row in comparison.rows if row["group"] == 0]
     if len(rows) == 1:
         return "There is one result, and nothing to compare it with yet."
-    best, worst = (pick(rows, key=lambda row: row["distance"]) for pick in (min, max))
+    best, worst = [row for row in rows if row["best"]], max(rows, key=lambda row: row["distance"])
+    names = listed([f"<strong>{escape(name_of(row, rows))}</strong>" for row in best])
     short = (
-        f"Of {len(rows)} results that can be compared, <strong>{escape(name_of(best, rows))}</strong> has the smallest "
-        f"distance, {best['distance']:.4g}, and {escape(name_of(worst, rows))} the largest, {worst['distance']:.4g}."
+        f"Of {len(rows)} results that can be compared, {names} {'has' if len(best) == 1 else 'have'} the smallest "
+        f"distance, {distance_of(best[0])}"
     )
+    short += "." if worst["best"] else f", and {escape(name_of(worst, rows))} the largest, {distance_of(worst)}."
     if not differs(rows, "seed") and not any(row["seeds"] for row in rows):
         short += (
             " There is one seed: a difference of a few per cent may be chance. Targets with <code>.seed1</code> and "

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mmfm.evaluation.comparison import Comparison, Row, differs, place_of, setting_of
+from mmfm.evaluation.comparison import Comparison, Row, differs, distance_of, place_of, setting_of
 from mmfm.infra import npz
 from mmfm.infra.pictures import image_grid
 
@@ -63,7 +63,7 @@ def _titles(row: Row, rows: list[Row]) -> dict[str, int]:
     several = len({place_of(other) for other in rows}) > 1
     name = f"{row['encoder']} {setting_of(row)}" if several else setting_of(row)
     mark = "  (best)" * row["best"] + "  (not comparable)" * (row["group"] > 0)
-    lines = {f"{name}:  {row['distance']:.4g}{mark}": _TITLE}
+    lines = {f"{name}:  {distance_of(row)}{mark}": _TITLE}
     if differs(rows, "results"):
         lines[f"{row['results']}: {row['name']}"] = _SMALL
     elif len({(place_of(other), setting_of(other)) for other in rows}) < len(rows):

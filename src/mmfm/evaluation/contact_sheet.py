@@ -8,7 +8,7 @@ import torch
 
 from mmfm import data
 from mmfm.data import Listing
-from mmfm.infra import store
+from mmfm.infra import fonts, store
 from mmfm.infra.pictures import image_grid
 from mmfm.mixture.gaussian import Mixture
 
@@ -88,6 +88,8 @@ def draw(
 ) -> None:
     """Write the contact sheet as PNG: one row per mode, labelled with its size, weight and most common class.
 
+    A class whose name no installed font can draw is shown by its number.
+
     Args:
         listing: the images, in the order of the tokens.
         read, labels, mixture, block: see :func:`nearest_images`.
@@ -104,6 +106,7 @@ def draw(
     columns = max(map(len, nearest.values()))
     first = next(iter(nearest.values()))[0]
     side = min(MAX_SIDE, *data.read_image(listing.path(int(first))).size)
+    names, families = fonts.drawable(listing.classes)
     heights = [len(modes) for modes in groups.values()]
     figure = Figure(figsize=(2.3 + 0.6 * columns, 0.45 * len(groups) + 0.63 * sum(heights)), dpi=130)
     figure.set_layout_engine("constrained", h_pad=0.06)
@@ -115,7 +118,12 @@ def draw(
         axes.imshow(sheet, interpolation="nearest")
         axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
         centres = (np.arange(len(modes)) + 0.5) * sheet.shape[0] / len(modes)
-        axes.set_yticks(centres, [_label(k, counts, labels, listing, mixture) for k in modes], fontsize=7.5)
+        axes.set_yticks(
+            centres,
+            [_label(k, counts, labels, listing.labels, names, mixture) for k in modes],
+            fontsize=7.5,
+            fontfamily=families,
+        )
         axes.set_xticks([])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -132,10 +140,13 @@ def cropped_row(listing: Listing, images: np.ndarray, columns: int, side: int) -
     return row
 
 
-def _label(k: int, counts: np.ndarray, labels: np.ndarray, listing: Listing, mixture: Mixture) -> str:
+def _label(
+    k: int, counts: np.ndarray, labels: np.ndarray, classes: np.ndarray, names: Sequence[str], mixture: Mixture
+) -> str:
+    """Return the text beside a mode's images; ``classes`` (N,) are the images' classes, with these names."""
     images = f"{counts[k]:,} image{'s' if counts[k] > 1 else ''}"
     lines = [f"mode {k}", f"{images}, weight {float(mixture.weights[k]):.2%}"]
-    if len(listing.classes) > 1:
-        classes = np.bincount(listing.labels[labels == k], minlength=len(listing.classes))
-        lines.append(f"{classes.max() / classes.sum():.0%} {listing.classes[int(classes.argmax())]}")
+    if len(names) > 1:
+        own = np.bincount(classes[labels == k], minlength=len(names))
+        lines.append(f"{own.max() / own.sum():.0%} {names[int(own.argmax())]}")
     return "\n".join(lines)

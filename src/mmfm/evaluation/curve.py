@@ -3,6 +3,7 @@
 Nothing here imports PyTorch.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,11 +141,26 @@ def _heading(part: str) -> str:
     return "evaluations" if part == "t" else AXES[part].title
 
 
+_LISTED = re.compile(r"\.(t|step|g|k)[\d.]+,[\d.,]*\d")
+_SPELT = {"seed": "seed {}", "k": "{} modes", "step": "step {}", "t": "{} time points", "g": "guidance {}"}
+
+
+def _title(name: str, setting: str) -> str:
+    """Spell the parts of a curve's name but the one that the axis shows, ``dinov2_mode.seed1.t5,10`` say."""
+    first, *parts = re.split(r"\.(?!\d)", _LISTED.sub("", name))
+    encoder, known, rest = first.rpartition(f"_{setting}")
+    words = [encoder, f"setting {setting}{rest}"] if known else [first]
+    for part in parts:
+        kind = re.fullmatch(r"([a-z]+)(\d[\d.]*)", part)
+        words.append(_SPELT[kind[1]].format(kind[2]) if kind and kind[1] in _SPELT else part)
+    return ", ".join(words)
+
+
 def plot(curve: Record, path: Path, name: str) -> None:
     """Plot every metric against what varies, with a ring around its best value, as PNG.
 
     Args:
-        name: of the curve, as its title.
+        name: of the curve's file, for the title.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -155,7 +171,7 @@ def plot(curve: Record, path: Path, name: str) -> None:
     rows = -(-len(metrics) // columns)
     figure = Figure(figsize=(max(5.0, 3.9 * columns), 3.4 * rows + 0.3), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{name}, {curve['n_images']:,} images", fontsize=10)
+    figure.suptitle(f"{_title(name, curve['setting'])}; {curve['n_images']:,} images for each point", fontsize=10)
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for axes, (metric, row) in zip(panels, metrics.items(), strict=False):
         best = _best(metric, row)

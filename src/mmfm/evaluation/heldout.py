@@ -12,6 +12,12 @@ from mmfm.mixture.gaussian import Mixture
 FEW_IMAGES = 100
 """Images per mode below which diagonal covariances of encoder tokens over-fit visibly."""
 
+_SIMPLER = {
+    "diag": "fewer modes, gmm.shrinkage, or tied covariances (gmm.covariance_type)",
+    "full": "fewer modes, or tied or diag covariances (gmm.covariance_type)",
+}
+"""What narrows the gap, by covariance type; for the others it is fewer modes alone."""
+
 
 @dataclass(frozen=True)
 class MeanLikelihood:
@@ -58,7 +64,7 @@ def gap_warnings(mixture: Mixture, training: MeanLikelihood, heldout: MeanLikeli
     if gap > 3 * math.hypot(training.standard_error, heldout.standard_error):
         lines.append(
             f"the mixture is {gap:.1f} nats per image better on its training images than on held-out ones: it "
-            "over-fits; fewer modes, gmm.shrinkage or tied covariances narrow the gap"
+            f"over-fits; {_SIMPLER.get(mixture.covariance_type, 'fewer modes')} narrow the gap"
         )
     if training.count < FEW_IMAGES * mixture.n_components:
         lines.append(

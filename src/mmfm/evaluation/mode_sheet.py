@@ -44,6 +44,7 @@ def draw(
     listing: Listing,
     nearest: dict[int, np.ndarray],
     classes: dict[int, str],
+    families: Sequence[str],
     images: np.ndarray,
     modes: np.ndarray,
     returned: np.ndarray,
@@ -54,6 +55,7 @@ def draw(
         listing: the training images.
         nearest: indices of the training images that are likeliest under each mode of :func:`chosen`, likeliest first.
         classes: the most common class of these modes' training images, with its share; empty for a single class.
+        families: of the fonts that can draw these.
         images: (n, S, S, 3) uint8, the generated images.
         modes: (n,) the modes that they were drawn from.
         returned: (n,) bool, whether they lie in their mode again.
@@ -83,7 +85,7 @@ def draw(
         room = 22 if name == "worst" else 8  # for the words above the columns
         axes.set_title(_title(name, quality), loc="left", fontsize=10, fontweight="bold", pad=room)
         labels = [_label(mode, quality, classes.get(mode, "")) for mode in rows]
-        axes.set_yticks((np.arange(len(rows)) + 0.5) * len(strips[0]), labels, fontsize=8)
+        axes.set_yticks((np.arange(len(rows)) + 0.5) * len(strips[0]), labels, fontsize=8, fontfamily=families)
         if name == "worst":
             _head(axes, strips[0].shape[1])
     with store.whole_file(path) as partial:

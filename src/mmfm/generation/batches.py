@@ -1,7 +1,6 @@
 """Generates images batch by batch, with a progress bar."""
 
 import itertools
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -16,7 +15,7 @@ from mmfm.generation.images import Images
 from mmfm.generation.options import Request
 from mmfm.generation.sampler import Sampler
 
-_BAR = "{l_bar}{bar}| {n:.0f}/{total_fmt} images [{elapsed}<{remaining}]"
+_BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} images [{elapsed}<{remaining}]"
 
 
 def split(numbers: range, shard_size: int, batch_size: int) -> Iterator[range]:
@@ -65,24 +64,26 @@ def _follow(
     """
     if not numbers:
         raise ValueError("no images requested; ask for at least 1")
-    # With an adaptive solver the bar advances only at the end of a batch.
-    share = 1 / (sampler.generator.function_evaluations() or math.inf)
-    images, done = [], 0
-    with tqdm(total=len(numbers), bar_format=_BAR, disable=not progress, delay=1, leave=False) as bar:
+    # The bar counts evaluations, whose whole numbers add up exactly, and shows images. With an adaptive solver it
+    # advances only at the end of a batch.
+    known = sampler.generator.function_evaluations()
+    each = known or 1
+    images, done, total = [], 0, len(numbers) * each
+    with tqdm(total=total, unit_scale=1 / each, bar_format=_BAR, disable=not progress, delay=1, leave=False) as bar:
         for batch in split(numbers, sampler.config.shard_size, sampler.config.batch_size):
             x, velocity = start(batch)
-            latents, _ = sampler.generator.follow(_watched(velocity, bar, share * len(batch)), x)
+            latents, _ = sampler.generator.follow(_watched(velocity, bar, len(batch) if known else 0), x)
             images.append(sampler.generator.decode(require_finite(latents)).cpu())
-            done += len(batch)
+            done += each * len(batch)
             bar.update(done - bar.n)
     return torch.cat(images)
 
 
-def _watched(velocity: VelocityFn, bar: tqdm, images: float) -> VelocityFn:
-    """Return the velocity, advancing the bar by a fraction of a batch's images at every evaluation."""
+def _watched(velocity: VelocityFn, bar: tqdm, count: int) -> VelocityFn:
+    """Return the velocity, advancing the bar by ``count`` at every evaluation."""
 
     def watched(x: Tensor, t: Tensor) -> Tensor:
-        bar.update(images)
+        bar.update(count)
         return velocity(x, t)
 
     return watched

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmfm import config
+from mmfm.config.choices import did_you_mean
 from mmfm.generation.generator import Draw
 from mmfm.generation.sampler import Sampler
 
@@ -31,17 +32,31 @@ class Sampling(TypedDict, total=False):
     batch_size: int
 
 
+_KNOWN = f"the sampling options are {', '.join(Sampling.__annotations__)}"
+
+
 def changed(section: config.Sample, sampling: Sampling) -> config.Sample:
     """Return the section ``sample`` with some keys replaced.
 
     Raises:
-        ValueError: a key is unknown, or its value has the wrong type or range.
+        ValueError: an option is unknown, or its value has the wrong type or range.
     """
+    known = list(Sampling.__annotations__)
+    if unknown := [name for name in sampling if name not in known]:
+        raise ValueError(f"there is no argument '{unknown[0]}'{did_you_mean(unknown[0], known)}; {_KNOWN}")
     values, options = asdict(section), dict(sampling)
     for key, name in (("guidance", "scale"), ("interval", "interval")):
         if key in options:
             values["guidance"][name] = options.pop(key)
     return config.build(config.Sample, {**values, **options}, "sample")
+
+
+def numbers(n: int, first: int = 0) -> range:
+    """Return the numbers of n images; ValueError if n or the first one is not a whole number."""
+    try:
+        return range(first, first + n)
+    except TypeError as error:
+        raise ValueError(f"{n!r} images from number {first!r} are wanted; give whole numbers") from error
 
 
 Numbers: TypeAlias = int | Sequence[int] | Tensor

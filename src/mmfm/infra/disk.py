@@ -81,6 +81,11 @@ def is_full(error: Exception, path: str | Path) -> bool:
     return os.strerror(errno.ENOSPC) in str(error) or free(path) < _NOTHING_LEFT
 
 
+def is_denied(error: OSError) -> bool:
+    """Whether the system forbids to write."""
+    return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
 def explain(error: OSError) -> str:
     """Describe an error of the operating system and its remedy in one line."""
     where = f" ('{error.filename}')" if error.filename else ""
@@ -88,7 +93,7 @@ def explain(error: OSError) -> str:
         return (
             f"the disk is full{where}: free some space and run the same command again; it resumes from what is finished"
         )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if is_denied(error):
         return f"{error.strerror}{where}: results can't be written there; make it writable, or use another folder"
     if error.errno == errno.ENOENT and error.filename:
         return f"there is no '{error.filename}'; correct the path, or run the stage that makes it"

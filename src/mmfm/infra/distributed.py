@@ -130,6 +130,26 @@ def driver_version() -> str | None:
     return found[1] if found else None
 
 
+def named_device(name: torch.device | str) -> torch.device:
+    """Return the device of a name that a user gives.
+
+    Raises:
+        ValueError: PyTorch has no device of this name, or can't use it.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"'{name}' is no device of PyTorch; give 'cpu', 'cuda' or one of several, 'cuda:1'") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f"PyTorch {torch.__version__} can't use the device '{name}': {why_no_cuda()}. Or give the device 'cpu'"
+            )
+        if (device.index or 0) >= (there := torch.cuda.device_count()):
+            raise ValueError(f"there is no device '{name}': PyTorch sees {there} GPUs, of which 'cuda:0' is the first")
+    return device
+
+
 def why_no_cuda() -> str:
     """Return why PyTorch can't use a GPU that is there, and the remedy."""
     if torch.version.cuda is None:

@@ -150,6 +150,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
     except Exception as error:
+        if isinstance(error, OSError) and disk.is_denied(error) and error.filename == str(partial):
+            raise type(error)(error.errno, error.strerror, str(path.parent.absolute())) from error
         if not isinstance(error, OSError) and disk.is_full(error, path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise

@@ -37,7 +37,7 @@ from mmfm.data.tokens import TokenStore
 from mmfm.evaluation import contact_sheet, mode_sheet
 from mmfm.evaluation.mode_quality import CONFIDENCE, MIN_IMAGES, ModeQuality, Placed, Real, log_joint, place, place_real
 from mmfm.generation import conditioning
-from mmfm.infra import store, versions
+from mmfm.infra import fonts, store, versions
 from mmfm.infra.distributed import Ranks
 from mmfm.infra.progress import Progress
 from mmfm.mixture.gaussian import Mixture
@@ -246,13 +246,13 @@ def _draw(
     training, labels = data.Listing.open(files.listing), provenance.labels(files.assignment)
     read, each = TokenStore.open(files.tokens).read, mode_sheet.COLUMNS
     nearest = contact_sheet.nearest_images(read, labels, mixture, shown, _BLOCK, each) if shown else {}
-    common = {}
-    if len(training.classes) > 1:
+    common, (names, families) = {}, fonts.drawable(training.classes)
+    if len(names) > 1:
         for mode in shown:
-            counts = np.bincount(training.labels[labels == mode], minlength=len(training.classes))
+            counts = np.bincount(training.labels[labels == mode], minlength=len(names))
             if counts.any():
-                common[mode] = f"{counts.max() / counts.sum():.0%} {training.classes[int(counts.argmax())]}"
-    mode_sheet.draw(path, quality, training, nearest, common, images, modes, generated.nearest == modes)
+                common[mode] = f"{counts.max() / counts.sum():.0%} {names[int(counts.argmax())]}"
+    mode_sheet.draw(path, quality, training, nearest, common, families, images, modes, generated.nearest == modes)
 
 
 def render(result: dict[str, Any]) -> str:

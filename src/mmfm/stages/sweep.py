@@ -77,6 +77,7 @@ def plot(path: str | Path, table: Sequence[dict[str, Any]]) -> None:
     """Plot information criteria, coupling cost and EM time against the number of modes, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
     from matplotlib.ticker import NullLocator
 
     figure = Figure(figsize=(11, 3.5), dpi=120, layout="constrained")
@@ -97,7 +98,10 @@ def plot(path: str | Path, table: Sequence[dict[str, Any]]) -> None:
     seconds.plot([row["n_components"] for row, _ in timed], [time for _, time in timed], "o-", markersize=4)
     for row, time in timed:
         text = f"{row['n_iter']} iterations" + ("" if row["converged"] else ",\nstopped")
-        seconds.annotate(text, (row["n_components"], time), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        seconds.annotate(
+            text, (row["n_components"], time), (0, 7), textcoords="offset points", ha="center", fontsize=8,
+            path_effects=[withStroke(linewidth=3, foreground="white")],  # where the line is steep, it passes behind
+        )  # fmt: skip
     seconds.set_xmargin(0.18)
     seconds.set_ylim(0, 1.25 * max((time for _, time in timed), default=1.0))
     seconds.set(title="time of EM", ylabel="seconds")

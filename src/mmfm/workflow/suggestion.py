@@ -105,10 +105,12 @@ class Suggestion:
     Attributes:
         lines: the values, sections together.
         seconds: estimate by part of the work, for the three settings.
+        doubt: what speaks against the size that was asked for; empty if nothing does.
     """
 
     lines: tuple[Line, ...]
     seconds: dict[str, float]
+    doubt: str
 
     def value(self, key: str) -> Any:
         """Return the value of a dotted key."""
@@ -131,7 +133,7 @@ class _Plan:
 
 
 def suggest(
-    images: Images, encoder: EncoderChoice, machine: Machine, defaults: Mapping[str, Any], size: int = 0,
+    images: Images, encoder: EncoderChoice, machine: Machine, defaults: Mapping[str, Any], size: int | None = None,
     budget: float = BUDGET,
 ) -> Suggestion:  # fmt: skip
     """Suggest values for the keys that depend on the images, the encoder and the machine.
@@ -145,7 +147,7 @@ def suggest(
         budget: seconds for the settings in :data:`SETTINGS`.
 
     Raises:
-        ValueError: too few images, or a size that no grid of tokens divides.
+        ValueError: too few images, or a size as in :func:`require_size`.
     """
     if images.count < FEWEST_IMAGES:
         raise ValueError(
@@ -158,14 +160,28 @@ def suggest(
         epochs = base.longest(plan, budget)
         if base.steps(epochs) >= base.enough:
             break
-    return Suggestion(tuple(base.lines(plan, epochs)), base.seconds(plan, epochs))
+    return Suggestion(tuple(base.lines(plan, epochs)), base.seconds(plan, epochs), base.doubt)
+
+
+def require_size(size: int) -> None:
+    """Raise ValueError if images can't have this side, in pixels: below 8, or none that a grid of tokens divides."""
+    if size < 8:
+        raise ValueError(f"an image size of {size} is too small; images have at least 8 pixels a side")
+    if size % 4:
+        below = size // 4 * 4
+        raise ValueError(f"an image size of {size} is not a multiple of 4; take {below} or {below + 4}")
 
 
 class _Base:
     """The values that do not depend on the plan, and the costs of plans."""
 
     def __init__(
-        self, images: Images, encoder: EncoderChoice, machine: Machine, defaults: Mapping[str, Any], size: int
+        self,
+        images: Images,
+        encoder: EncoderChoice,
+        machine: Machine,
+        defaults: Mapping[str, Any],
+        size: int | None,
     ) -> None:
         self.images, self.encoder, self.machine, self.defaults = images, encoder, machine, defaults
         self.size = size
@@ -189,15 +205,9 @@ class _Base:
                         yield _Plan(size, grid, name, model)
 
     def sizes(self) -> list[int]:
-        """Return the sides of images to try, in pixels, the largest first.
-
-        Raises:
-            ValueError: a size that no grid of tokens divides.
-        """
-        if self.size % 4:
-            below = self.size // 4 * 4
-            raise ValueError(f"an image size of {self.size} is not a multiple of 4; take {below} or {below + 4}")
-        if self.size:
+        """Return the sides of images to try, in pixels, the largest first; ValueError as in :func:`require_size`."""
+        if self.size is not None:
+            require_size(self.size)
             return [self.size]
         fitting = [size for size in _SIZES if size <= min(self.largest, 1.1 * self.images.side)] or [_SIZES[0]]
         return [fitting[-1], *(size for size in (128, 64) if size < fitting[-1])]
@@ -206,6 +216,18 @@ class _Base:
     def largest(self) -> int:
         """Largest side of images that this machine has the time for, pixels."""
         return max(_SIZES) if self.machine.gpu else _LARGEST_ON_CPU
+
+    @property
+    def doubt(self) -> str:
+        """What speaks against the size that was asked for."""
+        if self.size is None:
+            return ""
+        reasons = []
+        if self.size > self.largest:
+            reasons.append(f"this machine has the time for at most {self.largest}")
+        if self.size > 1.1 * self.images.side:
+            reasons.append(f"smaller images (median {self.images.side:,}) are enlarged")
+        return " and ".join(reasons)
 
     def models(self) -> Iterable[tuple[str, Model]]:
         """Yield models whose head is at least as wide as the latents have channels, the largest first."""
@@ -306,7 +328,7 @@ class _Base:
                 yield Line("data.workers", min(8, self.machine.cores), "decoding processes of the listing")
         median = f"shorter sides have {i.side:,} pixels in the median"
         if self.size:
-            why = "as asked for"
+            why = f"as asked for, but {self.doubt}" if self.doubt else "as asked for"
         elif plan.size > i.side:
             why = f"{median}; smaller images are enlarged"
         elif plan.size < self.sizes()[0]:

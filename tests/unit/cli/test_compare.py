@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from mmfm.cli.__main__ import main
+from mmfm.evaluation import comparison, comparison_picture
 from mmfm.infra import store
 from mmfm.infra.pictures import save_picture
 from mmfm.workflow import compared as compared_results
@@ -69,6 +70,24 @@ def test_results_without_a_time_of_sampling_are_taken(results, capsys):
 def test_distances_that_look_equal_are_both_the_best(results, garments, capsys):
     write_result(results, garments[:40], "gmm", DISTANCES["mode"] + 1e-6)
     assert [row[0] == "*" for row in table(compared(capsys, results))] == [False, True, True]
+
+
+@pytest.mark.parametrize("more", [5e-4, 1e-6])
+def test_what_looks_equal_is_marked_alike_in_picture_and_page(results, garments, tmp_path, capsys, more):
+    write_result(results, garments[:40], "gmm", DISTANCES["mode"] + more)
+    write_result(results, garments[:40], "uncond", DISTANCES["mode"] + more)
+    compared(capsys, results, "--out", tmp_path / "c.html")
+    page = unescape((tmp_path / "c.html").read_text())
+    found = comparison.compare(compared_results.find([results]))
+    titles = [next(iter(comparison_picture._titles(row, found.rows))) for row in found.rows]
+    marks: dict[str, set[bool]] = {}
+    for title in titles:
+        name, shown, *mark = title.split()
+        assert f"<strong>{name[:-1]}</strong>, {shown}<" in page
+        marks.setdefault(shown, set()).add(bool(mark))
+    assert all(len(each) == 1 for each in marks.values()) and marks["6.7000"] == {True}
+    said = "mode has the" if len(marks) == 2 else "uncond, gmm and mode have the"
+    assert f"{said} smallest distance, 6.7000{', and' if len(marks) == 2 else '.'}" in re.sub("<[^>]*>", "", page)
 
 
 def test_a_result_and_its_short_name_are_one(results, capsys):
@@ -271,9 +290,9 @@ def test_the_page_has_numbers_warnings_costs_and_configuration(results, garments
         and "mode 6.7000 * fashion-mnist" in words
         and "620 79,360 01:01 24 00:09" in words
     )
-    assert "mode has the smallest distance, 6.7, and uncond the largest, 35.6" in words
+    assert "mode has the smallest distance, 6.7000, and uncond the largest, 35.6000" in words
     assert WARNING in words and "[1] Don't compare this row with the others" in unescape(words)
-    assert "class , 0.5 (not comparable)" in words
+    assert "class , 0.5000 (not comparable)" in words
     assert "63 of 64" in words and "coupling cost 0.750" in words
     assert "train 3 02:02 1.2 GB" in words
     assert "run: a &lt;b&gt; &amp; c" in html and f"python {platform.python_version()}" in words

@@ -102,6 +102,52 @@ def test_what_a_listing_would_refuse_is_said_at_once(photos, tmp_path, capsys):
     assert "absent' is not a folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "0"], "an image size of 0 is too small"),
+        (["--size", "-5"], "an image size of -5 is too small"),
+        (["--size", "30"], "30 is not a multiple of 4; take 28 or 32"),
+        (["--encoder", "nope"], "'nope' has no config.json"),
+    ],
+)
+def test_arguments_are_refused_before_the_folder_is_looked_at(
+    photos, tmp_path, capsys, monkeypatch, arguments, message
+):
+    monkeypatch.setattr(init.surveys, "survey", lambda _: pytest.fail("looked at"))
+    assert run(photos, "--out", tmp_path / "mine.yaml", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_nothing_can_be_written_to_is_named(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(init.surveys, "survey", lambda _: pytest.fail("looked at"))
+    monkeypatch.setattr(init.os, "access", lambda folder, mode: str(folder) != str(tmp_path))
+    assert run(photos, "--out", tmp_path / "new" / "mine.yaml") == 2
+    said = capsys.readouterr().err
+    assert said == f"init: error: nothing can be written to '{tmp_path}'; make it writable, or give another --out\n"
+
+
+def test_all_faults_of_a_folder_are_named_at_once_and_nothing_is_opened(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(init.surveys.Image, "open", lambda _: pytest.fail("opened"))
+    for name in ("one", "two"):
+        (photos / name).mkdir()
+    assert run(photos, "--out", tmp_path / "mine.yaml") == 2
+    said = capsys.readouterr()
+    assert "images of its own ('0.png', '1.png', '10.png', '11.png', '12.png' and 76 more); move" in said.err
+    assert f"no images in '{photos / 'one'}', '{photos / 'two'}' (looked for" in said.err and "remove them" in said.err
+    assert "  looked  " not in said.out
+
+
+def test_a_size_that_does_not_fit_is_doubted_not_refused(photos, tmp_path, capsys):
+    out = tmp_path / "mine.yaml"
+    assert run(photos, "--out", out, "--size", 4096) == 0
+    doubt = "this machine has the time for at most 128 and smaller images (median 40) are enlarged"
+    assert f"  WARNING  images of 4096 pixels as asked for, but {doubt}\n" in capsys.readouterr().out
+    assert f"# as asked for, but {doubt}\n" in out.read_text()
+    assert run(photos, "--out", out, "--size", 32, "--force") == 0
+    assert "WARNING" not in capsys.readouterr().out
+
+
 def test_which_encoder_is_taken(tmp_path, monkeypatch):
     assert init.choose_encoder(None).weights == str(init.TOY)
     for size in ("base", "small"):

@@ -1,6 +1,7 @@
 """The contact sheet: which modes, which images, and a picture that says it."""
 
-import types
+import dataclasses
+import warnings
 
 import numpy as np
 import pytest
@@ -123,7 +124,9 @@ def test_a_row_says_size_weight_and_commonest_class(images):
     labels[np.flatnonzero(listed.labels == 0)[5]] = 2
     counts = np.bincount(labels)
     mixture = Mixture(np.array([0.25, 0.625, 0.125]), np.zeros((3, 3)), np.ones((3, 3)))
-    said = [contact_sheet._label(k, counts, labels, listed, mixture).split("\n") for k in range(3)]
+    said = [
+        contact_sheet._label(k, counts, labels, listed.labels, listed.classes, mixture).split("\n") for k in range(3)
+    ]
     assert said == [
         ["mode 0", "14 images, weight 25.00%", "100% class0"],
         ["mode 1", "25 images, weight 62.50%", "80% class1"],
@@ -152,10 +155,19 @@ def test_densities_do_not_depend_on_their_blocks(monkeypatch):
 
 def test_a_sheet_without_classes_names_none(images):
     listed = Listing.open(images[0])
-    one = types.SimpleNamespace(classes=["all"], labels=np.zeros(40, np.int32))
     mixture = Mixture(np.ones(1), np.zeros((1, 3)), np.ones((1, 3)))
-    label = contact_sheet._label(0, np.array([len(listed)]), np.zeros(40, int), one, mixture)
+    label = contact_sheet._label(0, np.array([len(listed)]), np.zeros(40, int), listed.labels, ["all"], mixture)
     assert label.split("\n") == ["mode 0", "40 images, weight 100.00%"]
+
+
+def test_classes_in_any_script_are_drawn_without_warnings(tmp_path, images):
+    """Where no installed font has the characters, the class is shown by its number."""
+    listed = Listing.open(images[0])
+    listed = dataclasses.replace(listed, classes=tuple(f"\U0010fffd{name}" for name in listed.classes))
+    mixture = Mixture(np.ones(1), np.zeros((1, 3)), np.ones((1, 3)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        contact_sheet.draw(tmp_path / "modes.png", listed, lambda a, b: images[1][a:b], np.zeros(40, int), mixture, 40)
 
 
 @pytest.mark.parametrize("size, shown", [(24, 24), (130, 96)])

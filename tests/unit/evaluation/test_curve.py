@@ -1,10 +1,11 @@
 """Metrics against evaluations, training step, guidance scale and number of modes."""
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mmfm.cli.__main__ import main
-from mmfm.evaluation.curve import collect, render
+from mmfm.evaluation.curve import collect, plot, render
 from mmfm.infra import store
 from support.fid_runs import garments  # noqa: F401 (fixture)
 from support.finished_results import WARNING, write_result
@@ -107,3 +108,23 @@ def test_what_is_no_curve_is_refused(record, part, change, message):
         collect({"a": record, "b": changed(record, 1.0, **change)}, part)
     with pytest.raises(ValueError, match="not a result of fid"):
         collect({"a": record, "b": {"stage": "sweep"}}, part)
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("dinov2_mode.t1,2,3", "dinov2, setting mode"),
+        (
+            "my_mode_mode_ag.seed1.tiny.k64.g1,1.5,2.t25",
+            "my_mode, setting mode_ag, seed 1, tiny, 64 modes, 25 time points",
+        ),
+        ("dinov2_mode.k64,256.step310.t5.g1.5", "dinov2, setting mode, step 310, 5 time points, guidance 1.5"),
+        ("nfe", "nfe"),
+    ],
+)
+def test_the_title_is_in_words(by_evaluations, tmp_path, monkeypatch, name, title):
+    said = []
+    monkeypatch.setattr(Figure, "suptitle", lambda self, text, **_: said.append(text))
+    records = {path.stem: store.read_json(path) for path in by_evaluations}
+    plot(collect(records, "t"), tmp_path / "a.png", name)
+    assert said == [f"{title}; 40 images for each point"]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmfm.config.choices import COVARIANCES
 from mmfm.evaluation.heldout import MeanLikelihood, gap_warnings, mean_likelihood
 from mmfm.mixture.gaussian import Mixture
 
@@ -43,5 +44,18 @@ def test_a_gap_beyond_chance_and_few_images_are_named(mixture):
     assert gap_warnings(mixture, training, MeanLikelihood(-4.0, 0.1, 100)) == []
     (line,) = gap_warnings(mixture, training, MeanLikelihood(-6.0, 0.1, 100))
     assert line.startswith("the mixture is 1.0 nats per image better on its training images")
+    assert line.endswith(
+        "it over-fits; fewer modes, gmm.shrinkage, or tied covariances (gmm.covariance_type) narrow the gap"
+    )
     (line,) = gap_warnings(mixture, MeanLikelihood(-5.0, 0.1, 60), MeanLikelihood(-5.0, 0.1, 100))
     assert line.startswith("30 training images a mode are few for 3 dimensions")
+
+
+@pytest.mark.parametrize("kind", COVARIANCES)
+def test_the_remedy_is_possible_with_the_covariances(kind):
+    """Shrinkage is refused for all but diag, and nothing is advised that is there already."""
+    covariances = {"spherical": np.ones(2), "tied": np.eye(3), "full": np.stack([np.eye(3)] * 2)}
+    mixture = Mixture(np.full(2, 0.5), np.zeros((2, 3)), covariances.get(kind, np.ones((2, 3))), kind)
+    (line,) = gap_warnings(mixture, MeanLikelihood(-5.0, 0.1, 1000), MeanLikelihood(-6.0, 0.1, 100))
+    assert "fewer modes" in line and f" {kind} " not in line.partition("over-fits")[2]
+    assert ("gmm.shrinkage" in line) == (kind == "diag")

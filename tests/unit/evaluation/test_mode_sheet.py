@@ -53,7 +53,7 @@ def test_the_picture_has_a_row_for_each_mode(tmp_path, tiny_pipeline):
     for shown, count in ((10, 6), (2, 6), (10, 1)):
         found = quality(np.full(shown, count), np.minimum(np.arange(shown), count))
         path = tmp_path / f"{shown}.{count}.png"
-        mode_sheet.draw(path, found, listing, nearest, {0: "50% boot"}, images, modes, modes == 0)
+        mode_sheet.draw(path, found, listing, nearest, {0: "50% boot"}, ["DejaVu Sans"], images, modes, modes == 0)
         with Image.open(path) as picture:
             sizes[shown, count] = picture.size
     assert sizes[10, 6][1] > 2 * sizes[2, 6][1] > 0 and sizes[10, 1][1] > 50

@@ -1,12 +1,13 @@
 """Digests, whole files, memory-mapped arrays."""
 
+import errno
 import os
 import time
 
 import numpy as np
 import pytest
 
-from mmfm.infra import store
+from mmfm.infra import disk, store
 
 
 def test_arrays_round_trip_memory_mapped(tmp_path):
@@ -93,3 +94,9 @@ def test_a_model_is_known_by_the_files_that_are_loaded(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         store.folder_digest(tmp_path)
+
+
+def test_a_folder_that_may_not_be_written_to_is_named_itself(tmp_path):
+    with pytest.raises(PermissionError) as raised, store.whole_file(tmp_path / "a.yaml") as partial:
+        raise PermissionError(errno.EACCES, "Permission denied", str(partial))
+    assert raised.value.filename == str(tmp_path) and "partial" not in disk.explain(raised.value)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mmfm.cli.__main__ import main
@@ -71,3 +72,14 @@ def test_a_spatial_mixture_of_another_fit_is_refused(tmp_path, capsys):
 def test_an_empty_list_of_modes_is_refused(tmp_path, capsys):
     assert run(tmp_path, [fit_report(4)], [spatial_report(4)], []) == 2
     assert "'sweep.modes' must list at least one number" in capsys.readouterr().err
+
+
+def test_a_steep_line_passes_behind_the_labels(tmp_path, monkeypatch):
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or save(self, *a, **k))
+    assert run(tmp_path, [fit_report(4), fit_report(64)], [spatial_report(4), spatial_report(64)], [4, 64]) == 0
+    seconds = figures[0].axes[2]
+    (line,) = seconds.lines
+    for label in seconds.texts:
+        assert label.get_path_effects() and label.get_zorder() > line.get_zorder()

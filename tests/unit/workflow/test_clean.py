@@ -188,5 +188,17 @@ def test_bad_calls_are_one_line(results, capsys):
     assert main(["clean", "--unused", str(results)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "no folder" in lines[0] and "is not a valid configuration" in lines[1]
-    with pytest.raises(SystemExit):
-        main(["clean"])
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_without_options_both_are_listed_and_nothing_is_removed(results, tmp_path, capsys, options):
+    cache = open_cache(tmp_path / "latents")
+    store.write_json(cache.path / "about.json", cache.key.about())
+    last_run.save(change("latents", folder=str(tmp_path / "latents")), results, FOLDERS)
+    state = make(results / "gmm" / "x", "fit_gmm", change("gmm", tol=0.1))
+    everything = snapshot(tmp_path)
+    assert main(["clean", *options, str(results)]) == 0
+    said = capsys.readouterr().out
+    assert f"would remove: {state} (" in said and f"would remove: {cache.path} (" in said
+    assert said.splitlines()[-1] == "nothing was removed; --unused removes the state, --latents the latent caches"
+    assert snapshot(tmp_path) == everything

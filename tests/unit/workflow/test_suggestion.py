@@ -77,9 +77,13 @@ def test_every_line_has_a_reason_beside_it(tmp_path):
 
 
 def test_a_size_that_is_asked_for():
-    assert suggest(size=48).value("image.size") == 48
+    assert suggest(size=48).value("image.size") == 48 and not suggest(size=48).doubt
+    assert suggest(size=256).doubt == "this machine has the time for at most 128"
+    assert suggest(size=352, machine=GPU).doubt.endswith("smaller images (median 300) are enlarged")
     with pytest.raises(ValueError, match="50 is not a multiple of 4; take 48 or 52"):
         suggest(size=50)
+    with pytest.raises(ValueError, match="size of 0 is too small"):
+        suggest(size=0)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
