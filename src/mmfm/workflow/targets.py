@@ -278,10 +278,3 @@ def guidance_of(scale: float | None, guided: bool, configuration: config.Config)
 
 DOCUMENT = "README.md#what-it-does"
 """It explains the names of targets."""
-
-
-def snakemake_command(path: Path) -> str:
-    """Return the command that makes a file; Snakemake expects its path from the folder that holds ``results``."""
-    parts = path.absolute().parts
-    start = max((i for i, part in enumerate(parts) if part == "results"), default=0)
-    return f"snakemake {Path(*parts[start:])} --cores all"
