@@ -9,7 +9,7 @@ from mmfm.config.choices import CARDS
 from mmfm.workflow import facts, targets
 from mmfm.workflow.costs import Resources, card_of
 from mmfm.workflow.outlook import duration
-from mmfm.workflow.resources import CACHE_LIMIT, Estimator, for_target
+from mmfm.workflow.resources import CACHE_LIMIT, Estimator, for_target, together
 
 DESCRIPTION = """\
 Estimate, for every stage of a configuration, the bytes it reads and writes, its disk space, the memory of each process,
@@ -19,7 +19,8 @@ its operations and its time. Nothing is run: docs/scale.md says what was counted
   mmfm scale --configfile config/small.yaml mine.yaml --gpus 0
   mmfm scale results/fid/dinov2_mode.k16.t10.txt
 
-With the name of a result, only the stages that it needs are shown, with the modes, model and time points in its name.
+With the name of a result, only the stages that it needs are shown, with the modes, model and time points in its name;
+with that of the comparison, those of all its results.
 The number of images is that of the run's listing. Before there is one, the images in data.root are counted, if that
 takes less than a second."""
 
@@ -42,7 +43,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="mmfm scale", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("target", nargs="?", help="name of a result, as given to Snakemake (default: all stages)")
+    parser.add_argument(
+        "target", nargs="?", help="name of a result or the comparison, as given to Snakemake (default: all stages)"
+    )
     parser.add_argument(
         "--configfile",
         "--config",
@@ -59,14 +62,15 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     loaded = config.load(["config/config.yaml", *options.configfile])
     loaded = replace(loaded, card=options.card or loaded.card)
-    target = targets.parse_target(options.target, loaded) if options.target else None
-    encoder = options.encoder or (target.encoder if target else next(iter(loaded.encoders)))
+    wanted = targets.parse_compared(options.target, loaded) if options.target else []
+    encoder = options.encoder or (wanted[0].encoder if wanted else next(iter(loaded.encoders)))
     loaded.section("encoder", encoder)
     known = facts.gather(loaded, f"results/{loaded.run}" if loaded.run else "results", options.images)
     print(f"{known.n_images:,} training images ({known.origin})\n")
     for gpus in options.gpus:
         machine = (gpus or 1, gpus > 0, known)
-        found = for_target(loaded, target, *machine) if target else Estimator(loaded, encoder, *machine).stages()
+        needs = [(target, for_target(loaded, target, *machine)) for target in wanted]
+        found = together(needs) if needs else Estimator(loaded, encoder, *machine).stages()
         kind = f"{card_of(loaded.card)[0]} GPU" if gpus else "GPU"
         print(f"{gpus or 'No'} {kind}{'' if gpus == 1 else 's'}\n\n{_table(found)}")
         if gpus:

@@ -1,6 +1,7 @@
 """The resources that each stage of a configuration takes, from the arithmetic in :mod:`mmfm.workflow.costs`."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mmfm.config import SETTINGS, STAGES, Config
@@ -400,6 +401,24 @@ class Estimator:
         """Memory of the detector on a batch."""
         detector, pixels = self.detector, batch * self.config.image.size**2 * 3
         return detector.weight_bytes + 40 * pixels * FLOAT + 3 * detector.features**2 * DOUBLE
+
+
+_OF_A_SETTING = ("train", "sample", "fid")
+"""Stages that settings do not share."""
+
+
+def together(found: Sequence[tuple[Target, Mapping[str, Resources]]]) -> dict[str, Resources]:
+    """Join what several results of a comparison need, in workflow order; what they share is there once.
+
+    Stages of one setting, or of one of several encoders, are named as in ``train (mode)``.
+    """
+    joined, encoders = {}, {target.encoder for target, _ in found}
+    for target, needs in found:
+        for name, taken in needs.items():
+            parts = [target.encoder] * (len(encoders) > 1) + [target.setting] * (name in _OF_A_SETTING)
+            joined[f"{name} ({'_'.join(parts)})" if len(found) > 1 and parts else name] = taken
+    order = list(STAGES)
+    return dict(sorted(joined.items(), key=lambda item: order.index(item[0].partition(" ")[0])))
 
 
 def for_target(config: Config, target: Target, processes: int, on_gpu: bool, facts: Facts) -> dict[str, Resources]:

@@ -1,5 +1,7 @@
 """How many images estimates and the rules' resources count on, and what `mmfm scale` says of a target."""
 
+from dataclasses import replace
+
 import pytest
 from PIL import Image
 
@@ -103,9 +105,32 @@ def test_modes_and_time_points_of_a_target_count():
     assert few["sample"].seconds < many["sample"].seconds / 10 and few["train"].seconds < many["train"].seconds
 
 
+def test_a_comparison_takes_what_its_settings_do_and_what_they_share_once():
+    def needs(configuration, name):
+        known = facts.assumed(configuration)
+        wanted = targets.parse_compared(name, configuration)
+        return resources.together(
+            [(target, resources.for_target(configuration, target, 1, False, known)) for target in wanted]
+        )
+
+    found, of_one = needs(DEMO, "results/comparison.txt"), needs(DEMO, "dinov2_mode.txt")
+    assert list(found) == [
+        "extract", "latent_stats", "fit_gmm", "spatial_gmm", "train (uncond)", "train (gmm)", "train (mode)",
+        "sample (uncond)", "sample (gmm)", "sample (mode)", "fid_reference", "fid (uncond)", "fid (gmm)", "fid (mode)",
+    ]  # fmt: skip
+    for name, taken in of_one.items():
+        assert taken == found.get(f"{name} (mode)") or taken == found[name], name
+    two = replace(DEMO, run="two", encoders={"dinov2": DEMO.encoders["dinov2"], "other": DEMO.encoders["dinov2"]})
+    found = needs(two, "results/two/comparison.png")
+    assert {"extract (dinov2)", "extract (other)", "train (other_gmm)", "fid (dinov2_uncond)"} < found.keys()
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("results/memorisation/dinov2_mode.png", "is not a result; give one, such as results/fid/dinov2_mode.txt"),
+        ("results/comparison.html.txt", "is not a result; give one, such as results/fid/dinov2_mode.txt"),
+        ("results/other/comparison.txt", "is not in 'results/fid'"),
         ("dinov2_mod.txt", "is not a result.*did you mean 'dinov2_mode.txt'"),
         ("results/other/fid/dinov2_mode.txt", "is not in 'results/fid'"),
         ("dinov2_uncond.k4.txt", "has no mixture"),
@@ -113,7 +138,7 @@ def test_modes_and_time_points_of_a_target_count():
 )
 def test_a_name_that_is_no_target(name, message):
     with pytest.raises(ValueError, match=message):
-        targets.parse_target(name, DEMO)
+        targets.parse_compared(name, DEMO)
 
 
 def test_scale_of_each_input(photos, tmp_path, monkeypatch, capsys):
