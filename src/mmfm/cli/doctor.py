@@ -132,7 +132,7 @@ def _room(name: str, files: list[str]) -> list[str]:
     from mmfm import config
     from mmfm.infra import cores
     from mmfm.infra.launch import visible_gpus
-    from mmfm.workflow import facts, jobs, room, targets
+    from mmfm.workflow import facts, jobs, room, targets, this_cpu
     from mmfm.workflow.outlook import duration
     from mmfm.workflow.resources import for_target, together
 
@@ -149,6 +149,8 @@ def _room(name: str, files: list[str]) -> list[str]:
     card = min((torch.cuda.get_device_properties(i).total_memory for i in range(count)), default=0)
     machine = room.Machine(gpus or loaded.processes, card if gpus else None, room.memory())
     known = facts.gather(loaded, results)
+    if not machine.on_gpu:
+        known = replace(known, rates=this_cpu.rates_for(known.image_bytes))
     needs = [(target, for_target(loaded, target, machine.processes, machine.on_gpu, known)) for target in wanted]
     found = together(needs)
     left = together([(target, room.unfinished(of_it, target, results)) for target, of_it in needs])

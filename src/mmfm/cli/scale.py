@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
         help="files that override config/config.yaml, as given to Snakemake; later ones override earlier ones",
     )
     parser.add_argument("--encoder", help="entry of `encoders` (default: the target's, or the first)")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8], help="numbers of GPUs; 0 for one CPU core")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8], help="numbers of GPUs; 0 for this machine's CPU")
     parser.add_argument("--card", choices=list(CARDS), help="GPU (default: the key `card`)")
     parser.add_argument("--images", type=int, help="number of training images (default: see above)")
     options = parser.parse_args(arguments)
@@ -67,8 +67,9 @@ def main(arguments: list[str]) -> int:
     loaded.section("encoder", encoder)
     known = facts.gather(loaded, f"results/{loaded.run}" if loaded.run else "results", options.images)
     print(f"{known.n_images:,} training images ({known.origin})\n")
+    on_cpu = known if all(options.gpus) else _measured(known)
     for gpus in options.gpus:
-        machine = (gpus or 1, gpus > 0, known)
+        machine = (gpus or 1, gpus > 0, known if gpus else on_cpu)
         needs = [(target, for_target(loaded, target, *machine)) for target in wanted]
         found = together(needs) if needs else Estimator(loaded, encoder, *machine).stages()
         kind = f"{card_of(loaded.card)[0]} GPU" if gpus else "GPU"
@@ -77,6 +78,20 @@ def main(arguments: list[str]) -> int:
             print(_micro_batch(Estimator(loaded, encoder, *machine)) + "\n")
     print(_cache(loaded, Estimator(loaded, encoder, 1, False, known)))
     return 0
+
+
+def _measured(known: facts.Facts) -> facts.Facts:
+    """Add what this machine's CPU does, and say it."""
+    import torch  # here, because that takes seconds
+
+    from mmfm.workflow import this_cpu
+
+    rates, threads = this_cpu.rates_for(known.image_bytes), torch.get_num_threads()
+    cores = f"{threads} core{'s' * (threads != 1)} of this machine"
+    print(
+        f"Without a GPU, times are for {cores}, at {rates.single:.1e} operations/s, from half a second's measurement.\n"
+    )
+    return replace(known, rates=rates)
 
 
 def _micro_batch(estimator: Estimator) -> str:

@@ -82,8 +82,8 @@ def gpu_rates(card: Card, precision: str = "float32") -> Rates:
     return Rates(single=card.single, half=card.half, encoder=encoder, decode=120, disk=1e9)
 
 
-CPU = Rates(single=1e11, half=1e11, encoder=1e11, decode=1000, disk=2e8)
-"""One core, with the demo's small images."""
+CPU = Rates(single=2.5e10, half=2.5e10, encoder=2.5e10, decode=1000, disk=2e8)
+"""One core, with the demo's small images, at half of what its training reached on two cores (docs/demo.md)."""
 
 
 @dataclass(frozen=True)

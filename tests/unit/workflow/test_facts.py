@@ -7,7 +7,8 @@ from PIL import Image
 
 from mmfm import config, data
 from mmfm.cli.__main__ import main
-from mmfm.workflow import costs, facts, resources, targets
+from mmfm.workflow import costs, facts, resources, targets, this_cpu
+from mmfm.workflow.outlook import duration
 from support.checkout import link_workflow
 from support.places import DEFAULTS
 
@@ -141,6 +142,24 @@ def test_a_name_that_is_no_target(name, message):
         targets.parse_compared(name, DEMO)
 
 
+def test_without_a_gpu_scale_measures_as_init_does(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(link_workflow(tmp_path))
+    line, seconds = ["scale", "results/fid/dinov2_mode.txt", "--gpus", "0"], []
+    for rate in (4e10, 4e11):
+        monkeypatch.setattr(this_cpu, "measured_rate", lambda rate=rate: rate)
+        assert main(line) == 0
+        said = capsys.readouterr().out
+        assert f"of this machine, at {rate / 4:.1e} operations/s, from half a second's measurement" in said
+        known = replace(facts.assumed(DEMO), rates=this_cpu.rates_for(facts.assumed(DEMO).image_bytes))
+        [of_train] = [row for row in said.splitlines() if row.startswith("| `train` |")]
+        need = resources.for_target(DEMO, targets.parse_target("dinov2_mode.txt", DEMO), 1, False, known)["train"]
+        assert of_train.endswith(f"| {duration(need.seconds)} |")
+        seconds.append(need.seconds)
+    assert seconds[0] > 5 * seconds[1]
+    monkeypatch.setattr(this_cpu, "measured_rate", None)
+    assert main([*line[:2], "--gpus", "1"]) == 0, "nothing is measured for a GPU"
+
+
 def test_scale_of_each_input(photos, tmp_path, monkeypatch, capsys):
     (tmp_path / "checkout").mkdir()
     monkeypatch.chdir(link_workflow(tmp_path / "checkout"))  # results in the repository would count as this run's
@@ -150,6 +169,7 @@ def test_scale_of_each_input(photos, tmp_path, monkeypatch, capsys):
         "encoders: {own: {family: dinov2, weights: 'hf:some/model', input_size: 112}}\n"
     )
     files = ["--configfile", "config/small.yaml", str(mine), "--gpus", "0"]
+    monkeypatch.setattr(this_cpu, "measured_rate", lambda: 4e10)
     assert main(["scale", *files, "--images", "5000"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("5,000 training images (as given)") and "`train_decoder`" in said and "No GPUs" in said

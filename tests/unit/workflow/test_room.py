@@ -9,7 +9,7 @@ import pytest
 from mmfm import config
 from mmfm.cli.__main__ import main
 from mmfm.infra import disk
-from mmfm.workflow import facts, room, targets
+from mmfm.workflow import facts, room, targets, this_cpu
 from mmfm.workflow.resources import for_target
 from support.places import DEFAULTS, ROOT
 
@@ -131,6 +131,7 @@ def test_the_command_ends_with_a_verdict(monkeypatch, capsys, tmp_path):
     target = "results/fid/dinov2_mode.txt"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(room, "memory", lambda: 100 * GB)
+    monkeypatch.setattr(this_cpu, "measured_rate", lambda: 4e11)
     assert main(["doctor", target]) == 0
     text = capsys.readouterr().out
     assert text.endswith(f"'{target}' fits this machine\n") and "BLAS: " in text and "faiss" in text
