@@ -412,6 +412,13 @@ def test_a_name_that_is_no_result_comes_without_a_command(tmp_path, monkeypatch)
         mmfm.open("results/pics/fid/dinov2_mod.txt")
 
 
+def test_a_missing_folder_of_neither_weights_nor_samples_comes_without_a_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("results/nothing", "results/a/b/c", "results"):
+        with pytest.raises(FileNotFoundError, match=f"no '{name}'; give results/fid/NAME.txt, or a folder of a"):
+            mmfm.open(name)
+
+
 def test_a_comparison_is_not_a_result(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"compares several results; open one of them: results/pics/fid/NAME.txt"):

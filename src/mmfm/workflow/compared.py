@@ -13,6 +13,7 @@ from mmfm.evaluation.comparison import Result, Training
 from mmfm.infra import store
 from mmfm.training.history import DISTANCES, HISTORY, read_history
 from mmfm.workflow.missing import advice, snakemake_command
+from mmfm.workflow.targets import COMPARISON
 
 _COMPLETE = re.compile(r"\.seed\d+\..+\.t\d+(\.g\d+(\.\d+)?)?\.json$")
 """Ending of a complete name. Short names are copies."""
@@ -50,6 +51,8 @@ def _files(place: Path) -> list[Path]:
         runs = sorted(str(fid.parent) for fid in place.glob("*/fid"))
         remedy = f"give {' or '.join(runs)}" if runs else f"make it: {snakemake_command(place / 'comparison.txt')}"
         raise FileNotFoundError(f"there is no finished result in '{place}'; {remedy}")
+    if place.stem == COMPARISON:
+        raise ValueError(f"'{place}' is a comparison itself; give results, or their folder: {place.parent}")
     path = place.with_suffix(".json") if place.suffix == ".txt" else place
     if not path.is_file():
         if place.suffix:

@@ -33,7 +33,7 @@ def snakemake_command(path: Path, rerun: str = "") -> str:
     parts = path.absolute().parts
     start = max((i for i, part in enumerate(parts) if part == "results"), default=0)
     below = parts[start + 1 :] if start else ()
-    file = _CONTENTS.get(below[-3], "") if len(below) > 2 else ""
+    file = _CONTENTS.get(path.absolute().parent.parent.name, "")
     command = f"snakemake {Path(*parts[start:], file)} --cores all{f' -R {rerun}' if rerun else ''}"
     if len(below) > 1 and below[0] not in _FOLDERS:
         return f"{command} --configfile YAML, the file with `run: {below[0]}`"
@@ -41,7 +41,7 @@ def snakemake_command(path: Path, rerun: str = "") -> str:
 
 
 def advice(path: Path) -> str:
-    """Return what to do about a missing file: ``make it: COMMAND``, or why ``.../fid/NAME.txt`` can't be made."""
+    """Return what to do about a missing target: ``make it: COMMAND``, or why there can't be such a one."""
     if path.parent.name == "fid":
         recorded = None
         with contextlib.suppress(ValueError):  # a damaged record says nothing of names
@@ -53,4 +53,6 @@ def advice(path: Path) -> str:
                 return str(error)
         elif not re.fullmatch(rf".+_{targets.any_of(SETTINGS)}(_ag)?(\..+)?\.(txt|json)", path.name):
             return f"results are {path.parent}/ENCODER_SETTING.txt, with a setting of {', '.join(SETTINGS)}"
+    elif not path.suffix and path.absolute().parent.parent.name not in _CONTENTS:
+        return "give results/fid/NAME.txt, or a folder of a training or of samples"
     return f"make it: {snakemake_command(path)}"

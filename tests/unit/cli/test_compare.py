@@ -200,6 +200,7 @@ def test_folders_of_several_runs_are_told_apart(results, garments, tmp_path, cap
             "no 'results/flowers'; make it: snakemake results/flowers/comparison.txt --cores all "
             "--configfile YAML, the file with `run: flowers`",
         ),
+        ("runs/birds/comparison.txt", "is a comparison itself; give results, or their folder: runs/birds"),
         ("runs/flowers", "no 'runs/flowers', there is runs/birds; make it: "),
         ("results/fid/nope.txt", "no 'results/fid/nope.txt'; results are results/fid/ENCODER_SETTING.txt"),
         ("results/fid/dinov2_mode.txt", "make it: snakemake results/fid/dinov2_mode.txt --cores all"),
