@@ -253,7 +253,7 @@ def sample(sizes: Sizes, name: str, guide: str, compiled: bool) -> list[dict[str
         for precision in () if compiled else ("float32", "bf16"):
             with autocast(precision, DEVICE):
                 spent = seconds(lambda: decoder(tokens), 5)
-            work = sizes.batch * decoder_flops(decoder_section, grid + 1)
+            work = sizes.batch * decoder_flops(decoder_section, sizes.shape[0], grid, 16)
             found.append({"what": f"decoder, {precision}", "compile": False, "seconds": spent,
                           "estimated_seconds": work / RATES.single, "peak_gb": _peak_gb()})  # fmt: skip
     del models

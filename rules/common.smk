@@ -108,8 +108,7 @@ if (
 
 ENCODERS = list(C.encoders)
 SETTINGS = list(mmfm_config.SETTINGS)
-# The settings that need neither classes nor a second model; `uncond` is not published.
-COMPARED = ["gmm", "mode"] if C.train.weights == "published" else ["uncond", "gmm", "mode"]
+COMPARED = targets.compared_settings(C)
 # Fetched files lie outside the results; runs share them.
 FETCHED = C.published.folder
 DETECTOR = f"{FETCHED}/detectors/{INCEPTION_FILE}"

@@ -1,5 +1,7 @@
 """The formulas of the estimates against what PyTorch counts, for models of five shapes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +27,10 @@ SHAPES = {
     "even": (config.Model((512, 512), (4, 4), (8, 8)), 8, 768),
     "deep": (config.Model((768, 1024), (6, 2), (12, 16)), 16, 384),
 }
+
+
+DECODERS = [(1152, 768, 256, 16), (192, 384, 16, 8), (384, 768, 256, 128)]
+"""Width, channels, tokens, and side of a patch."""
 
 
 @pytest.fixture(params=SHAPES)
@@ -75,11 +81,17 @@ def test_weights_gradients_optimizer_and_average(shape, full, tmp_path):
     assert found == pytest.approx(counted, rel=0.02)
 
 
-def test_stored_activations_of_the_decoder(full):
-    d = full.decoder
-    sizes = DecoderConfig(768, d.hidden_size, d.intermediate_size, d.num_heads, d.num_layers, 16, 256)
-    counted = counting.stored(lambda: Decoder(sizes), lambda model, batch: model(torch.empty(batch, 256, 768)))
-    found = costs.decoder_activations(d, 256)
+@pytest.mark.parametrize(("width", "channels", "tokens", "patch"), DECODERS)
+def test_stored_activations_of_the_decoder(full, width, channels, tokens, patch):
+    d = replace(full.decoder, hidden_size=width, intermediate_size=4 * width, num_layers=4)
+    sizes = DecoderConfig(channels, d.hidden_size, d.intermediate_size, d.num_heads, d.num_layers, patch, tokens)
+
+    def losses(model, batch):
+        """As the task `Reconstruction` computes them."""
+        return (torch.empty(()) - model(torch.empty(batch, tokens, channels)).float()).abs().flatten(1).mean(1)
+
+    counted = counting.stored(lambda: Decoder(sizes), losses)
+    found = costs.decoder_activations(d, channels, tokens, patch)
     print(f"activations of the decoder: {found:.4e}, counted {counted:.4e}: {found / counted:.4f}")
     assert found == pytest.approx(counted, rel=0.1)
 
@@ -91,7 +103,16 @@ def test_operations_of_encoder_and_decoder(full, autoencoder):
         encoded = counter.get_total_flops()
         autoencoder.decoder(latent.flatten(2).transpose(1, 2))
     assert size.flops == pytest.approx(encoded, rel=0.02)
-    assert decoder_flops(d, 257) == pytest.approx(counter.get_total_flops() - encoded, rel=0.02)
+    assert decoder_flops(d, 768, 256, 16) == pytest.approx(counter.get_total_flops() - encoded, rel=0.02)
+
+
+@pytest.mark.parametrize(("width", "channels", "tokens", "patch"), DECODERS)
+def test_operations_of_the_decoder(full, width, channels, tokens, patch):
+    d = replace(full.decoder, hidden_size=width, intermediate_size=4 * width, num_layers=4)
+    sizes = DecoderConfig(channels, d.hidden_size, d.intermediate_size, d.num_heads, d.num_layers, patch, tokens)
+    with META, FlopCounterMode(display=False) as counter:
+        Decoder(sizes)(torch.empty(1, tokens, channels))
+    assert decoder_flops(d, channels, tokens, patch) == counter.get_total_flops()
 
 
 def test_the_counters_count():

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from mmfm.mixture.gaussian import Mixture
 from mmfm.stages.sample import belonging
 from mmfm.workflow import last_run
 from mmfm.workflow.exporting import export
-from support.places import DETECTOR, ROOT
+from support.places import DEFAULTS, DETECTOR, ROOT
 from support.sample_runs import run, write_ema
 from support.tiny import CHANNELS, MODES, SIZE, Pipeline
 
@@ -407,10 +408,55 @@ def test_missing_files_are_named_with_the_command(root, tmp_path, monkeypatch):
         (tmp_path / "aside").rename(copy / name)
     with pytest.raises(FileNotFoundError, match=r"make it: snakemake results/fid/dinov2_gmm.txt --cores all"):
         mmfm.open("results/fid/dinov2_gmm.txt")
+    with pytest.raises(FileNotFoundError, match=r"make it: snakemake results/train/a_mode/b/ema.safetensors --cores"):
+        mmfm.open("results/train/a_mode/b")
     with pytest.raises(ValueError, match=r"not a finished target; give one of .*dinov2_mode.txt"):
         mmfm.open(copy)
     with pytest.raises(ValueError, match="Gaussian source"):
         _ = mmfm.open(root / "results/fid/dinov2_uncond.txt").mixture
+
+
+def test_the_command_for_another_run_asks_for_its_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = (
+        "make it: snakemake results/pics/fid/dinov2_mode.txt --cores all --configfile YAML, the file with `run: pics`"
+    )
+    with pytest.raises(FileNotFoundError, match=f"{re.escape(made)}$"):
+        mmfm.open("results/pics/fid/dinov2_mode.txt")
+
+
+def test_a_name_that_is_no_result_comes_without_a_command(tmp_path, monkeypatch):
+    """By the configuration of the run, and before there is one by the settings alone."""
+    monkeypatch.chdir(tmp_path)
+    for first, message in (
+        (True, "no 'results/pics/fid/nope.txt'; results are results/pics/fid/ENCODER_SETTING.txt, with a setting of "),
+        (False, "no 'results/pics/fid/nope.txt'; 'nope.txt' is not a result.*; there are dinov2_uncond.txt"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message) as caught:
+            mmfm.open("results/pics/fid/nope.txt")
+        assert "snakemake" not in str(caught.value)
+        if first:
+            last_run.save(replace(config.load([DEFAULTS]), run="pics"), "results/pics", ["fid"])
+    with pytest.raises(FileNotFoundError, match=r"did you mean 'dinov2_mode.txt'"):
+        mmfm.open("results/pics/fid/dinov2_mod.txt")
+
+
+def test_a_missing_folder_of_neither_weights_nor_samples_comes_without_a_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("results/nothing", "results/a/b/c", "results"):
+        with pytest.raises(FileNotFoundError, match=f"no '{name}'; give results/fid/NAME.txt, or a folder of a"):
+            mmfm.open(name)
+
+
+def test_a_comparison_is_not_a_result(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"compares several results; open one of them: results/pics/fid/NAME.txt"):
+        mmfm.open("results/pics/comparison.txt")
+    (tmp_path / "results/pics/fid").mkdir(parents=True)
+    for name in ("comparison.txt", "fid/dinov2_gmm.txt", "fid/dinov2_mode.txt"):
+        (tmp_path / "results/pics" / name).touch()
+    with pytest.raises(ValueError, match=r"of them: results/pics/fid/dinov2_gmm.txt, results/pics/fid/dinov2_mode.txt"):
+        mmfm.open("results/pics/comparison.txt")
 
 
 def test_a_summary_of_seeds_is_not_a_result(tmp_path):

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         "result, such as results/fid/dinov2_mode.txt, also whether its stages fit this machine's disk, memory and GPUs "
         "by the estimates of `mmfm scale`. The exit status is 1 if something would stop the workflow.",
     )
-    parser.add_argument("target", nargs="?", help="name of a result, as given to Snakemake")
+    parser.add_argument("target", nargs="?", help="name of a result or of the comparison, as given to Snakemake")
     parser.add_argument(
         "--configfile",
         metavar="YAML",
@@ -132,12 +132,12 @@ def _room(name: str, files: list[str]) -> list[str]:
     from mmfm import config
     from mmfm.infra import cores
     from mmfm.infra.launch import visible_gpus
-    from mmfm.workflow import facts, jobs, room, targets
+    from mmfm.workflow import facts, jobs, room, targets, this_cpu
     from mmfm.workflow.outlook import duration
-    from mmfm.workflow.resources import for_target
+    from mmfm.workflow.resources import for_target, together
 
     loaded = config.load(["config/config.yaml", *files])
-    target = targets.parse_target(name, loaded)
+    wanted = targets.parse_compared(name, loaded)
     results = Path(f"results/{loaded.run}" if loaded.run else "results")
     visible, found_wrong = len(visible_gpus()), []
     try:
@@ -149,8 +149,11 @@ def _room(name: str, files: list[str]) -> list[str]:
     card = min((torch.cuda.get_device_properties(i).total_memory for i in range(count)), default=0)
     machine = room.Machine(gpus or loaded.processes, card if gpus else None, room.memory())
     known = facts.gather(loaded, results)
-    found = for_target(loaded, target, machine.processes, machine.on_gpu, known)
-    left = room.unfinished(found, target, results)
+    if not machine.on_gpu:
+        known = replace(known, rates=this_cpu.rates_for(known.image_bytes))
+    needs = [(target, for_target(loaded, target, machine.processes, machine.on_gpu, known)) for target in wanted]
+    found = together(needs)
+    left = together([(target, room.unfinished(of_it, target, results)) for target, of_it in needs])
     disks = room.disk_needs(left, results, Path(loaded.latents.folder))
     where = f"{gpus} GPU{'s' * (gpus != 1)}" if gpus else "the CPU"
     print(f"\n{name} on {where}, by the estimates of `mmfm scale`")

@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import re
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from mmfm.data import survey as surveys
 from mmfm.data.survey import Survey
 from mmfm.infra import image_files, model_folder, store
 from mmfm.infra.pictures import image_grid, save_picture
-from mmfm.workflow import checks, costs, suggestion
+from mmfm.workflow import checks, costs, suggestion, this_cpu
 from mmfm.workflow.suggestion import EncoderChoice, Images, Machine, Suggestion
 
 DESCRIPTION = """\
@@ -42,9 +41,6 @@ USUAL = "facebook/dinov2-small"
 
 _HUB = "https://huggingface.co"
 _PREFERRED = ("small", "base", "large", "giant")
-_EFFICIENCY = 0.25
-"""Share of the rate measured on one block that trainings of small models reach: 0.03 to 0.7, more with more tokens. The
-rest goes into attention, the optimiser, and calls too small for all cores."""
 
 
 def main(arguments: list[str]) -> int:
@@ -142,21 +138,8 @@ def this_machine(found: Survey) -> Machine:
     if torch.cuda.is_available():
         name, rates = torch.cuda.get_device_name(), costs.gpu_rates(costs.card_of("auto")[1])
     else:
-        name, single = f"{cores} core{'' if cores == 1 else 's'}", _EFFICIENCY * measured_rate()
-        rates = replace(costs.CPU, single=single, half=single, encoder=single)
+        name, rates = f"{cores} core{'' if cores == 1 else 's'}", this_cpu.rates()
     return Machine(name, torch.cuda.is_available(), cores, replace(rates, decode=decode))
-
-
-def measured_rate(seconds: float = 0.5) -> float:
-    """Return operations per second, float32, of all threads on a block such as those of small transformers."""
-    width, rows = 384, 2048
-    x, into, out = torch.ones(rows, width), torch.ones(width, 4 * width), torch.ones(4 * width, width)
-    done, start = 0, time.perf_counter()
-    with torch.no_grad():
-        while (spent := time.perf_counter() - start) < seconds or not done:
-            torch.nn.functional.gelu(torch.nn.functional.layer_norm(x, (width,)) @ into) @ out
-            done += 1
-    return done * 16 * rows * width**2 / spent
 
 
 def choose_encoder(wanted: str | None) -> EncoderChoice:

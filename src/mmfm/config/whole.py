@@ -66,7 +66,12 @@ class Config:
     published: Published = nested()
 
     def check(self, where: str) -> None:
-        """Raise ValueError if a key names an entry that does not exist, or recipes contradict `train` or each other."""
+        """Raise ValueError if `run` is no folder in `results/`, a key names an entry that does not exist, or recipes
+        contradict `train` or each other.
+        """
+        # Names of targets are compared as text, so a run's folder has one spelling; and it lies in `results/`.
+        if self.run and not {"", ".", ".."}.isdisjoint(self.run.split("/")):
+            raise ValueError(f"'run' is '{self.run}', which is no folder in results/; take a name, such as flowers")
         self.section("model")
         if self.fid.encoder:
             self.section("encoder", self.fid.encoder)

@@ -38,6 +38,13 @@ def dit_flops(model: Sizes, tokens: int, channels: int) -> float:
     return flops + 2 * tokens * ends + 2 * first * (512 + first)
 
 
-def decoder_flops(decoder: Decoder, tokens: int) -> float:
-    """Operations of the decoder's blocks."""
-    return transformer_flops(decoder.hidden_size, decoder.num_layers, tokens, decoder.intermediate_size)
+def decoder_flops(decoder: Decoder, channels: int, tokens: int, patch: int) -> float:
+    """Operations of the decoder; the class token goes through the output layer, too.
+
+    Args:
+        channels, tokens: of a latent.
+        patch: side in pixels of a token's patch.
+    """
+    width, positions = decoder.hidden_size, tokens + 1
+    blocks = transformer_flops(width, decoder.num_layers, positions, decoder.intermediate_size)
+    return blocks + 2 * width * (tokens * channels + positions * 3 * patch**2)

@@ -71,8 +71,8 @@ def fit(
     section, n = config.gmm, len(tokens)
     if n < section.n_components:
         raise ValueError(
-            f"gmm.n_components is {section.n_components}, but there are only {n} images; "
-            f"set it to {n} or less, or use more images"
+            f"gmm.n_components, or .k in the target's name, is {section.n_components}, but there are only {n} images; "
+            f"set it to {n} or less (.k{n}), or use more images"
         )
     covariance_shape(section.covariance_type, section.n_components, tokens.width)
     digests, files = {"tokens": tokens.digest}, {"tokens": tokens.path}

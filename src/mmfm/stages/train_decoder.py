@@ -99,7 +99,9 @@ def _train(context: Context, listing: Path, encoder_weights: Path) -> None:
         _KEEP_CHECKPOINTS,
         remedy=f"Lower decoder.micro_batch (now {section.micro_batch or 'the whole share'}), which changes no result",
     )
-    encoding, flops = Stopwatch(ranks.device), decoder_flops(section, encoder.grid[0] * encoder.grid[1] + 1)
+    sizes = model.config
+    encoding = Stopwatch(ranks.device)
+    flops = decoder_flops(section, sizes.latent_dim, sizes.num_patches, sizes.patch_size)
     run = Run("train_decoder", model, task.losses, plan, context.state, ranks, flops=flops, encoding=encoding)
     trainer = Trainer(run, optimizer_options, options)
     if not trainer.resume(section.steps):

@@ -12,7 +12,8 @@ from mmfm.config.choices import SETTINGS
 from mmfm.evaluation.comparison import Result, Training
 from mmfm.infra import store
 from mmfm.training.history import DISTANCES, HISTORY, read_history
-from mmfm.workflow.targets import snakemake_command
+from mmfm.workflow.missing import advice, snakemake_command
+from mmfm.workflow.targets import COMPARISON
 
 _COMPLETE = re.compile(r"\.seed\d+\..+\.t\d+(\.g\d+(\.\d+)?)?\.json$")
 """Ending of a complete name. Short names are copies."""
@@ -44,22 +45,33 @@ def _files(place: Path) -> list[Path]:
     """Return the JSON files in a results folder, or that of a single result."""
     if place.is_dir():
         folder = place if place.name == "fid" else place / "fid"
-        files = sorted(path for path in folder.glob("*.json") if _COMPLETE.search(path.name))
+        files = sorted(path for path in folder.glob("*.json") if _is_complete(path))
         if files:
             return files
         runs = sorted(str(fid.parent) for fid in place.glob("*/fid"))
         remedy = f"give {' or '.join(runs)}" if runs else f"make it: {snakemake_command(place / 'comparison.txt')}"
         raise FileNotFoundError(f"there is no finished result in '{place}'; {remedy}")
+    if place.stem == COMPARISON:
+        raise ValueError(f"'{place}' is a comparison itself; give results, or their folder: {place.parent}")
     path = place.with_suffix(".json") if place.suffix == ".txt" else place
     if not path.is_file():
-        made = place if place.suffix else place / "comparison.txt"
-        raise FileNotFoundError(f"no '{place}'; make it: {snakemake_command(made)}")
+        if place.suffix:
+            raise FileNotFoundError(f"no '{place}'; {advice(place)}")
+        folders = (place.parent, *sorted(place.parent.glob("*/")))
+        finished = [str(folder) for folder in folders if any(map(_is_complete, folder.glob("fid/*.json")))]
+        others = f", there is {' and '.join(finished)}" if finished else ""
+        made = snakemake_command(place / "comparison.txt")
+        raise FileNotFoundError(f"no '{place}'{others}; make it: {made}")
     if path.suffix != ".json":
         raise ValueError(f"'{place}' is not a result; give FOLDER/fid/NAME.txt, or a results folder")
     record = store.read_json(path)
     if isinstance(record, dict) and record.get("stage") == "seeds":
         return [path.with_name(f"{name}.json") for name in record["results"]]
     return [path]
+
+
+def _is_complete(path: Path) -> bool:
+    return _COMPLETE.search(path.name) is not None
 
 
 def _result(path: Path) -> Result:

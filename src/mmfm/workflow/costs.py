@@ -33,6 +33,7 @@ FLOAT32_ACTIVATIONS = 1.55  # what a model keeps for backward in float32, as a m
 USABLE = 0.95  # share of a GPU's memory that allocations can take
 COMPILED = 1.5  # speed with torch.compile, as a multiple of eager mode; measured on an H200
 HASHED_BYTES = 1e9  # per second and process, SHA-256 in hardware
+PIXEL_COPIES = 4  # live arrays of a decoded image's values: patches, image, its scaled copy, what it is compared with
 INFERENCE_COPIES = 12  # live activations of a layer without backward pass, as multiples of its input
 
 
@@ -81,8 +82,8 @@ def gpu_rates(card: Card, precision: str = "float32") -> Rates:
     return Rates(single=card.single, half=card.half, encoder=encoder, decode=120, disk=1e9)
 
 
-CPU = Rates(single=1e11, half=1e11, encoder=1e11, decode=1000, disk=2e8)
-"""One core, with the demo's small images."""
+CPU = Rates(single=2.5e10, half=2.5e10, encoder=2.5e10, decode=1000, disk=2e8)
+"""One core, with the demo's small images, at half of what its training reached on two cores (docs/demo.md)."""
 
 
 @dataclass(frozen=True)
@@ -158,16 +159,27 @@ def block_activations(model: Model, tokens: int) -> float:
     return tokens * max(52 * model.hidden_size[0], 79 * model.hidden_size[1])
 
 
-def decoder_parameters(decoder: Decoder) -> float:
-    """Weights of the decoder's blocks."""
-    w = decoder.hidden_size
-    return decoder.num_layers * (4 * w**2 + 2 * w * decoder.intermediate_size)
+def decoder_parameters(decoder: Decoder, channels: int, tokens: int, patch: int) -> float:
+    """Weights of the decoder, with the table of positions; arguments as in :func:`~mmfm.models.flops.decoder_flops`.
+
+    The output layer has a row for each value of a patch: with large patches, most of the weights.
+    """
+    w, inner = decoder.hidden_size, decoder.intermediate_size
+    block = 4 * (w**2 + w) + 2 * w * inner + inner + w + 4 * w  # attention, MLP, norms
+    ends = (channels + 1) * w + 2 * w + (w + 1) * 3 * patch**2
+    return decoder.num_layers * block + ends + (tokens + 2) * w  # with the class token and its position
 
 
-def decoder_activations(decoder: Decoder, tokens: int) -> float:
-    """Bytes per image that the decoder keeps for the backward pass under bf16 autocast."""
+def decoder_activations(decoder: Decoder, channels: int, tokens: int, patch: int) -> float:
+    """Bytes per image that decoder and loss keep for the backward pass under bf16 autocast.
+
+    A block keeps 24 bytes per element of its tokens, 4 per element of the MLP's inner ones, and a number per token and
+    head; the ends keep the bf16 latents, the input of the last norm in float32 and in bf16 what it gives; the loss
+    keeps each value's difference in float32.
+    """
     w = decoder.hidden_size
-    return tokens * (decoder.num_layers * (24 * w + 4 * decoder.intermediate_size) + 14 * w)
+    blocks = decoder.num_layers * (24 * w + 4 * decoder.intermediate_size + 4 * decoder.num_heads)
+    return (tokens + 1) * (blocks + 6 * w) + tokens * (2 * channels + FLOAT * 3 * patch**2)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from mmfm.infra import store
 from mmfm.models.weights import weights_metadata
 from mmfm.workflow import exported, last_run
 from mmfm.workflow.finished import Finished
-from mmfm.workflow.targets import snakemake_command
+from mmfm.workflow.missing import advice, snakemake_command
+from mmfm.workflow.targets import COMPARISON
 
 _BATCHES = {"batch_size": 64, "shard_size": 500}
 """Used if no configuration is recorded; they affect images by rounding only."""
@@ -28,9 +29,12 @@ def read(target: str | Path) -> Finished:
         ValueError: it is something else, or damaged.
     """
     target = Path(target)
-    if not target.exists():
-        raise FileNotFoundError(f"no '{target}'; make it: {snakemake_command(target)}")
     place = target.absolute()
+    if place.stem == COMPARISON and place.suffix:
+        results = ", ".join(map(str, sorted(target.parent.glob("fid/*.txt")))) or f"{target.parent / 'fid'}/NAME.txt"
+        raise ValueError(f"'{target}' compares several results; open one of them: {results}")
+    if not target.exists():
+        raise FileNotFoundError(f"no '{target}'; {advice(target)}")
     folder = place if place.is_dir() else place.parent
     if (folder / exported.ABOUT).is_file():
         return exported.read(folder)

@@ -9,7 +9,7 @@ from mmfm.config.choices import INCEPTION_FILE
 from mmfm.generation.sampler import SampleFiles
 from mmfm.models.weights import weights_metadata
 from mmfm.workflow import garbage, last_run
-from mmfm.workflow.targets import snakemake_command
+from mmfm.workflow.missing import snakemake_command
 
 _PLACES = {
     "ema": ("train", "train/{encoder}_{setting}/{training}/ema.safetensors"),
@@ -71,7 +71,7 @@ class Finished:
                 self.results.glob(f"train/{self.names['encoder']}_{self.names['setting']}/given*/ema.safetensors")
             )
         exact = "*" not in place
-        remedy = snakemake_command(path) if exact else f"{snakemake_command(self.target)} -R {rule}"
+        remedy = snakemake_command(path) if exact else snakemake_command(self.target, rule)
         return self._used(name, found, path, f"make it: {remedy}")
 
     @property

@@ -1,6 +1,7 @@
 """The resources that each stage of a configuration takes, from the arithmetic in :mod:`mmfm.workflow.costs`."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mmfm.config import SETTINGS, STAGES, Config
@@ -46,6 +47,7 @@ class Estimator:
         usual = costs.CPU if self.card is None else costs.gpu_rates(self.card, entry.precision)
         self.rates = facts.rates or replace(usual, decode=min(usual.decode, costs.DECODED_BYTES / self.image_bytes))
         self.tokens = self.encoder.grid**2
+        self.decoder = (config.decoder, self.encoder.width, self.tokens, config.image.size // self.encoder.grid)
         self.model = config.models[config.train.model]
         self.detector = self._detector(config, encoder)
         self.means = config.gmm.n_components * self.encoder.latent * FLOAT
@@ -164,18 +166,19 @@ class Estimator:
 
     def train_decoder(self) -> Resources:
         """Encoder forward, decoder forward and backward; checkpoints of weights and two moments."""
-        decoder, parameters = self.config.decoder, costs.decoder_parameters(self.config.decoder)
+        decoder, parameters = self.config.decoder, costs.decoder_parameters(*self.decoder)
         images = decoder.steps * decoder.global_batch
         micro = decoder.micro_batch or -(-decoder.global_batch // self.processes)
-        activations = micro * costs.decoder_activations(decoder, self.tokens)
-        activations *= 1 if self.on_gpu else costs.FLOAT32_ACTIVATIONS
+        kept = costs.decoder_activations(*self.decoder)
+        kept *= 1 if self.on_gpu else costs.FLOAT32_ACTIVATIONS
+        activations = micro * (kept + self._pixels())
         total, checkpoint = self._checkpoints(parameters, average=False, keep=KEPT_DECODERS, milestones=1)
         saved = checkpoint * decoder.steps / decoder.checkpoint_every
         work = Work(
             images * self.image_bytes,
             saved + self.cached(),
             encoder=self._encoded(images) * self.encoder.flops,
-            half=3 * images * decoder_flops(decoder, self.tokens + 1),
+            half=3 * images * decoder_flops(*self.decoder),
             images=images,
             workers=decoder.workers,
             alone=saved,
@@ -294,32 +297,36 @@ class Estimator:
 
     def _measuring(self) -> tuple[float, float, float]:
         """Memory of a Frechet distance during training, and its operations per image in bf16 and in float32."""
-        train, decoder = self.config.train, self.config.decoder
+        train = self.config.train
         batch, parameters = train.preview.fid_batch_size, costs.dit_parameters(self.model, self.encoder.width)
         memory = self._generating(batch) + self._detecting(batch)
         whole = parameters * FLOAT if train.sharding == "fsdp" else 0  # every process gathers the whole model
         half = (train.preview.time_points - 1) * dit_flops(self.model, self.tokens, self.encoder.width)
-        single = decoder_flops(decoder, self.tokens + 1) + self.detector.flops
+        single = decoder_flops(*self.decoder) + self.detector.flops
         return memory + whole, half, single
 
     def _generating(self, batch: int) -> float:
         """Memory of the activations while a batch is generated."""
         widest = max(*self.model.hidden_size, self.config.decoder.hidden_size)
-        return batch * self.tokens * widest * FLOAT * costs.INFERENCE_COPIES
+        return batch * (self.tokens * widest * FLOAT * costs.INFERENCE_COPIES + self._pixels())
+
+    def _pixels(self) -> float:
+        """Bytes per image of the pixels while a decoder's patches become one: float32, as often as they are there."""
+        return costs.PIXEL_COPIES * 3 * self.config.image.size**2 * FLOAT
 
     def sample(self) -> Resources:
         """The model at every step, the decoder once; images are written as shards and as one file."""
-        sample, decoder = self.config.sample, self.config.decoder
+        sample = self.config.sample
         evaluations = (sample.time_points - 1) * (SOLVERS[sample.solver].evaluations or 1)
         pixels = self.config.image.size**2 * 3
         weights = costs.dit_parameters(self.model, self.encoder.width, self.config.gmm.n_components)
-        weights += costs.decoder_parameters(decoder)
+        weights += costs.decoder_parameters(*self.decoder)
         means, pinned = self._means(sample.means_device)
         images = sample.n_images * pixels
         work = Work(
             weights * FLOAT + self.means,
             2 * images,
-            single=sample.n_images * decoder_flops(decoder, self.tokens + 1),
+            single=sample.n_images * decoder_flops(*self.decoder),
             half=sample.n_images * evaluations * dit_flops(self.model, self.tokens, self.encoder.width),
             alone=images,
         )
@@ -362,24 +369,25 @@ class Estimator:
         fid, detector, about = self.config.fid, self.detector, self.config.data
         n = PAIRS if about.heldout_root else min(about.holdout or self.n, PAIRS)  # a folder of unknown size
         moments = 2 * detector.features * (detector.features + 1) * DOUBLE
-        flops = n * (decoder_flops(self.config.decoder, self.tokens + 1) + 2 * detector.flops)
+        flops = n * (decoder_flops(*self.decoder) + 2 * detector.flops)
         written = min(32, -(-n // 500)) * moments
         flops += 60 * detector.features**3
         work = Work(n * self.image_bytes, written, flops, encoder=n * self.encoder.flops, images=n, workers=fid.workers)
-        device = self._encoding(fid.batch_size) + costs.decoder_parameters(self.config.decoder) * FLOAT
+        device = self._encoding(fid.batch_size) + costs.decoder_parameters(*self.decoder) * FLOAT
         device += self._generating(fid.batch_size) + self._detecting(fid.batch_size)
         return self._resources(work, disk=written, device=device, host=4 * moments)
 
     def mode_quality(self) -> Resources:
         """The encoder on the generated images, encoder, decoder and encoder on real ones; posteriors in float64."""
         n, k, e, extract = self.config.sample.n_images, self.config.gmm.n_components, self.encoder, self.config.extract
-        real, decoder = min(n, self.n), self.config.decoder
+        real = min(n, self.n)
         encoded = n + 2 * real
-        flops = real * decoder_flops(decoder, self.tokens + 1) + encoded * 4 * e.width * k * DOUBLE / FLOAT
+        flops = real * decoder_flops(*self.decoder) + encoded * 4 * e.width * k * DOUBLE / FLOAT
         reads, written = 2 * n * self.config.image.size**2 * 3 + real * self.image_bytes, 200 * k + 2e6
         work = Work(reads, written, flops, encoder=encoded * e.flops, images=real, workers=extract.workers)
-        decoding = costs.decoder_parameters(decoder) * FLOAT
-        decoding += extract.batch_size * self.tokens * decoder.hidden_size * FLOAT * costs.INFERENCE_COPIES
+        decoding = costs.decoder_parameters(*self.decoder) * FLOAT
+        activations = self.tokens * self.config.decoder.hidden_size * FLOAT * costs.INFERENCE_COPIES
+        decoding += extract.batch_size * (activations + self._pixels())
         mixture, joint = 6 * k * e.width * DOUBLE, 4 * extract.batch_size * k * DOUBLE
         device = self._encoding(extract.batch_size) + decoding + mixture + joint
         return self._resources(work, disk=written, device=device, host=2 * 64 * n)
@@ -393,6 +401,24 @@ class Estimator:
         """Memory of the detector on a batch."""
         detector, pixels = self.detector, batch * self.config.image.size**2 * 3
         return detector.weight_bytes + 40 * pixels * FLOAT + 3 * detector.features**2 * DOUBLE
+
+
+_OF_A_SETTING = ("train", "sample", "fid")
+"""Stages that settings do not share."""
+
+
+def together(found: Sequence[tuple[Target, Mapping[str, Resources]]]) -> dict[str, Resources]:
+    """Join what several results of a comparison need, in workflow order; what they share is there once.
+
+    Stages of one setting, or of one of several encoders, are named as in ``train (mode)``.
+    """
+    joined, encoders = {}, {target.encoder for target, _ in found}
+    for target, needs in found:
+        for name, taken in needs.items():
+            parts = [target.encoder] * (len(encoders) > 1) + [target.setting] * (name in _OF_A_SETTING)
+            joined[f"{name} ({'_'.join(parts)})" if len(found) > 1 and parts else name] = taken
+    order = list(STAGES)
+    return dict(sorted(joined.items(), key=lambda item: order.index(item[0].partition(" ")[0])))
 
 
 def for_target(config: Config, target: Target, processes: int, on_gpu: bool, facts: Facts) -> dict[str, Resources]:

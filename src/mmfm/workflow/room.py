@@ -128,7 +128,8 @@ def problems(
         )
     for stage, taken in left.items():
         host, card = 1e6 * taken.mem_mb(machine.processes, machine.on_gpu), machine.gpu_memory
-        remedy = f"lower {_REMEDIES[stage]}" if stage in _REMEDIES else "take a larger machine"
+        keys = _REMEDIES.get(stage) or _REMEDIES.get(stage.partition(" ")[0])
+        remedy = f"lower {keys}" if keys else "take a larger machine"
         if host > machine.memory:
             fewer = " or `processes`" if machine.processes > 1 else ""
             yield f"{stage} needs about {_gb(host)} of memory, but there are {_gb(machine.memory)}; {remedy}{fewer}"

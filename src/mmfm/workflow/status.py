@@ -24,6 +24,13 @@ RUNNING = "running"
 _LARGE = re.compile(r".*\.zarr|step-.*|images|finished|logs|benchmarks|\..*")
 """Folders in which there is no state."""
 
+_BESIDES = {
+    "heldout": ("gmm/*/k*/heldout.json", "gmm/*/heldout.json"),
+    "memorisation": ("memorisation/*.*.json",),
+    "curve": ("curve/*.json",),
+}
+"""What rules make that are no stages, for they keep no state; of copies under short names only the complete ones."""
+
 _UNIT = re.compile(r"(step|iteration|shard|component)-.*?(\d+)(\.\w+)?")
 _LINE = re.compile(r"^([^:\n]+): ([\d,]+)/([\d,]+) (\S+) \(\d+ %\)  ([\d,.]+)/s  left \S+(?:  (.*))?$", re.MULTILINE)
 _TAIL = 1 << 16
@@ -83,7 +90,7 @@ class Status:
     Attributes:
         results: the folder.
         distances: name in ``fid/`` without ending, Frechet distance, and what it may be called.
-        finished: number of finished results by stage, in workflow order.
+        finished: number of finished results by stage, in workflow order, then of rules that are no stages.
         jobs: the others, by condition, then in workflow order.
         strange: files that are named like heartbeats, but are none, with what is wrong.
     """
@@ -123,6 +130,9 @@ def read(results: Path, now: float, others: Sequence[Path] = ()) -> Status:
         done |= {outputs.job_name(stage, path, results) for path in made}
         if made:
             found.finished[stage] = len(made)
+    for rule, places in _BESIDES.items():
+        if count := sum(len(list(results.glob(place))) for place in places):
+            found.finished[rule] = count
     beating = _beating(found, now, others)
     found.jobs.extend(beating.values())
     for log in sorted((results / "logs").glob("*.log")):

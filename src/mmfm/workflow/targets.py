@@ -196,6 +196,9 @@ def parse_target(name: str, configuration: config.Config) -> Target:
     """
     folder, _, last = name.rpartition("/")
     own = _folder("fid", configuration)
+    if folder in {str(Path(own).parent), *(_folder(kind, configuration) for kind in ENDINGS if kind != "fid")}:
+        example = f"{own}/{next(iter(configuration.encoders))}_mode.txt"
+        raise ValueError(f"'{name}' is not a result; give one, such as {example}")
     if folder and folder != own:
         raise ValueError(
             f"'{name}' is not in '{own}', the folder of this configuration's results; "
@@ -212,6 +215,31 @@ def parse_target(name: str, configuration: config.Config) -> Target:
         raise ValueError(f"'{last}' is not a result{config.did_you_mean(last, valid)}; there are {', '.join(valid)}")
     encoder, setting, guided, text = match.group(1, 2, 3, 4)
     return Target(encoder, setting, guided is not None, parse_variant(text, setting, configuration, guided is not None))
+
+
+def compared_settings(configuration: config.Config) -> list[str]:
+    """Return the settings of the comparison: those that need neither classes nor a second model.
+
+    Weights of `uncond` are not published.
+    """
+    return ["gmm", "mode"] if configuration.train.weights == "published" else ["uncond", "gmm", "mode"]
+
+
+def parse_compared(name: str, configuration: config.Config) -> list[Target]:
+    """Parse a result's name, or that of the comparison, ``results/[RUN/]comparison.txt``, which stands for its results.
+
+    Raises:
+        ValueError: see :func:`parse_target`.
+    """
+    folder, _, last = name.rpartition("/")
+    own = str(Path(_folder("fid", configuration)).parent)
+    if folder not in ("", own) or not re.fullmatch(rf"{COMPARISON}\.(txt|json|png|html)", last):
+        return [parse_target(name, configuration)]
+    return [
+        Target(encoder, setting, False, parse_variant("", setting, configuration))
+        for encoder in configuration.encoders
+        for setting in compared_settings(configuration)
+    ]
 
 
 def _folder(kind: str, configuration: config.Config) -> str:
@@ -278,10 +306,3 @@ def guidance_of(scale: float | None, guided: bool, configuration: config.Config)
 
 DOCUMENT = "README.md#what-it-does"
 """It explains the names of targets."""
-
-
-def snakemake_command(path: Path) -> str:
-    """Return the command that makes a file; Snakemake expects its path from the folder that holds ``results``."""
-    parts = path.absolute().parts
-    start = max((i for i, part in enumerate(parts) if part == "results"), default=0)
-    return f"snakemake {Path(*parts[start:])} --cores all"

@@ -214,7 +214,14 @@ def test_folders_of_several_runs_are_told_apart(results, garments, tmp_path, cap
     ("given", "message"),
     [
         ("results", "there is no finished result in 'results'; make it: snakemake results/comparison.txt --cores all"),
-        ("results/flowers", "make it: snakemake results/flowers/comparison.txt --cores all"),
+        (
+            "results/flowers",
+            "no 'results/flowers'; make it: snakemake results/flowers/comparison.txt --cores all "
+            "--configfile YAML, the file with `run: flowers`",
+        ),
+        ("runs/birds/comparison.txt", "is a comparison itself; give results, or their folder: runs/birds"),
+        ("runs/flowers", "no 'runs/flowers', there is runs/birds; make it: "),
+        ("results/fid/nope.txt", "no 'results/fid/nope.txt'; results are results/fid/ENCODER_SETTING.txt"),
         ("results/fid/dinov2_mode.txt", "make it: snakemake results/fid/dinov2_mode.txt --cores all"),
         ("runs", "there is no finished result in 'runs'; give runs/birds"),
         ("damaged.json", "damaged.json is not valid JSON"),
@@ -228,6 +235,7 @@ def test_what_is_no_result_is_one_line(given, message, tmp_path, monkeypatch, ca
     (tmp_path / "results" / "fid").mkdir(parents=True)
     (tmp_path / "results" / "fid" / "dinov2_mode.json").write_text("{}")  # a short name alone is not a finished result
     (tmp_path / "runs" / "birds" / "fid").mkdir(parents=True)
+    (tmp_path / "runs" / "birds" / "fid" / "dinov2_mode.seed0.tiny.k4.t2.json").touch()
     for name, text in (("damaged.json", "{"), ("other.json", '{"a": 1}'), ("list.json", "[]"), ("picture.png", "")):
         (tmp_path / name).write_text(text)
     if given.endswith("dinov2_mode.txt"):

@@ -11,7 +11,7 @@ from PIL import Image
 from mmfm import config
 from mmfm.cli import init
 from mmfm.cli.__main__ import main
-from mmfm.workflow import checks, suggestion
+from mmfm.workflow import checks, suggestion, this_cpu
 from support.encoders import write_timm
 from support.places import DEFAULTS, DEMO, ROOT
 
@@ -32,7 +32,7 @@ def photos(tmp_path):
 def machine(monkeypatch):
     """In the checkout, without waiting for a measurement, and without what this machine has or can reach."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(init, "measured_rate", lambda: 4e11)
+    monkeypatch.setattr(this_cpu, "measured_rate", lambda: 4e11)
     monkeypatch.setattr(init.torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("HF_HUB_CACHE", "/nowhere")
 

@@ -52,12 +52,22 @@ def test_defaults_load():
         ("data=3", "'data' must be a section"),
         ("data.limit.images=0", "'data.limit.images' is 0.0; it must be above 0 and at most 1"),
         ("data.limit.classes=1.5", "'data.limit.classes' is 1.5; it must be above 0 and at most 1"),
+        ("run=a b/../c", "'run' is 'a b/../c', which is no folder in results/; take a name, such as flowers"),
+        ("run=..", "no folder in results/"),
+        ("run=./a", "no folder in results/"),
+        ("run=/a", "no folder in results/"),
+        ("run=a/", "no folder in results/"),
         ("extract.crop=encodr", r"'extract.crop' is 'encodr' \(did you mean 'encoder'\?\)"),
     ],
 )
 def test_a_bad_key_is_named(override, message):
     with pytest.raises(ValueError, match=message):
         config.load([DEFAULTS], [override])
+
+
+@pytest.mark.parametrize("run", ["a b", "a/b", "a..b", ".hidden"])
+def test_a_run_is_a_folder_in_the_results(run):
+    assert config.load([DEFAULTS], [f"run={run}"]).run == run
 
 
 def test_the_demo_and_the_imagenet_preset_resolve_to_the_pinned_values():

@@ -363,7 +363,9 @@ def test_two_processes_find_the_mixture_of_one(store_of_tokens, tmp_path, shrink
 
 
 def test_more_components_than_images_is_refused(store_of_tokens, tmp_path):
-    with pytest.raises(ValueError, match=r"gmm.n_components is 513, but there are only 512 images; set it to 512"):
+    with pytest.raises(
+        ValueError, match=r"or .k in the target's name, is 513, but .* only 512 images; set it to .*k512"
+    ):
         fit_tokens(store_of_tokens, dataclasses.replace(SETTINGS, n_components=513), tmp_path / "gmm", ALONE)
 
 

@@ -1,11 +1,14 @@
 """How many images estimates and the rules' resources count on, and what `mmfm scale` says of a target."""
 
+from dataclasses import replace
+
 import pytest
 from PIL import Image
 
 from mmfm import config, data
 from mmfm.cli.__main__ import main
-from mmfm.workflow import costs, facts, resources, targets
+from mmfm.workflow import costs, facts, resources, targets, this_cpu
+from mmfm.workflow.outlook import duration
 from support.checkout import link_workflow
 from support.places import DEFAULTS
 
@@ -103,9 +106,32 @@ def test_modes_and_time_points_of_a_target_count():
     assert few["sample"].seconds < many["sample"].seconds / 10 and few["train"].seconds < many["train"].seconds
 
 
+def test_a_comparison_takes_what_its_settings_do_and_what_they_share_once():
+    def needs(configuration, name):
+        known = facts.assumed(configuration)
+        wanted = targets.parse_compared(name, configuration)
+        return resources.together(
+            [(target, resources.for_target(configuration, target, 1, False, known)) for target in wanted]
+        )
+
+    found, of_one = needs(DEMO, "results/comparison.txt"), needs(DEMO, "dinov2_mode.txt")
+    assert list(found) == [
+        "extract", "latent_stats", "fit_gmm", "spatial_gmm", "train (uncond)", "train (gmm)", "train (mode)",
+        "sample (uncond)", "sample (gmm)", "sample (mode)", "fid_reference", "fid (uncond)", "fid (gmm)", "fid (mode)",
+    ]  # fmt: skip
+    for name, taken in of_one.items():
+        assert taken == found.get(f"{name} (mode)") or taken == found[name], name
+    two = replace(DEMO, run="two", encoders={"dinov2": DEMO.encoders["dinov2"], "other": DEMO.encoders["dinov2"]})
+    found = needs(two, "results/two/comparison.png")
+    assert {"extract (dinov2)", "extract (other)", "train (other_gmm)", "fid (dinov2_uncond)"} < found.keys()
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("results/memorisation/dinov2_mode.png", "is not a result; give one, such as results/fid/dinov2_mode.txt"),
+        ("results/comparison.html.txt", "is not a result; give one, such as results/fid/dinov2_mode.txt"),
+        ("results/other/comparison.txt", "is not in 'results/fid'"),
         ("dinov2_mod.txt", "is not a result.*did you mean 'dinov2_mode.txt'"),
         ("results/other/fid/dinov2_mode.txt", "is not in 'results/fid'"),
         ("dinov2_uncond.k4.txt", "has no mixture"),
@@ -113,7 +139,25 @@ def test_modes_and_time_points_of_a_target_count():
 )
 def test_a_name_that_is_no_target(name, message):
     with pytest.raises(ValueError, match=message):
-        targets.parse_target(name, DEMO)
+        targets.parse_compared(name, DEMO)
+
+
+def test_without_a_gpu_scale_measures_as_init_does(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(link_workflow(tmp_path))
+    line, seconds = ["scale", "results/fid/dinov2_mode.txt", "--gpus", "0"], []
+    for rate in (4e10, 4e11):
+        monkeypatch.setattr(this_cpu, "measured_rate", lambda rate=rate: rate)
+        assert main(line) == 0
+        said = capsys.readouterr().out
+        assert f"of this machine, at {rate / 4:.1e} operations/s, from half a second's measurement" in said
+        known = replace(facts.assumed(DEMO), rates=this_cpu.rates_for(facts.assumed(DEMO).image_bytes))
+        [of_train] = [row for row in said.splitlines() if row.startswith("| `train` |")]
+        need = resources.for_target(DEMO, targets.parse_target("dinov2_mode.txt", DEMO), 1, False, known)["train"]
+        assert of_train.endswith(f"| {duration(need.seconds)} |")
+        seconds.append(need.seconds)
+    assert seconds[0] > 5 * seconds[1]
+    monkeypatch.setattr(this_cpu, "measured_rate", None)
+    assert main([*line[:2], "--gpus", "1"]) == 0, "nothing is measured for a GPU"
 
 
 def test_scale_of_each_input(photos, tmp_path, monkeypatch, capsys):
@@ -125,6 +169,7 @@ def test_scale_of_each_input(photos, tmp_path, monkeypatch, capsys):
         "encoders: {own: {family: dinov2, weights: 'hf:some/model', input_size: 112}}\n"
     )
     files = ["--configfile", "config/small.yaml", str(mine), "--gpus", "0"]
+    monkeypatch.setattr(this_cpu, "measured_rate", lambda: 4e10)
     assert main(["scale", *files, "--images", "5000"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("5,000 training images (as given)") and "`train_decoder`" in said and "No GPUs" in said

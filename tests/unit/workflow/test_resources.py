@@ -67,12 +67,33 @@ def test_parameters_of_the_models(name, published):
     assert real == pytest.approx(published, rel=0.01)
 
 
-def test_parameters_of_the_decoder():
-    d = FULL.decoder
+@pytest.mark.parametrize(
+    ("width", "depth", "channels", "tokens", "patch"),
+    [(1152, 28, 768, 256, 16), (192, 4, 384, 16, 8), (1152, 28, 768, 256, 256)],
+)
+def test_parameters_of_the_decoder(width, depth, channels, tokens, patch):
+    """Of the published one, of one for a CPU, and of one with more weights in its output layer than in all blocks."""
+    d = dataclasses.replace(FULL.decoder, hidden_size=width, num_layers=depth)
     with torch.device("meta"):
-        sizes = DecoderConfig(768, d.hidden_size, d.intermediate_size, d.num_heads, d.num_layers, 16, 256)
+        sizes = DecoderConfig(channels, width, d.intermediate_size, d.num_heads, depth, patch, tokens)
         real = sum(p.numel() for p in Decoder(sizes).parameters())
-    assert costs.decoder_parameters(d) == pytest.approx(real, rel=0.02)
+    assert costs.decoder_parameters(d, channels, tokens, patch) == real
+
+
+def test_large_images_cost_a_decoder_memory_disk_and_time():
+    """Their patches grow, not their number."""
+    small, large = (
+        Estimator(dataclasses.replace(FULL, image=dataclasses.replace(FULL.image, size=size)), "dinov2", 1, True)
+        for size in (256, 4096)
+    )
+    weights = 3 * (256**2 - 16**2) * 1153
+    trained, used = (
+        getattr(large, stage)().device - getattr(small, stage)().device for stage in ("train_decoder", "sample")
+    )
+    assert trained > 16 * weights and used > 4 * weights
+    assert large.train_decoder().disk - small.train_decoder().disk > 12 * weights
+    for stage in ("train_decoder", "sample", "reconstruction", "mode_quality"):
+        assert getattr(large, stage)().flops > getattr(small, stage)().flops, stage
 
 
 @pytest.mark.parametrize("stage", ["train", "train_decoder"])

@@ -9,7 +9,7 @@ import pytest
 from mmfm import config
 from mmfm.cli.__main__ import main
 from mmfm.infra import disk
-from mmfm.workflow import facts, room, targets
+from mmfm.workflow import facts, room, targets, this_cpu
 from mmfm.workflow.resources import for_target
 from support.places import DEFAULTS, ROOT
 
@@ -18,6 +18,12 @@ LOADED = config.load([DEFAULTS])
 CPU = room.Machine(1, None, 100 * GB)
 TARGET = targets.parse_target("dinov2_mode_ag.t10.txt", LOADED)
 FOUND = for_target(LOADED, TARGET, 1, False, facts.assumed(LOADED))
+
+
+def test_stages_of_a_comparison_have_the_remedies_of_the_stage():
+    many = {"train (mode)": replace(FOUND["train"], host=200 * GB)}
+    [problem] = room.problems(many, [], CPU)
+    assert "lower train.micro_batch (see also" in problem
 
 
 def test_finished_stages_take_no_more(tmp_path):
@@ -125,6 +131,7 @@ def test_the_command_ends_with_a_verdict(monkeypatch, capsys, tmp_path):
     target = "results/fid/dinov2_mode.txt"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(room, "memory", lambda: 100 * GB)
+    monkeypatch.setattr(this_cpu, "measured_rate", lambda: 4e11)
     assert main(["doctor", target]) == 0
     text = capsys.readouterr().out
     assert text.endswith(f"'{target}' fits this machine\n") and "BLAS: " in text and "faiss" in text
@@ -140,5 +147,10 @@ def test_the_command_ends_with_a_verdict(monkeypatch, capsys, tmp_path):
     (tmp_path / "own.yaml").write_text("run: mine\ngpus: 2\n")
     assert main(["doctor", "results/mine/fid/dinov2_mode.txt", "--configfile", "own.yaml"]) == 1
     assert "problem: 'gpus' is 2, but only 0 are available" in capsys.readouterr().out
+    assert main(["doctor", "results/mine/comparison.txt", "--configfile", "own.yaml"]) == 1
+    text = capsys.readouterr().out
+    assert "  train (uncond)  " in text and "'results/mine/comparison.txt' will not run here as it is" in text
+    assert main(["scale", "results/mine/comparison.txt", "--configfile", "own.yaml", "--gpus", "0"]) == 0
+    assert "| `train (uncond)` |" in capsys.readouterr().out
     assert main(["doctor", target, "--configfile", "own.yaml"]) == 2
     assert "is not in 'results/mine/fid'" in capsys.readouterr().err

@@ -273,6 +273,17 @@ def test_given_weights_and_copies_are_no_finished_stages(tmp_path):
     assert status.read(tmp_path, 0.0).finished == {"train": 2}
 
 
+def test_what_is_no_stage_counts_as_well(tmp_path, capsys):
+    """A held-out likelihood, for one; of a result under two names the complete one."""
+    made = ("gmm/dinov2/k4/heldout.json", "gmm/dinov2/heldout.json", "curve/dinov2_mode.t2,3.json")
+    for name in (*made, "memorisation/dinov2_mode.json", "memorisation/dinov2_mode.seed0.tiny.k4.t2.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert status.read(tmp_path, 0.0).finished == {"heldout": 2, "memorisation": 1, "curve": 1}
+    assert main(["status", str(tmp_path)]) == 0
+    assert "finished stages: heldout 2, memorisation, curve" in capsys.readouterr().out
+
+
 def test_what_vanishes_while_it_is_read_is_no_error(tmp_path):
     gone = tmp_path / "gone.log"
     assert (status._saved(gone), status._last_line(gone), status.Failure("train", gone).error()) == ("", None, None)
