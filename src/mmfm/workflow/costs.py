@@ -82,8 +82,8 @@ def gpu_rates(card: Card, precision: str = "float32") -> Rates:
     return Rates(single=card.single, half=card.half, encoder=encoder, decode=120, disk=1e9)
 
 
-CPU = Rates(single=2.5e10, half=2.5e10, encoder=2.5e10, decode=1000, disk=2e8)
-"""One core, with the demo's small images, at half of what its training reached on two cores (docs/demo.md)."""
+CPU = Rates(single=5e10, half=5e10, encoder=5e10, decode=1000, disk=2e8)
+"""A process with the demo's small images and two cores, on which its training reached this (docs/demo.md)."""
 
 
 @dataclass(frozen=True)
