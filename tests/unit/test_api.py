@@ -22,10 +22,11 @@ from mmfm.evaluation.frechet import frechet_distance
 from mmfm.flow.path import interpolate
 from mmfm.generation import batches
 from mmfm.generation.between import slerp
+from mmfm.generation.options import numbers
 from mmfm.infra import npz, store
 from mmfm.mixture.gaussian import Mixture
 from mmfm.stages.sample import belonging
-from mmfm.workflow import last_run
+from mmfm.workflow import last_run, missing
 from mmfm.workflow.exporting import export
 from support.places import DEFAULTS, DETECTOR, ROOT
 from support.sample_runs import run, write_ema
@@ -238,6 +239,7 @@ def test_what_can_not_be_asked(root, setting, asked, message):
     for generate in (model.generate, model.interpolate):
         with pytest.raises(ValueError, match="no images"):
             generate(0)
+        assert len(numbers(np.uint8(100), np.uint8(200))) == 100
         for n in ("4", 4.0, None):
             with pytest.raises(ValueError, match=f"{n!r} images .* give whole numbers"):
                 generate(n)
@@ -250,8 +252,10 @@ def test_a_device_that_is_not_there(root, monkeypatch):
         ValueError, match=r"can't use the device 'cuda': it is a build for the CPU.* give the device 'cpu'"
     ):
         mmfm.open(root / "results/fid/dinov2_mode.txt", "cuda")
-    with pytest.raises(ValueError, match="'gpu' is no device of PyTorch; give 'cpu', 'cuda'"):
+    with pytest.raises(ValueError, match="'gpu' is not a device that this runs on; give 'cpu', 'cuda'"):
         mmfm.open(root / "results/fid/dinov2_mode.txt", "gpu")
+    with pytest.raises(ValueError, match="'meta' is not a device that this runs on"):
+        mmfm.open(root / "results/fid/dinov2_mode.txt", torch.device("meta"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="there is no device 'cuda:2': PyTorch sees 2 GPUs"):
@@ -423,6 +427,23 @@ def test_the_command_for_another_run_asks_for_its_configuration(tmp_path, monkey
     )
     with pytest.raises(FileNotFoundError, match=f"{re.escape(made)}$"):
         mmfm.open("results/pics/fid/dinov2_mode.txt")
+
+
+@pytest.mark.parametrize(
+    ("path", "made"),
+    [
+        ("results/comparison.txt", "results/comparison.txt --cores all"),
+        ("results/a/b/fid/x_mode.txt", "results/a/b/fid/x_mode.txt --cores all --configfile YAML, .* `run: a/b`"),
+        ("results/sample/fid/x_mode.txt", "results/sample/fid/x_mode.txt --cores all"),
+        ("results/a b/train/x_mode/seed0", "'results/a b/train/x_mode/seed0/ema.safetensors' .* `run: a b`"),
+    ],
+)
+def test_commands_in_a_folder_that_is_called_like_a_stage(path, made, tmp_path, monkeypatch):
+    (tmp_path / "train" / "x").mkdir(parents=True)
+    for folder in (tmp_path / "train", tmp_path / "train" / "x"):
+        monkeypatch.chdir(folder)
+        assert re.match(f"snakemake {made}", missing.snakemake_command(Path(path)))
+        assert "ema.safetensors" not in missing.advice(Path("results/nothing"))
 
 
 def test_a_name_that_is_no_result_comes_without_a_command(tmp_path, monkeypatch):

@@ -150,11 +150,11 @@ def _room(name: str, files: list[str]) -> list[str]:
     machine = room.Machine(gpus or loaded.processes, card if gpus else None, room.memory())
     known = facts.gather(loaded, results)
     if not machine.on_gpu:
-        known = replace(known, rates=this_cpu.rates_for(known.image_bytes))
+        known = replace(known, rates=this_cpu.rates_for(known.image_bytes, machine.processes))
     needs = [(target, for_target(loaded, target, machine.processes, machine.on_gpu, known)) for target in wanted]
-    found = together(needs)
-    left = together([(target, room.unfinished(of_it, target, results)) for target, of_it in needs])
-    disks = room.disk_needs(left, results, Path(loaded.latents.folder))
+    needs_left = [(target, room.unfinished(of_it, target, results)) for target, of_it in needs]
+    found, left = together(loaded, needs), together(loaded, needs_left)
+    disks = room.disk_needs(left, room.caches(needs_left), results, Path(loaded.latents.folder))
     where = f"{gpus} GPU{'s' * (gpus != 1)}" if gpus else "the CPU"
     print(f"\n{name} on {where}, by the estimates of `mmfm scale`")
     print(f"for {known.n_images:,} training images ({known.origin}):")

@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
     for gpus in options.gpus:
         machine = (gpus or 1, gpus > 0, known if gpus else on_cpu)
         needs = [(target, for_target(loaded, target, *machine)) for target in wanted]
-        found = together(needs) if needs else Estimator(loaded, encoder, *machine).stages()
+        found = together(loaded, needs) if needs else Estimator(loaded, encoder, *machine).stages()
         kind = f"{card_of(loaded.card)[0]} GPU" if gpus else "GPU"
         print(f"{gpus or 'No'} {kind}{'' if gpus == 1 else 's'}\n\n{_table(found)}")
         if gpus:

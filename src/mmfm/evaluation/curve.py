@@ -149,7 +149,7 @@ def _title(name: str, setting: str) -> str:
     """Spell the parts of a curve's name but the one that the axis shows, ``dinov2_mode.seed1.t5,10`` say."""
     first, *parts = re.split(r"\.(?!\d)", _LISTED.sub("", name))
     encoder, known, rest = first.rpartition(f"_{setting}")
-    words = [encoder, f"setting {setting}{rest}"] if known else [first]
+    words = [encoder, f"setting {setting}{rest}"] if known and rest in ("", "_ag") else [first]
     for part in parts:
         kind = re.fullmatch(r"([a-z]+)(\d[\d.]*)", part)
         words.append(_SPELT[kind[1]].format(kind[2]) if kind and kind[1] in _SPELT else part)

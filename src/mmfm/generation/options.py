@@ -1,5 +1,6 @@
 """What callers of the Python API can ask for: sampling options, modes and labels, all checked."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeAlias, TypedDict
@@ -54,9 +55,10 @@ def changed(section: config.Sample, sampling: Sampling) -> config.Sample:
 def numbers(n: int, first: int = 0) -> range:
     """Return the numbers of n images; ValueError if n or the first one is not a whole number."""
     try:
-        return range(first, first + n)
+        first, n = operator.index(first), operator.index(n)
     except TypeError as error:
         raise ValueError(f"{n!r} images from number {first!r} are wanted; give whole numbers") from error
+    return range(first, first + n)
 
 
 Numbers: TypeAlias = int | Sequence[int] | Tensor

@@ -138,15 +138,19 @@ def named_device(name: torch.device | str) -> torch.device:
     """
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"'{name}' is no device of PyTorch; give 'cpu', 'cuda' or one of several, 'cuda:1'") from error
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"'{name}' is not a device that this runs on; give 'cpu', 'cuda' or one of several, 'cuda:1'")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(
                 f"PyTorch {torch.__version__} can't use the device '{name}': {why_no_cuda()}. Or give the device 'cpu'"
             )
         if (device.index or 0) >= (there := torch.cuda.device_count()):
-            raise ValueError(f"there is no device '{name}': PyTorch sees {there} GPUs, of which 'cuda:0' is the first")
+            raise ValueError(
+                f"there is no device '{name}': PyTorch sees {there} GPU{'s' * (there != 1)}, from 'cuda:0' on"
+            )
     return device
 
 

@@ -16,18 +16,25 @@ def drawable(names: Sequence[str]) -> tuple[list[str], list[str]]:
     while if there are many, only as long as characters are missing.
 
     Returns:
-        a name for each, and families for matplotlib's ``fontfamily``, of which the first that has a character draws it.
+        a name for each, with dollars that don't begin a formula, and families for matplotlib's ``fontfamily``, of which
+        the first that has a character draws it.
     """
-    from matplotlib.font_manager import fontManager
+    from matplotlib.font_manager import FontProperties, findfont, fontManager
     from matplotlib.ft2font import FT2Font
 
     missing, families = {ord(character) for name in names for character in name}, [_OWN]
-    known = (font for font in fontManager.ttflist if not font.name.startswith(_PLACEHOLDERS))
-    for font in sorted(known, key=lambda font: (font.name != _OWN, font.style != "normal", font.weight != 400)):
+    upright = {font.name for font in fontManager.ttflist if (font.style, font.weight) == ("normal", 400)}
+    for family in sorted(upright, key=lambda family: (family != _OWN, family)):
         if not missing:
             break
-        if found := missing & FT2Font(font.fname).get_charmap().keys():
-            missing -= found
-            families += [font.name] if font.name not in families else []
+        if family.startswith(_PLACEHOLDERS):
+            continue
+        try:  # matplotlib keeps its list, which may be of another machine or of fonts removed since
+            characters = FT2Font(findfont(FontProperties(family=[family]))).get_charmap().keys()
+        except (OSError, RuntimeError):
+            continue
+        if missing & characters:
+            missing -= characters
+            families += [family] if family != _OWN else []
     shown = [f"class {i}" if missing.intersection(map(ord, name)) else name for i, name in enumerate(names)]
-    return shown, families
+    return [name.replace("$", r"\$") for name in shown], families

@@ -49,19 +49,22 @@ def _files(place: Path) -> list[Path]:
         if files:
             return files
         runs = sorted(str(fid.parent) for fid in place.glob("*/fid"))
-        remedy = f"give {' or '.join(runs)}" if runs else f"make it: {snakemake_command(place / 'comparison.txt')}"
+        remedy = (
+            f"give {' or '.join(runs)}" if runs else f"make it: {snakemake_command(folder.parent / 'comparison.txt')}"
+        )
         raise FileNotFoundError(f"there is no finished result in '{place}'; {remedy}")
-    if place.stem == COMPARISON:
+    if place.stem == COMPARISON and place.suffix:
         raise ValueError(f"'{place}' is a comparison itself; give results, or their folder: {place.parent}")
     path = place.with_suffix(".json") if place.suffix == ".txt" else place
     if not path.is_file():
-        if place.suffix:
-            raise FileNotFoundError(f"no '{place}'; {advice(place)}")
+        if place.suffix or place.parent.name == "fid":
+            raise FileNotFoundError(f"no '{place}'; {advice(place if place.suffix else place.with_suffix('.txt'))}")
         folders = (place.parent, *sorted(place.parent.glob("*/")))
         finished = [str(folder) for folder in folders if any(map(_is_complete, folder.glob("fid/*.json")))]
-        others = f", there is {' and '.join(finished)}" if finished else ""
-        made = snakemake_command(place / "comparison.txt")
-        raise FileNotFoundError(f"no '{place}'{others}; make it: {made}")
+        others = f", there {'is' if len(finished) == 1 else 'are'} {' and '.join(finished)}" if finished else ""
+        in_results = "results" in place.absolute().parts[:-1]
+        make = f"make it: {snakemake_command(place / 'comparison.txt')}" if in_results else "give a folder of results"
+        raise FileNotFoundError(f"no '{place}'{others}; {make}")
     if path.suffix != ".json":
         raise ValueError(f"'{place}' is not a result; give FOLDER/fid/NAME.txt, or a results folder")
     record = store.read_json(path)

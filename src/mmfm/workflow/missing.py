@@ -4,7 +4,10 @@ Nothing here imports PyTorch.
 """
 
 import contextlib
+import itertools
 import re
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmfm.config.choices import SETTINGS
@@ -30,14 +33,24 @@ def snakemake_command(path: Path, rerun: str = "") -> str:
         path: the file, or a folder of samples or of trained weights.
         rerun: rule to run again.
     """
+    root, below = _parted(path)
+    file = shlex.quote(str(Path(root, *below, _contents(below))))
+    command = f"snakemake {file} --cores all{f' -R {rerun}' if rerun else ''}"
+    if run := "/".join(itertools.takewhile(lambda part: part not in _FOLDERS, below[:-1])):
+        return f"{command} --configfile YAML, the file with `run: {run}`"
+    return command
+
+
+def _parted(path: Path) -> tuple[Path, tuple[str, ...]]:
+    """Return the path to give for the folder of the results, and the parts below it; none without such a folder."""
     parts = path.absolute().parts
     start = max((i for i, part in enumerate(parts) if part == "results"), default=0)
-    below = parts[start + 1 :] if start else ()
-    file = _CONTENTS.get(path.absolute().parent.parent.name, "")
-    command = f"snakemake {Path(*parts[start:], file)} --cores all{f' -R {rerun}' if rerun else ''}"
-    if len(below) > 1 and below[0] not in _FOLDERS:
-        return f"{command} --configfile YAML, the file with `run: {below[0]}`"
-    return command
+    return (Path("results"), parts[start + 1 :]) if start else (path.absolute(), ())
+
+
+def _contents(below: Sequence[str]) -> str:
+    """Return the file that a folder of samples or of trained weights is opened for; empty for other paths."""
+    return _CONTENTS.get(below[-3], "") if len(below) > 2 and below[-2] not in _FOLDERS else ""
 
 
 def advice(path: Path) -> str:
@@ -50,9 +63,9 @@ def advice(path: Path) -> str:
             try:
                 targets.parse_targets(path.name, recorded)
             except ValueError as error:
-                return str(error)
+                return f"{error}, in the configuration of the last run"
         elif not re.fullmatch(rf".+_{targets.any_of(SETTINGS)}(_ag)?(\..+)?\.(txt|json)", path.name):
             return f"results are {path.parent}/ENCODER_SETTING.txt, with a setting of {', '.join(SETTINGS)}"
-    elif not path.suffix and path.absolute().parent.parent.name not in _CONTENTS:
+    elif not path.suffix and not _contents(_parted(path)[1]):
         return "give results/fid/NAME.txt, or a folder of a training or of samples"
     return f"make it: {snakemake_command(path)}"

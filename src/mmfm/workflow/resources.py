@@ -47,7 +47,7 @@ class Estimator:
         usual = costs.CPU if self.card is None else costs.gpu_rates(self.card, entry.precision)
         self.rates = facts.rates or replace(usual, decode=min(usual.decode, costs.DECODED_BYTES / self.image_bytes))
         self.tokens = self.encoder.grid**2
-        self.decoder = (config.decoder, self.encoder.width, self.tokens, config.image.size // self.encoder.grid)
+        self.decoder = (config.decoder, self.encoder.width, self.tokens, config.image.size // max(1, self.encoder.grid))
         self.model = config.models[config.train.model]
         self.detector = self._detector(config, encoder)
         self.means = config.gmm.n_components * self.encoder.latent * FLOAT
@@ -407,15 +407,18 @@ _OF_A_SETTING = ("train", "sample", "fid")
 """Stages that settings do not share."""
 
 
-def together(found: Sequence[tuple[Target, Mapping[str, Resources]]]) -> dict[str, Resources]:
+def together(config: Config, found: Sequence[tuple[Target, Mapping[str, Resources]]]) -> dict[str, Resources]:
     """Join what several results of a comparison need, in workflow order; what they share is there once.
 
     Stages of one setting, or of one of several encoders, are named as in ``train (mode)``.
     """
     joined, encoders = {}, {target.encoder for target, _ in found}
+    # With the encoder's own features, every encoder has a reference.
+    shared = () if config.fid.detector == "encoder" and not config.fid.encoder else ("fid_reference",)
     for target, needs in found:
         for name, taken in needs.items():
-            parts = [target.encoder] * (len(encoders) > 1) + [target.setting] * (name in _OF_A_SETTING)
+            several = len(encoders) > 1 and name not in shared
+            parts = [target.encoder] * several + [target.setting] * (name in _OF_A_SETTING)
             joined[f"{name} ({'_'.join(parts)})" if len(found) > 1 and parts else name] = taken
     order = list(STAGES)
     return dict(sorted(joined.items(), key=lambda item: order.index(item[0].partition(" ")[0])))

@@ -1,7 +1,7 @@
 """Whether a target fits a machine: the estimates of its stages against disk, memory and GPU memory."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,14 +72,23 @@ def _names(target: Target, guide: bool) -> dict[str, object]:
     }  # fmt: skip
 
 
-def disk_needs(left: Mapping[str, Resources], results: Path, latents: Path) -> list[tuple[list[Path], float, int]]:
+def caches(left: Sequence[tuple[Target, Mapping[str, Resources]]]) -> float:
+    """Return the bytes of the latent caches that the stages still to run of several targets need, one per encoder."""
+    largest: dict[str, float] = {}
+    for target, stages in left:
+        largest[target.encoder] = max([largest.get(target.encoder, 0.0), *(taken.cached for taken in stages.values())])
+    return sum(largest.values())
+
+
+def disk_needs(
+    left: Mapping[str, Resources], cached: float, results: Path, latents: Path
+) -> list[tuple[list[Path], float, int]]:
     """Return, for every disk, the folders on it, the bytes that stages still write there, and the free bytes.
 
     Args:
         left: the stages still to run.
-        latents: folder of the latent cache.
+        cached: bytes of latents that they keep in ``latents``.
     """
-    cached = max((taken.cached for taken in left.values()), default=0.0)
     kept = sum(taken.disk - taken.cached for taken in left.values())
     needs = {results: kept}
     if cached > (there := disk.used(latents)):

@@ -29,7 +29,7 @@ _BESIDES = {
     "memorisation": ("memorisation/*.*.json",),
     "curve": ("curve/*.json",),
 }
-"""What rules make that are no stages, for they keep no state; of copies under short names only the complete ones."""
+"""What rules make that are no stages, for they keep no state; copies under the shortest names are left out."""
 
 _UNIT = re.compile(r"(step|iteration|shard|component)-.*?(\d+)(\.\w+)?")
 _LINE = re.compile(r"^([^:\n]+): ([\d,]+)/([\d,]+) (\S+) \(\d+ %\)  ([\d,.]+)/s  left \S+(?:  (.*))?$", re.MULTILINE)

@@ -13,14 +13,14 @@ _EFFICIENCY = 0.25
 rest goes into attention, the optimiser, and calls too small for all cores."""
 
 
-def rates_for(image_bytes: float) -> Rates:
+def rates_for(image_bytes: float, processes: int = 1) -> Rates:
     """Return :func:`rates` with the assumed rate of decoding files of a mean size."""
-    return replace(rates(), decode=min(costs.CPU.decode, costs.DECODED_BYTES / image_bytes))
+    return replace(rates(processes), decode=min(costs.CPU.decode, costs.DECODED_BYTES / image_bytes))
 
 
-def rates() -> Rates:
-    """Return the rates of one process with as many threads as this one has, from half a second's measurement."""
-    found = _EFFICIENCY * measured_rate()
+def rates(processes: int = 1) -> Rates:
+    """Return the rates of each process if they share this one's threads, from half a second's measurement."""
+    found = _EFFICIENCY * measured_rate() / processes
     return replace(costs.CPU, single=found, half=found, encoder=found)
 
 

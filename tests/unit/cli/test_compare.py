@@ -220,7 +220,12 @@ def test_folders_of_several_runs_are_told_apart(results, garments, tmp_path, cap
             "--configfile YAML, the file with `run: flowers`",
         ),
         ("runs/birds/comparison.txt", "is a comparison itself; give results, or their folder: runs/birds"),
-        ("runs/flowers", "no 'runs/flowers', there is runs/birds; make it: "),
+        ("runs/flowers", "no 'runs/flowers', there is runs/birds; give a folder of results"),
+        ("results/fid/dinov2_mode", "make it: snakemake results/fid/dinov2_mode.txt --cores all"),
+        (
+            "results/fid",
+            "there is no finished result in 'results/fid'; make it: snakemake results/comparison.txt --cores",
+        ),
         ("results/fid/nope.txt", "no 'results/fid/nope.txt'; results are results/fid/ENCODER_SETTING.txt"),
         ("results/fid/dinov2_mode.txt", "make it: snakemake results/fid/dinov2_mode.txt --cores all"),
         ("runs", "there is no finished result in 'runs'; give runs/birds"),

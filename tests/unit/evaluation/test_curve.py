@@ -120,6 +120,7 @@ def test_what_is_no_curve_is_refused(record, part, change, message):
         ),
         ("dinov2_mode.k64,256.step310.t5.g1.5", "dinov2, setting mode, step 310, 5 time points, guidance 1.5"),
         ("nfe", "nfe"),
+        ("nfe_model", "nfe_model"),
     ],
 )
 def test_the_title_is_in_words(by_evaluations, tmp_path, monkeypatch, name, title):

@@ -33,6 +33,28 @@ def test_a_name_that_no_font_can_draw_is_a_number(installed):
     )
 
 
+def test_fonts_that_can_not_be_opened_are_passed_over(installed, tmp_path, monkeypatch):
+    """Matplotlib's list is kept in a file, which outlives fonts and may be shared by machines."""
+    installed("DejaVu Sans")
+    (tmp_path / "damaged.ttf").write_bytes(b"no font")
+    for name in ("absent", "damaged"):
+        entry = font_manager.FontEntry(str(tmp_path / f"{name}.ttf"), name, "normal", "normal", 400)
+        monkeypatch.setattr(font_manager.fontManager, "ttflist", [*font_manager.fontManager.ttflist, entry])
+    assert fonts.drawable(["柴犬"]) == (["class 0"], ["DejaVu Sans"])
+
+
+def test_names_are_drawn_as_they_are_spelt(tmp_path):
+    """Dollars begin no formula, and a character that only another face of the family has is missing."""
+    (shown, other), families = fonts.drawable(["cost_$5_$", "\u037f"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = Figure()
+        drawn = figure.text(0, 0, shown, fontfamily=families)
+        figure.text(0, 0, other, fontfamily=families)
+        figure.savefig(tmp_path / "a.png")
+    assert drawn._preprocess_math(shown) == ("cost_$5_$", False)
+
+
 def test_another_font_draws_what_the_first_lacks(installed, tmp_path):
     installed("DejaVu Sans", "STIXGeneral")
     name = f"cat {chr(min(characters('STIXGeneral') - characters('DejaVu Sans')))}"

@@ -111,7 +111,7 @@ def test_a_comparison_takes_what_its_settings_do_and_what_they_share_once():
         known = facts.assumed(configuration)
         wanted = targets.parse_compared(name, configuration)
         return resources.together(
-            [(target, resources.for_target(configuration, target, 1, False, known)) for target in wanted]
+            configuration, [(target, resources.for_target(configuration, target, 1, False, known)) for target in wanted]
         )
 
     found, of_one = needs(DEMO, "results/comparison.txt"), needs(DEMO, "dinov2_mode.txt")

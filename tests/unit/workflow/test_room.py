@@ -10,7 +10,7 @@ from mmfm import config
 from mmfm.cli.__main__ import main
 from mmfm.infra import disk
 from mmfm.workflow import facts, room, targets, this_cpu
-from mmfm.workflow.resources import for_target
+from mmfm.workflow.resources import for_target, together
 from support.places import DEFAULTS, ROOT
 
 GB = 10**9
@@ -49,18 +49,42 @@ def test_finished_stages_take_no_more(tmp_path):
 def test_the_latent_cache_counts_once_and_lies_apart(tmp_path):
     sizes = {name: replace(FOUND["train"], disk=5 * GB + c, cached=c) for name, c in (("a", 3 * GB), ("b", 2 * GB))}
     results, latents = tmp_path / "results", tmp_path / "latents"
-    ((folders, needed, free),) = room.disk_needs(sizes, results, latents)
+    cached = room.caches([(TARGET, sizes)])
+    assert cached == 3 * GB
+    ((folders, needed, free),) = room.disk_needs(sizes, cached, results, latents)
     assert (folders, needed) == ([results, latents], 13 * GB)
     assert free == pytest.approx(shutil.disk_usage(tmp_path).free, abs=GB)
     latents.mkdir()
     with open(latents / "shard", "wb") as file:
         file.truncate(GB)
-    assert room.disk_needs(sizes, results, latents)[0][1] == 12 * GB
+    assert room.disk_needs(sizes, cached, results, latents)[0][1] == 12 * GB
     with open(latents / "shard", "wb") as file:
         file.truncate(4 * GB)
-    assert [(folders, needed) for folders, needed, _ in room.disk_needs(sizes, results, latents)] == [
+    assert [(folders, needed) for folders, needed, _ in room.disk_needs(sizes, cached, results, latents)] == [
         ([results], 10 * GB)
     ]
+
+
+def test_processes_share_what_a_cpu_does(monkeypatch):
+    monkeypatch.setattr(this_cpu, "measured_rate", lambda: 4e11)
+    assert this_cpu.rates(2).single == this_cpu.rates().single / 2 == this_cpu.rates_for(1e5, 2).half
+
+
+def test_an_input_below_a_patch_is_left_to_the_check_of_encoders():
+    """Which names the key; the estimates come before it."""
+    small = {**LOADED.encoders, "dinov2": replace(LOADED.encoders["dinov2"], input_size=8, weights="hf:a/b")}
+    assert for_target(replace(LOADED, encoders=small), TARGET, 1, False, facts.assumed(LOADED))
+
+
+def test_several_encoders_have_a_cache_each_and_a_reference_together():
+    """But each its own where the features are the encoder's."""
+    other = replace(TARGET, encoder="siglip2")
+    needs = [(TARGET, FOUND), (replace(TARGET, setting="gmm"), FOUND), (other, FOUND)]
+    assert room.caches(needs) == 2 * room.caches(needs[:1]) > 0
+    found = together(LOADED, needs)
+    assert {"extract (dinov2)", "extract (siglip2)", "train (dinov2_gmm)", "fid_reference"} < set(found)
+    own = replace(LOADED, fid=replace(LOADED.fid, detector="encoder", encoder=""))
+    assert {"fid_reference (dinov2)", "fid_reference (siglip2)"} < set(together(own, needs))
 
 
 def test_estimates_say_what_of_the_disk_is_the_cache():
