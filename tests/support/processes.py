@@ -66,7 +66,7 @@ class Watch:
 
 
 def reserve_port() -> socket.socket:
-    """Return an open socket whose port on this machine nobody else is given, and processes can meet at all the same."""
+    """Return an open socket that holds a free port: no other socket is given it, but processes can still meet there."""
     reserved = socket.socket()
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reserved.bind(("127.0.0.1", 0))
