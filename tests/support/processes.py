@@ -213,6 +213,9 @@ def _give_back_at_once() -> None:
 def _measured(memory: Path | None, function: Callable[..., object], *arguments: object) -> object:
     """Call a function whose process's memory is watched from outside; where it starts from is written to a file."""
     if memory is not None:
+        import torch
+
+        torch.set_num_threads(1)  # each thread keeps freed memory of its own
         _give_back_at_once()
         memory.write_text(str(_anonymous_memory(os.getpid())))
     return function(*arguments)
